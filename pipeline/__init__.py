@@ -1,0 +1,1 @@
+"""How it is run: command line, run directory, manifests, scheduling, executors. Nothing here imports torch."""

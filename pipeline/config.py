@@ -1,0 +1,216 @@
+"""The run file: typed, frozen, checked once."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from stages.common.errors import InputError
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def _parse_bytes(value: Any) -> Any:
+    """`"8 GB"` or a number of bytes."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?b)?\s*", value.lower())
+        if match is None:
+            raise ValueError(f"{value!r} is not a size; write for example 8 GB")
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+    return value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextData(_Section):
+    """A text and what is drawn from it."""
+
+    data: Names
+    """Files (.txt, .jsonl, .parquet; or token ids as .npy or .safetensors), or one dataset of the hub, `org/name[:split]`."""
+    text_field: str = "text"
+    """Column of jsonl, parquet or hub data that holds the text."""
+    revision: str | None = None
+    """Commit of a hub dataset."""
+    num_sequences: Count = 32
+    sequence_length: Annotated[int, Field(ge=2, strict=True)] = 2048
+    """Tokens."""
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    tokens_per_shard: Count = 8192
+    """Size of a token shard: more, smaller shards keep more workers busy; fewer cost less."""
+    tokens_per_micro_batch: Count = 2048
+    """Tokens that run through a layer at once: the activations of a worker. Part of the result's last bits."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a micro-batch."""
+        return max(1, self.tokens_per_micro_batch // self.sequence_length)
+
+    @property
+    def sequences_per_shard(self) -> int:
+        """Sequences of a token shard, whole micro-batches."""
+        return max(1, self.tokens_per_shard // self.sequence_length // self.micro_batch) * self.micro_batch
+
+    @property
+    def num_shards(self) -> int:
+        """Token shards."""
+        return -(-self.num_sequences // self.sequences_per_shard)
+
+
+class Evaluation(TextData):
+    """Held-out text and metrics."""
+
+    metrics: Annotated[tuple[Literal["perplexity"], ...], BeforeValidator(_as_tuple)] = ("perplexity",)
+
+
+Target = Count | Annotated[tuple[Count, ...], Field(min_length=1)]
+
+
+class Clustering(_Section):
+    """How experts are grouped."""
+
+    num_experts: Annotated[tuple[Target, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    """One target an element: experts that each layer keeps, or a list with a number for each MoE layer (tied only)."""
+    feature: Literal["expert_output"] = "expert_output"
+    distance: Literal["euclidean"] = "euclidean"
+    linkage: Literal["average", "single", "complete", "ward"] = "average"
+
+
+class Merging(_Section):
+    """How a cluster becomes one expert."""
+
+    method: Literal["frequency", "average"] = "frequency"
+
+
+class Export(_Section):
+    """What is written."""
+
+    formats: Annotated[tuple[Literal["tied", "stock"], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("tied", "stock")
+    router: Literal["frequency", "average", "dominant"] = "frequency"
+    """How `stock` combines the router rows of a cluster."""
+    max_file_bytes: Bytes = 5 * 10**9
+    """A weight file larger than this is split."""
+
+
+class Resources(_Section):
+    """What one worker gets. None of it changes the result, but for the last bits that depend on `num_cpus`."""
+
+    num_gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of a worker; fractions share one. Default: 1 where the cluster has GPUs, else 0."""
+    num_cpus: Count = 1
+    """CPU threads of a worker."""
+    num_workers: Count | None = None
+    """Workers that hold a layer shard each. Default: as many as the cluster has room for."""
+    worker_memory: Bytes = 8 * 2**30
+    """Memory of a worker for weights and activations (of its GPU, where it has one): decides how many layers it holds."""
+    layers_per_shard: Count | None = None
+    """Layers of a layer shard. Default: as many as fit in `worker_memory`, but no more than keeps all workers busy."""
+    max_attempts: Count = 3
+    """How often a unit is given to a worker before the workers' deaths count as its failure."""
+
+
+class RunConfig(_Section):
+    """A run file."""
+
+    model: str
+    """A checkpoint folder, or a model of the hub, `org/name`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    run_dir: str
+    """Everything the run knows and writes; on storage that every node reaches."""
+    calibration: TextData
+    clustering: Clustering
+    merging: Merging = Merging()
+    export: Export = Export()
+    evaluation: Evaluation | None = None
+    """Leave out to skip evaluation."""
+    resources: Resources = Resources()
+
+    @field_validator("run_dir", "model")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must not be empty")
+        return value
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        targets = self.clustering.num_experts
+        if len(set(targets)) != len(targets):
+            raise ValueError(f"clustering.num_experts lists a target twice: {list(targets)}")
+        if "stock" in self.export.formats and any(isinstance(t, tuple) and len(set(t)) > 1 for t in targets):
+            raise ValueError(
+                "clustering.num_experts has a target with a different number in each layer, which only the tied format can "
+                "express; set export.formats to [tied]"
+            )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """Last part of the model's path or hub id."""
+        return Path(self.model.rstrip("/")).name
+
+
+def _located(error: ValidationError, path: Path) -> str:
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "constrained-")))
+        given = problem["input"]
+        shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{place} is not a setting")
+        elif problem["type"] == "missing":
+            lines.append(f"{place} is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{place}: {message}{shown}" if place else message)
+    return f"{path}: " + "; ".join(dict.fromkeys(lines))
+
+
+def apply_setting(values: dict[str, Any], setting: str) -> None:
+    """Apply one `--set KEY=VALUE` in place; KEY is dotted, VALUE is YAML. Raises InputError for anything else."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {setting}: write KEY=VALUE, for example --set clustering.linkage=single")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise InputError(f"--set {setting}: the value is not YAML: {e}") from e
+    *parents, last = key.split(".")
+    section = values
+    for name in parents:
+        nested = section.setdefault(name, {})
+        if not isinstance(nested, dict):
+            raise InputError(f"--set {setting}: {name} is not a section")
+        section = nested
+    section[last] = value
+
+
+def load_config(path: Path, settings: list[str]) -> RunConfig:
+    """Read a run file and apply `--set` on top. Raises InputError naming the file, the key and what is allowed."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"run file {path} cannot be read: {e.strerror}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise InputError(f"run file {path} is not YAML: {e}") from e
+    if not isinstance(values, dict):
+        raise InputError(f"run file {path} must hold keys and values; see examples/tiny-mixtral.yaml")
+    for setting in settings:
+        apply_setting(values, setting)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as e:
+        raise InputError(_located(e, path)) from e

@@ -1,0 +1,48 @@
+"""Runs every unit in this process, one after another: for debugging, for tests, for one small machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.executors.base import Slot
+from pipeline.units import Outcome, Unit
+from pipeline.worker import Worker
+
+_SLOT = Slot("local", is_worker=True)
+
+
+class LocalExecutor:
+    """One worker, this process."""
+
+    num_workers = 1
+
+    def __init__(self, run_dir: Path) -> None:
+        self._worker = Worker(run_dir)
+        self._ended: list[tuple[Slot, Unit, Outcome]] = []
+
+    @property
+    def num_running(self) -> int:
+        """Units run but not yet returned by `wait`."""
+        return len(self._ended)
+
+    def begin(self, units: Sequence[Unit]) -> None:
+        """Nothing to make."""
+
+    def free_slots(self) -> list[Slot]:
+        """This process, when it has nothing to hand over."""
+        return [] if self._ended else [_SLOT]
+
+    def submit(self, slot: Slot, unit: Unit) -> None:
+        """Run the unit now."""
+        self._ended.append((slot, unit, self._worker.run(unit)))
+
+    def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
+        """The unit that has just run."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def why_idle(self) -> str:
+        """Only a cycle of units could leave this executor idle."""
+        return "no unit can run: their dependencies form a cycle"
+
+    def close(self) -> None:
+        """Nothing was started."""

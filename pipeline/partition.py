@@ -1,0 +1,38 @@
+"""Cutting a model to layer shards: what a worker holds at once. The cut changes who computes, never what is computed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.config import Resources, TextData
+
+LayerRange = tuple[int, int]
+
+
+def held_bytes(plan: Mapping[str, Any], layers: LayerRange, data: TextData) -> int:
+    """Memory in bytes that a worker needs for a layer shard: weights, the copy while loading, activations."""
+    first, stop = layers
+    layer_bytes: Sequence[int] = plan["layer_bytes"]
+    itemsize = 4 if plan["dtype"] == "float32" else 2
+    at_an_end = first == 0 or stop == plan["num_layers"]
+    weights = sum(layer_bytes[first:stop]) + (plan["outside_bytes"] if at_an_end else 0)
+    hidden = 2 * data.sequences_per_shard * data.sequence_length * plan["hidden_size"] * itemsize
+    logits = 2 * 4 * data.micro_batch * data.sequence_length * plan["vocab_size"] if stop == plan["num_layers"] else 0
+    return weights + max(layer_bytes[first:stop]) + hidden + logits
+
+
+def layer_shards(plan: Mapping[str, Any], data: TextData, resources: Resources, num_workers: int) -> list[LayerRange]:
+    """Contiguous layer ranges: as many layers each as fit in `worker_memory`, never fewer than one, and no more than leave
+    each of num_workers a shard."""
+    num_layers = plan["num_layers"]
+    most = resources.layers_per_shard or max(1, -(-num_layers // num_workers))
+    shards: list[LayerRange] = []
+    first = 0
+    while first < num_layers:
+        stop = first + 1
+        while stop < min(num_layers, first + most) and (
+            resources.layers_per_shard or held_bytes(plan, (first, stop + 1), data) <= resources.worker_memory
+        ):
+            stop += 1
+        shards.append((first, stop))
+        first = stop
+    return shards

@@ -1,0 +1,55 @@
+"""Everything that can be checked before a process is started: run file against checkpoint, files, bounds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.identity import data_identity, model_identity
+from stages.common.checkpoint import Checkpoint
+from stages.common.errors import InputError
+from stages.common.families import num_experts_in, top_k_in
+
+
+def check(config: RunConfig) -> tuple[Checkpoint, dict[str, Mapping[str, Any]]]:
+    """Check a run; return its checkpoint and the identities of model and texts.
+
+    Raises InputError for a checkpoint that is missing, damaged or not MoE, for a target out of bounds, for a missing text.
+    """
+    checkpoint = Checkpoint(config.model)
+    place = str(checkpoint.folder)
+    num_experts = num_experts_in(checkpoint.config, place)
+    check_targets(config, num_experts, top_k_in(checkpoint.config, place))
+    assert checkpoint.tensors
+    identities: dict[str, Mapping[str, Any]] = {"model": model_identity(checkpoint)}
+    texts = {"calibration": config.calibration, "evaluation": config.evaluation}
+    for name, data in texts.items():
+        if data is not None:
+            identities[name] = data_identity(data.data, data.revision, name)
+    return checkpoint, identities
+
+
+def check_targets(config: RunConfig, num_experts: int, top_k: int) -> None:
+    """Raise InputError for a target with more experts than there are, or (stock) fewer than the router picks."""
+    for target in config.clustering.num_experts:
+        counts = (target,) if isinstance(target, int) else target
+        if max(counts) > num_experts:
+            raise InputError(
+                f"clustering.num_experts is {max(counts)} but {config.model} has {num_experts} experts a layer; "
+                f"use at most {num_experts}"
+            )
+        if "stock" in config.export.formats and min(counts) < top_k:
+            raise InputError(
+                f"clustering.num_experts is {min(counts)} but the router picks top_k={top_k} experts per token, so a stock "
+                f"export needs at least {top_k}; raise it or set export.formats to [tied]"
+            )
+
+
+def check_layers(config: RunConfig, num_moe_layers: int) -> None:
+    """Raise InputError for a target that lists a number of layers that the model does not have."""
+    for target in config.clustering.num_experts:
+        if isinstance(target, tuple) and len(target) != num_moe_layers:
+            raise InputError(
+                f"clustering.num_experts has a target with {len(target)} numbers but {config.model} has {num_moe_layers} "
+                f"MoE layers; give one number for each"
+            )

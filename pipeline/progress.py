@@ -1,0 +1,58 @@
+"""What a person sees while a run goes on: one bar a stage in a terminal, plain lines elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from pipeline.units import Outcome, Unit
+
+
+class Reporter:
+    """Writes to standard error, so that standard output holds results only."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars: Progress | None = None
+        self._bar: TaskID | None = None
+        self._stage, self._num_units, self._num_done = "", 0, 0
+        self._started = 0.0
+
+    def begin(self, stage: str, num_units: int, num_reused: int) -> None:
+        """A stage begins: units to run, and units that an earlier run has sealed."""
+        self._stage, self._num_units, self._num_done, self._started = stage, num_units, 0, time.monotonic()
+        reused = f", {num_reused} reused" if num_reused else ""
+        if self.console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.fields[unit]}"), console=self.console,
+            )  # fmt: skip
+            self._bar = self._bars.add_task(stage, total=num_units, unit=reused.lstrip(", "))
+            self._bars.start()
+        else:
+            self.line(f"{stage}: {num_units} units{reused}")
+
+    def done(self, unit: Unit, outcome: Outcome) -> None:
+        """A unit is sealed."""
+        self._num_done += 1
+        if self._bars is not None and self._bar is not None:
+            self._bars.update(self._bar, advance=1, unit=unit.label)
+            return
+        tokens = f"{outcome.facts['num_tokens']:,} tokens, " if "num_tokens" in outcome.facts else ""
+        self.line(
+            f"{unit.stage} {unit.label}: {tokens}{outcome.elapsed_s:.1f} s on {outcome.host} "
+            f"({self._num_done}/{self._num_units})"
+        )
+
+    def end(self) -> None:
+        """The stage is over."""
+        if self._bars is not None and self._bar is not None:
+            self._bars.update(self._bar, unit="")
+            self._bars.stop()
+            self._bars = None
+        elif self._num_units:
+            self.line(f"{self._stage}: done in {time.monotonic() - self._started:.1f} s")
+
+    def line(self, text: str) -> None:
+        """One line for a log."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

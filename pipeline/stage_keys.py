@@ -1,0 +1,132 @@
+"""The stages of one run: their keys and directories, which follow from the settings alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pipeline.config import RunConfig, TextData
+from pipeline.identity import key_of
+
+STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate", "report")
+
+# Raised when a stage computes something else from the same inputs: old results are then not reused.
+VERSIONS = {"prepare": 1, "calibrate": 1, "cluster": 1, "merge": 1, "assemble": 1, "evaluate": 1, "report": 1}
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a run, or one part of it (a text, a target): `identity` is all that its result depends on."""
+
+    stage: str
+    part: str
+    identity: Mapping[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the identity."""
+        return key_of(self.identity)
+
+    @property
+    def name(self) -> str:
+        """Stage and part, without the key."""
+        return f"{self.stage}-{self.part}" if self.part else self.stage
+
+    @property
+    def dir(self) -> str:
+        """Its directory, relative to the run directory."""
+        return f"{self.name}-{self.key}"
+
+
+def _stage(stage: str, part: str, settings: Mapping[str, Any], **upstream: str) -> StageRun:
+    return StageRun(stage, part, {"stage": stage, "version": VERSIONS[stage], "settings": dict(settings), "upstream": upstream})
+
+
+@dataclass(frozen=True)
+class TargetRun:
+    """One target in one format: its name under `models/`, what each MoE layer keeps, and its stages."""
+
+    name: str
+    target: str
+    num_experts: int | tuple[int, ...]
+    format: str
+    merge: StageRun
+    assemble: StageRun
+    evaluate: StageRun | None
+
+
+class Stages:
+    """Every stage of a run.
+
+    identities: of the model and of each text, from `pipeline.identity`.
+    """
+
+    def __init__(self, config: RunConfig, identities: Mapping[str, Mapping[str, Any]]) -> None:
+        self.config = config
+        self.identities = identities
+        self.survey = _stage("prepare", "model", {"model": identities["model"]})
+        self.calibration = self._tokens("calibration", config.calibration)
+        self.evaluation = self._tokens("evaluation", config.evaluation) if config.evaluation else None
+        self.calibrate = _stage("calibrate", "", {}, model=self.survey.key, tokens=self.calibration.key)
+        self.cluster = _stage("cluster", "", config.clustering.model_dump(exclude={"num_experts"}), calibrate=self.calibrate.key)
+        self.evaluate_source = self._evaluate("source", self.survey)
+        self.targets = [
+            self._target(target, export_format)
+            for target in config.clustering.num_experts
+            for export_format in config.export.formats
+        ]
+
+    def _tokens(self, part: str, data: TextData) -> StageRun:
+        settings = data.model_dump(exclude={"data", "metrics", "tokens_per_shard", "tokens_per_micro_batch"})
+        settings |= {
+            "data": self.identities[part],
+            "micro_batch": data.micro_batch,
+            "sequences_per_shard": data.sequences_per_shard,
+        }
+        return _stage("prepare", part, settings, model=self.survey.key)
+
+    def _evaluate(self, part: str, model: StageRun) -> StageRun | None:
+        if self.evaluation is None or self.config.evaluation is None:
+            return None
+        return _stage("evaluate", part, {}, model=model.key, tokens=self.evaluation.key)
+
+    def _target(self, num_experts: int | tuple[int, ...], export_format: str) -> TargetRun:
+        config = self.config
+        target = target_name(num_experts)
+        part = f"{target}-{export_format}"
+        settings: dict[str, Any] = {
+            "num_experts": num_experts,
+            "format": export_format,
+            "method": config.merging.method,
+            "max_file_bytes": config.export.max_file_bytes,
+        }
+        if export_format == "stock":
+            settings["router"] = config.export.router
+        merge = _stage("merge", part, settings, cluster=self.cluster.key, calibrate=self.calibrate.key)
+        card = {"model": config.model, "revision": config.revision, "name": f"{config.model_name}-{part}"}
+        assemble = _stage("assemble", part, card, merge=merge.key)
+        return TargetRun(
+            card["name"] or "", target, num_experts, export_format, merge, assemble, self._evaluate(part, assemble)
+        )
+
+    @cached_property
+    def report(self) -> StageRun:
+        """The report depends on every result before it."""
+        upstream = {target.assemble.name: target.assemble.key for target in self.targets}
+        evaluates = [self.evaluate_source, *(target.evaluate for target in self.targets)]
+        upstream |= {stage.name: stage.key for stage in evaluates if stage is not None}
+        return _stage("report", "", {"run": self.config.model_dump(mode="json", exclude={"resources"})}, **upstream)
+
+    def all(self) -> list[StageRun]:
+        """Every stage, in the order in which they run."""
+        stages: list[StageRun | None] = [self.survey, self.calibration, self.evaluation, self.calibrate, self.cluster]
+        stages += [target.merge for target in self.targets] + [target.assemble for target in self.targets]
+        stages += [self.evaluate_source, *(target.evaluate for target in self.targets), self.report]
+        return [stage for stage in stages if stage is not None]
+
+
+def target_name(num_experts: int | tuple[int, ...]) -> str:
+    """`6e`, or for a number a layer its mean and a short hash, `5.25e-1f3a`."""
+    if isinstance(num_experts, int):
+        return f"{num_experts}e"
+    return f"{sum(num_experts) / len(num_experts):.2f}e-{key_of({'num_experts': num_experts})[:4]}"

@@ -1,0 +1,32 @@
+"""The result table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Bytes in decimal units with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def result_table(report: Mapping[str, Any]) -> Table:
+    """One row a model of `report.json`."""
+    table = Table(title=None)
+    table.add_column("model", overflow="fold")
+    for column in ("experts a layer", "parameters", "bytes on disk", "perplexity"):
+        table.add_column(column, justify="right")
+    table.add_column("path", overflow="fold")
+    for model in report["models"]:
+        perplexity = f"{model['perplexity']:.3f}" if "perplexity" in model else "-"
+        count = model["num_experts"]
+        experts = str(count) if isinstance(count, int) else f"{min(count)}-{max(count)}"
+        table.add_row(
+            model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity, model["path"]
+        )
+    return table

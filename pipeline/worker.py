@@ -1,0 +1,56 @@
+"""Runs units: finds the stage's function, keeps what units share, seals. The same code serves every executor."""
+
+import importlib
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.manifest import seal
+from pipeline.units import Failure, Outcome, Unit
+from stages.common.errors import InputError
+from stages.common.unit import Job
+
+
+def resolve(call: str) -> Callable[..., Any]:
+    """The function that "package.module:function" names."""
+    module, _, name = call.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+class Worker:
+    """One process's place of work: it holds at most one thing at a time."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._hold_key: str | None = None
+        self._held: Any = None
+
+    def _hold(self, unit: Unit) -> Any:
+        hold = unit.hold
+        key = hold.key if hold else None
+        if key != self._hold_key and (hold is not None or unit.on_worker):  # a CPU unit needs no room: keep what is held
+            self._hold_key, self._held = None, None  # let go before the next is loaded: both may not fit
+            if hold is not None:
+                self._held = resolve(hold.call)(**hold.args)
+            self._hold_key = key
+        return self._held
+
+    def run(self, unit: Unit) -> Outcome:
+        """Run and seal one unit. Never raises for what the unit raises: the outcome says why it failed."""
+        started = time.time()
+        failure, facts = None, {}
+        try:
+            held = self._hold(unit)
+            result = resolve(unit.call)(Job(self.run_dir, self.run_dir / unit.stage_dir, unit.args, held))
+            seal(self.run_dir, unit, result, started)
+            facts = dict(result.facts)
+            for path in unit.reads:
+                (self.run_dir / path).unlink(missing_ok=True)
+        except InputError as e:
+            failure = Failure("input", str(e))
+        except Exception as e:  # the driver reports it with its traceback and ends the run
+            failure = Failure("error", f"{type(e).__name__}: {e}", traceback.format_exc())
+        return Outcome(socket.gethostname(), time.time() - started, facts, failure)

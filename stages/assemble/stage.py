@@ -1,0 +1,58 @@
+"""Unit of assemble: one target."""
+
+from typing import Any
+
+from stages.assemble.card import model_card
+from stages.assemble.config import target_config
+from stages.common.adapter import AdaptedModel
+from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, TensorEntry, read_header, read_json
+from stages.common.files import WrittenFile, copy_file, link_or_copy, write_bytes, write_json
+from stages.common.paths import CHECKPOINT_DIR
+from stages.common.tied import MODELING_FILE, modeling_source
+from stages.common.unit import Job, UnitResult
+
+CARD_FILE = "README.md"
+
+
+def assemble_unit(job: Job) -> UnitResult:
+    """Make the target's folder complete and check that transformers would load it.
+
+    args: model (folder), merge_dir (relative to the run directory), files (names and digests), num_merged (layer -> r),
+    format, card (facts for the model card). Raises InputError when the written checkpoint does not fill its model.
+    """
+    args = job.args
+    source = Checkpoint(args["model"])
+    folder = job.stage_dir / CHECKPOINT_DIR
+    num_merged = {int(layer): count for layer, count in args["num_merged"].items()}
+    written: list[WrittenFile] = []
+    for name in args["files"]:
+        merged = job.run_dir / args["merge_dir"] / CHECKPOINT_DIR / name
+        link_or_copy(merged, folder / name)
+        written.append(WrittenFile(folder / name, merged.stat().st_size, args["files"][name]))
+    config = target_config(source.config, num_merged, args["format"])
+    written.append(write_json(folder / CONFIG_FILE, config))
+    if args["format"] == "tied":
+        written.append(write_bytes(folder / MODELING_FILE, modeling_source(config).encode()))
+    for path in source.side_files():
+        if path.name not in (CARD_FILE, MODELING_FILE):
+            written.append(copy_file(path, folder / path.name))
+    tensors = [entry for name in args["files"] for entry in read_header(folder / name).entries]
+    if list(args["files"]) != [SINGLE_FILE]:
+        written.append(write_json(folder / INDEX_FILE, _index(source, tensors)))
+    target = Checkpoint(folder)
+    AdaptedModel(target).check_complete()
+    num_parameters = sum(entry.num_elements for entry in tensors if not entry.name.endswith(".expert_map"))
+    sizes = {"parameters": num_parameters, "bytes": target.total_bytes}
+    card = model_card({**args["card"], **sizes, "format": args["format"]})
+    written.append(write_bytes(folder / CARD_FILE, card.encode()))
+    return UnitResult(tuple(written), facts=sizes)
+
+
+def _index(source: Checkpoint, tensors: list[TensorEntry]) -> dict[str, Any]:
+    path = source.folder / INDEX_FILE
+    metadata = dict(read_json(path).get("metadata") or {}) if path.exists() else {}
+    metadata["total_size"] = sum(entry.num_bytes for entry in tensors)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(entry.num_elements for entry in tensors)
+    return {"metadata": metadata, "weight_map": {entry.name: entry.file for entry in sorted(tensors, key=lambda e: e.name)}}
+

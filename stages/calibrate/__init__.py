@@ -1,0 +1,1 @@
+"""calibrate: stream token shards through layer shards and keep sums for every expert."""

@@ -1,0 +1,66 @@
+"""Agglomerative clustering of one layer's experts.
+
+Dimensions: E experts, D feature size, K clusters. A linkage matrix Z [E-1, 4] is scipy's: left, right, distance, size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.cluster import hierarchy
+from scipy.spatial import distance as spatial
+
+from stages.common.errors import InputError
+from stages.common.tables import Array, Statistics
+
+
+def expert_output(statistics: Statistics) -> Array:
+    """Mean output [E, D] of every expert over all calibration tokens, un-gated (HC-SMoE, arXiv:2410.08589, eq. 4)."""
+    return statistics.output_sum_ED / statistics.num_tokens  # type: ignore[no-any-return]
+
+
+FEATURES: dict[str, Callable[[Statistics], Array]] = {"expert_output": expert_output}
+DISTANCES: dict[str, Callable[[Array], Array]] = {"euclidean": lambda feature_ED: spatial.pdist(feature_ED, "euclidean")}
+LINKAGES: dict[str, Callable[[Array], Array]] = {
+    "average": hierarchy.average,
+    "single": hierarchy.single,
+    "complete": hierarchy.complete,
+    "ward": hierarchy.ward,
+}
+
+
+def link(feature_ED: Array, distance: str, linkage: str, place: str) -> Array:
+    """Linkage matrix Z [E-1, 4] of the experts. Raises InputError naming the expert whose feature is not finite."""
+    for expert, row in enumerate(feature_ED):
+        if not np.isfinite(row).all():
+            raise InputError(f"{place}: the feature of expert {expert} is not finite; its weights hold NaN or infinity")
+    return LINKAGES[linkage](DISTANCES[distance](feature_ED))
+
+
+def cut(linkage_Z: Array, num_clusters: int) -> Array:
+    """Labels [E] of the cut to exactly num_clusters: the first E-K merges of the dendrogram, replayed.
+
+    Replayed, since `fcluster` returns fewer clusters than asked for when distances tie. Clusters are numbered by their
+    smallest member.
+    """
+    num_experts = len(linkage_Z) + 1
+    assert 1 <= num_clusters <= num_experts
+    members: dict[int, list[int]] = {expert: [expert] for expert in range(num_experts)}
+    for step in range(num_experts - num_clusters):
+        left, right = int(linkage_Z[step, 0]), int(linkage_Z[step, 1])
+        members[num_experts + step] = members.pop(left) + members.pop(right)
+    labels = np.empty(num_experts, dtype=np.int32)
+    for label, cluster in enumerate(sorted(members.values(), key=min)):
+        labels[cluster] = label
+    return labels
+
+
+def all_cuts(linkage_Z: Array) -> dict[str, Any]:
+    """Columns of schema LABELS: the cut to every K from 1 to E."""
+    num_experts = len(linkage_Z) + 1
+    labels_KE = np.stack([cut(linkage_Z, k) for k in range(1, num_experts + 1)])
+    return {
+        "num_clusters": np.repeat(np.arange(1, num_experts + 1, dtype=np.int32), num_experts),
+        "expert": np.tile(np.arange(num_experts, dtype=np.int32), num_experts),
+        "label": labels_KE.reshape(-1),
+    }

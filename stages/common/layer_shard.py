@@ -1,0 +1,176 @@
+"""A layer shard: contiguous decoder layers of one checkpoint in memory, run on hidden states with transformers' own code.
+
+The rest of the model stays on the meta device. The decoder's own forward is run with stand-ins for its layers: it then
+tells what it would hand to each layer (masks, position embeddings), and finishes a forward from given hidden states.
+
+Dimensions: B sequences of a micro-batch, T tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from stages.common.adapter import AdaptedModel
+from stages.common.checkpoint import Checkpoint
+from stages.common.errors import InputError
+
+LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Stop(BaseException):
+    """Leaves the decoder's forward once its layers' arguments are known."""
+
+
+class _StandIn(nn.Module):
+    """Takes a decoder layer's place in the decoder's loop; any other attribute is the layer's own."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer
+        self.__dict__["_forward"] = forward
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.__dict__["_forward"](hidden_BTD, args, kwargs)  # type: ignore[no-any-return]
+
+
+def choose_device() -> torch.device:
+    """The GPU that this process may use, else the CPU."""
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+class LayerShard:
+    """Decoder layers [first, stop) of a checkpoint, loaded; plus the embeddings for layer 0 and the head for the last.
+
+    num_threads: CPU threads for this process; a setting, so that results do not depend on the machine.
+    Raises InputError, naming the tensors, when the checkpoint does not fill these layers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, first: int, stop: int, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self.device = choose_device()
+        self.adapted = AdaptedModel(checkpoint)
+        self.model = self.adapted.model
+        self.first, self.stop = first, stop
+        self._arguments: dict[tuple[int, int], list[LayerArguments]] = {}
+        prefixes = [f"{self.adapted.layers_prefix}{layer}." for layer in range(first, stop)]
+        is_ends = first == 0 or stop == len(self.adapted.layers)
+        self._load(lambda parameter: parameter.startswith(tuple(prefixes)) or (is_ends and self._is_outside(parameter)))
+        self._initialise_buffers(tuple(prefixes))
+        self._check_loaded(prefixes)
+
+    def _is_outside(self, parameter: str) -> bool:
+        return bool(parameter) and self.adapted.layer_of(parameter) is None
+
+    def _load(self, wanted: Callable[[str], bool]) -> None:
+        names = [name for name, (parameter, _) in self.adapted.targets.items() if wanted(parameter)]
+        tensors = self.adapted.checkpoint.tensors
+        dtype = self.model.dtype
+        config = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            device_map={"": self.device},
+            weight_mapping=self.adapted.weight_mapping,
+        )
+        with ExitStack() as stack:
+            files = {
+                file: stack.enter_context(safe_open(self.adapted.checkpoint.folder / file, "pt"))
+                for file in sorted({tensors[name].file for name in names})
+            }
+            slices = {name: files[tensors[name].file].get_slice(name) for name in names}
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        problems = [*info.conversion_errors.values(), *info.error_msgs, *map(str, info.mismatched_keys)]
+        if problems:
+            raise InputError(f"{self.adapted.checkpoint.folder}: transformers cannot load layers: {problems[0]}")
+        self.model.tie_weights()
+        self.model.requires_grad_(False)
+
+    def _initialise_buffers(self, prefixes: tuple[str, ...]) -> None:
+        """Compute the buffers that no checkpoint holds (rotary frequencies), as transformers does after loading."""
+        for name, module in self.model.named_modules():
+            inside_layers = f"{name}.".startswith(self.adapted.layers_prefix)
+            if inside_layers and not f"{name}.".startswith(prefixes):
+                continue
+            names = [key for key in module._non_persistent_buffers_set if module._buffers.get(key) is not None]
+            for key in names:
+                module._buffers[key] = torch.empty_like(module._buffers[key], device=self.device)
+            if names:
+                with torch.no_grad():
+                    self.model._init_weights(module)
+
+    def _check_loaded(self, prefixes: list[str]) -> None:
+        state = self.model.state_dict()
+        missing = [name for name, tensor in state.items() if tensor.is_meta and name.startswith(tuple(prefixes))]
+        if missing:
+            raise InputError(f"{self.adapted.checkpoint.folder} lacks tensors for {', '.join(missing[:5])}")
+
+    @contextmanager
+    def _stand_ins(self, forward: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        layers = self.adapted.layers
+
+        def bind(index: int) -> Callable[..., Tensor]:
+            return lambda hidden, args, kwargs: forward(index, hidden, args, kwargs)
+
+        self.adapted.decoder.layers = nn.ModuleList(_StandIn(layer, bind(i)) for i, layer in enumerate(layers))
+        try:
+            with torch.inference_mode():
+                yield
+        except _Stop:
+            pass
+        finally:
+            self.adapted.decoder.layers = layers
+
+    def embed(self, token_ids_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, D] that the decoder hands to layer 0."""
+        captured: list[Tensor] = []
+
+        def capture(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            captured.append(hidden)
+            raise _Stop
+
+        with self._stand_ins(capture):
+            self.adapted.decoder(input_ids=token_ids_BT.to(self.device), use_cache=False)
+        return captured[0]
+
+    def _layer_arguments(self, hidden_BTD: Tensor) -> list[LayerArguments]:
+        """What the decoder hands to each layer besides the hidden states; it depends on B and T only."""
+        shape = (hidden_BTD.shape[0], hidden_BTD.shape[1])
+        if shape not in self._arguments:
+            arguments: list[LayerArguments] = []
+
+            def capture(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+                arguments.append((args, kwargs))
+                if index == len(self.adapted.layers) - 1:
+                    raise _Stop
+                return hidden
+
+            with self._stand_ins(capture):
+                self.adapted.decoder(inputs_embeds=torch.zeros_like(hidden_BTD), use_cache=False)
+            self._arguments[shape] = arguments
+        return self._arguments[shape]
+
+    def run_layer(self, layer: int, hidden_BTD: Tensor) -> Tensor:
+        """Hidden states [B, T, D] after one decoder layer of this shard."""
+        args, kwargs = self._layer_arguments(hidden_BTD)[layer]
+        with torch.inference_mode():
+            out = self.adapted.layers[layer](hidden_BTD, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] from the hidden states after the last layer, by the model's own final norm and head."""
+        with self._stand_ins(lambda index, hidden, args, kwargs: hidden_BTD):
+            out = self.model(inputs_embeds=hidden_BTD, use_cache=False)
+        return out.logits  # type: ignore[no-any-return]
+
+
+def open_layer_shard(checkpoint_folder: str, first: int, stop: int, num_threads: int) -> LayerShard:
+    """Load a layer shard; what a worker calls once and holds for all token shards."""
+    return LayerShard(Checkpoint(checkpoint_folder), first, stop, num_threads)

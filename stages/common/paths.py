@@ -1,0 +1,44 @@
+"""Where each file of a stage lies inside the stage's directory, so that what one stage writes another finds."""
+
+from pathlib import Path
+
+PLAN_FILE = "plan.json"
+TENSORS_FILE = "tensors.arrow"
+CHECKPOINT_DIR = "checkpoint"
+SCORES_FILE = "scores.json"
+REPORT_FILE = "report.json"
+
+
+def tokens_file(shard: int) -> str:
+    """A token shard."""
+    return f"tokens-{shard:04d}.arrow"
+
+
+def hidden_file(stage_dir: Path, layer: int, shard: int) -> Path:
+    """Hidden states of a token shard as they enter a layer; transient."""
+    return stage_dir / "hidden" / f"layer-{layer:04d}" / f"tokens-{shard:04d}.safetensors"
+
+
+def partial_statistics_file(stage_dir: Path, layer: int, shard: int) -> Path:
+    """Statistics of one layer over one token shard; transient."""
+    return stage_dir / "partial" / f"layer-{layer:04d}" / f"tokens-{shard:04d}.arrow"
+
+
+def statistics_file(stage_dir: Path, layer: int) -> Path:
+    """Statistics of one layer over the calibration set."""
+    return stage_dir / f"layer-{layer:04d}.statistics.arrow"
+
+
+def dendrogram_file(stage_dir: Path, layer: int) -> Path:
+    """Dendrogram of one layer's experts."""
+    return stage_dir / f"layer-{layer:04d}.dendrogram.arrow"
+
+
+def labels_file(stage_dir: Path, layer: int) -> Path:
+    """Cluster labels of one layer's experts, for every number of clusters."""
+    return stage_dir / f"layer-{layer:04d}.labels.arrow"
+
+
+def losses_file(stage_dir: Path, shard: int) -> Path:
+    """Losses of one token shard's sequences."""
+    return stage_dir / f"losses-{shard:04d}.arrow"

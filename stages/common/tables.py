@@ -1,0 +1,63 @@
+"""Readers of the tables through which stages meet."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.common.schemas import read_table
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of one layer as arrays; meanings and units stand in `schemas.statistics_schema`.
+
+    num_tokens: int; num_routed_E, gate_sum_E, gated_output_norm_sum_E, router_probability_sum_E; output_sum_ED;
+    router_logit_gram_EE. Sums are float64, counts int64.
+    """
+
+    layer: int
+    num_tokens: int
+    num_routed_E: Array
+    gate_sum_E: Array
+    output_sum_ED: Array
+    gated_output_norm_sum_E: Array
+    router_probability_sum_E: Array
+    router_logit_gram_EE: Array
+
+
+def token_ids(path: Path) -> Tensor:
+    """Token ids int64 [S, T] of a token shard."""
+    return torch.tensor(read_table(path)["token_ids"].to_pylist(), dtype=torch.int64)
+
+
+def statistics(path: Path) -> Statistics:
+    """Read one layer's statistics."""
+    table = read_table(path)
+
+    def matrix(name: str) -> Array:
+        column = table[name].combine_chunks()
+        return column.flatten().to_numpy().reshape(len(column), -1)  # type: ignore[no-any-return]
+
+    return Statistics(
+        layer=table["layer"][0].as_py(),
+        num_tokens=table["num_tokens"][0].as_py(),
+        num_routed_E=table["num_routed_tokens"].to_numpy(),
+        gate_sum_E=table["gate_sum"].to_numpy(),
+        output_sum_ED=matrix("output_sum"),
+        gated_output_norm_sum_E=table["gated_output_norm_sum"].to_numpy(),
+        router_probability_sum_E=table["router_probability_sum"].to_numpy(),
+        router_logit_gram_EE=matrix("router_logit_gram"),
+    )
+
+
+def labels(path: Path, num_clusters: int) -> Array:
+    """Cluster label int [E] of every expert for a cut to num_clusters."""
+    table = read_table(path)
+    rows = table["num_clusters"].to_numpy() == num_clusters
+    return table["label"].to_numpy()[rows]  # type: ignore[no-any-return]

@@ -1,0 +1,75 @@
+"""The tied checkpoint: E router rows, fewer experts, and a small file of model code that knows which is which.
+
+A layer's `experts` module becomes a subclass of its own class: its expert axis is shortened to r, and a persistent
+int64 buffer `expert_map` [E] sends each routed index to the expert that stands for it. A token that chose two members
+of one cluster thus adds both gate weights, as HC-SMoE does.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+CONFIG_KEY = "hcsmoe_num_experts"
+CLASS_NAME = "HCSMoEForCausalLM"
+MODELING_FILE = "modeling_hcsmoe.py"
+BASE_KEY = "hcsmoe_base_architecture"
+
+_SOURCE = '''\
+"""{base} with merged experts: the router keeps a row for every source expert, several of which share one expert.
+
+Written by hcsmoe. config.hcsmoe_num_experts maps each MoE layer to the number of experts that it keeps.
+"""
+
+import torch
+from torch import nn
+from transformers import {base} as _Base
+
+
+def _merged_class(experts_class):
+    class MergedExperts(experts_class):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return super().forward(hidden_states, self.expert_map[top_k_index], top_k_weights)
+
+    return MergedExperts
+
+
+def _merge(experts, num_merged):
+    num_experts = experts.num_experts
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        if parameter.shape[0] == num_experts:
+            shorter = parameter.new_empty((num_merged, *parameter.shape[1:]))
+            setattr(experts, name, nn.Parameter(shorter, requires_grad=parameter.requires_grad))
+    experts.num_experts = num_merged
+    experts.register_buffer("expert_map", torch.zeros(num_experts, dtype=torch.int64))
+    experts.__class__ = _merged_class(type(experts))
+
+
+class {class_name}(_Base):
+    def __init__(self, config):
+        super().__init__(config)
+        for name, module in list(self.named_modules()):
+            if name.endswith(".experts") and hasattr(module, "num_experts"):
+                layer = name.split(".layers.")[1].split(".")[0]
+                _merge(module, config.hcsmoe_num_experts[layer])
+'''
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a raw config is that of a tied checkpoint."""
+    return CONFIG_KEY in config
+
+
+def tied_config(config: Mapping[str, Any], num_experts: Mapping[int, int]) -> dict[str, Any]:
+    """The source's raw config with what a tied checkpoint adds. num_experts: kept experts of each MoE layer."""
+    (base,) = config["architectures"]
+    return {
+        **config,
+        "architectures": [CLASS_NAME],
+        "auto_map": {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{CLASS_NAME}"},
+        BASE_KEY: base,
+        CONFIG_KEY: {str(layer): count for layer, count in sorted(num_experts.items())},
+    }
+
+
+def modeling_source(config: Mapping[str, Any]) -> str:
+    """Text of the model file that belongs to a tied config."""
+    return _SOURCE.format(base=config[BASE_KEY], class_name=CLASS_NAME)

@@ -1,0 +1,1 @@
+"""evaluate: perplexity of a checkpoint, streamed through layer shards like the calibration set."""

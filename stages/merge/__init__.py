@@ -1,0 +1,1 @@
+"""merge: write the target's weight files, each an independent unit."""

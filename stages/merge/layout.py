@@ -1,0 +1,112 @@
+"""Which tensors each output file holds, from shapes alone: labels are not needed to know names, sizes and files.
+
+An output file keeps what its source file keeps: merged expert c takes the name, and so the file, of source expert c.
+With r = E the files are the source's own, byte for byte. A file larger than the bound is split.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.common.checkpoint import DTYPE_BITS, SINGLE_FILE
+from stages.common.schemas import read_table
+
+FORMATS = ("tied", "stock")
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the target.
+
+    rule: "copy" | "expert" (one merged expert) | "fused_expert" | "router" (rows combined) | "expert_map".
+    cluster: for "expert", the merged expert. source: row of the source tensor in `tensors.arrow`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    rule: str
+    layer: int | None
+    source: Mapping[str, Any]
+    cluster: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return (math.prod(self.shape) * DTYPE_BITS[self.dtype] + 7) // 8
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weight file of the target: its final name and its tensors in the order of their bytes."""
+
+    name: str
+    source_file: str
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+def read_tensor_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of `tensors.arrow`."""
+    return read_table(path).to_pylist()  # type: ignore[no-any-return]
+
+
+def _output_tensors(row: Mapping[str, Any], num_merged: Mapping[int, int], export_format: str) -> list[OutputTensor]:
+    name, dtype, shape, layer, role = row["name"], row["dtype"], tuple(row["shape"]), row["layer"], row["role"]
+    if role == "copy" or (role == "router" and export_format == "tied"):
+        return [OutputTensor(name, dtype, shape, "copy", layer, row)]
+    if role == "expert":
+        if row["expert"] >= num_merged[layer]:
+            return []
+        return [OutputTensor(name, dtype, shape, "expert", layer, row, cluster=row["expert"])]
+    axis = row["expert_axis"]
+    shorter = (*shape[:axis], num_merged[layer], *shape[axis + 1 :])
+    return [OutputTensor(name, dtype, shorter, role, layer, row)]
+
+
+def _expert_map(row: Mapping[str, Any], num_experts: int) -> OutputTensor:
+    if row["role"] == "expert":
+        module = row["template"].split(".{}.", 1)[0]
+    else:
+        module = row["parameter"].rsplit(".", 1)[0]
+    return OutputTensor(f"{module}.expert_map", "I64", (num_experts,), "expert_map", row["layer"], row)
+
+
+def output_files(
+    rows: list[dict[str, Any]], num_experts: int, num_merged: Mapping[int, int], export_format: str, max_file_bytes: int
+) -> list[OutputFile]:
+    """The target's files, none empty, in the order of the source's.
+
+    num_merged: merged experts r of each MoE layer. Tensors of wider dtypes come first in a file, so that all are aligned.
+    """
+    groups: dict[str, list[OutputTensor]] = {}
+    mapped: set[int] = set()
+    for row in rows:
+        group = groups.setdefault(row["file"], [])
+        group.extend(_output_tensors(row, num_merged, export_format))
+        if export_format == "tied" and row["role"] in ("expert", "fused_expert") and row["layer"] not in mapped:
+            mapped.add(row["layer"])
+            group.append(_expert_map(row, num_experts))
+    parts: list[tuple[str, list[OutputTensor]]] = []
+    for file, group in groups.items():
+        part: list[OutputTensor] = []
+        for tensor in sorted(group, key=lambda tensor: -DTYPE_BITS[tensor.dtype]):
+            if part and sum(t.num_bytes for t in part) + tensor.num_bytes > max_file_bytes:
+                parts.append((file, part))
+                part = []
+            part.append(tensor)
+        if part:
+            parts.append((file, part))
+    return [
+        OutputFile(_file_name(number, len(parts)), file, tuple(tensors)) for number, (file, tensors) in enumerate(parts, 1)
+    ]
+
+
+def _file_name(number: int, count: int) -> str:
+    return SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

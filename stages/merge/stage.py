@@ -1,0 +1,122 @@
+"""Unit of merge: one output file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.common import tables
+from stages.common.checkpoint import Checkpoint, write_header
+from stages.common.files import DigestingFile, write_file
+from stages.common.paths import CHECKPOINT_DIR, TENSORS_FILE, labels_file, statistics_file
+from stages.common.unit import Job, UnitResult
+from stages.merge.layout import OutputTensor, output_files, read_tensor_rows
+from stages.merge.shares import METHODS, ROUTERS, Shares, shares_by_cluster
+from stages.merge.weights import SourceTensors, checkpoint_path, merge_rows, weighted_sum, write_tensor
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """What a layer's tensors are merged by; read when the first of them is reached."""
+
+    statistics_path: Path
+    labels_path: Path
+    num_merged: int
+    method: str
+    router: str
+
+    @cached_property
+    def _statistics(self) -> tables.Statistics:
+        return tables.statistics(self.statistics_path)
+
+    @cached_property
+    def labels_E(self) -> tables.Array:
+        """Cluster of every source expert."""
+        return tables.labels(self.labels_path, self.num_merged)
+
+    @cached_property
+    def experts(self) -> list[Shares]:
+        """Members and shares of every merged expert."""
+        return shares_by_cluster(METHODS[self.method](self._statistics), self.labels_E)[0]
+
+    @cached_property
+    def unweighted(self) -> list[int]:
+        """Merged experts whose members were never routed to."""
+        return shares_by_cluster(METHODS[self.method](self._statistics), self.labels_E)[1]
+
+    @cached_property
+    def rows(self) -> list[Shares]:
+        """Members and shares of every combined router row."""
+        return ROUTERS[self.router](self._statistics, self.labels_E)
+
+
+def _write(tensor: OutputTensor, source: SourceTensors, layers: Mapping[int, LayerMerge], out: DigestingFile) -> None:
+    row = tensor.source
+    place = checkpoint_path(source.checkpoint.folder, row["file"], row["name"])
+    if tensor.rule == "copy":
+        source.copy(row["name"], out)
+        return
+    assert tensor.layer is not None
+    layer = layers[tensor.layer]
+    if tensor.rule == "expert_map":
+        write_tensor(out, torch.from_numpy(layer.labels_E.astype("int64")))
+    elif tensor.rule == "expert":
+        assert tensor.cluster is not None
+        members = [(row["template"].format(member), share) for member, share in layer.experts[tensor.cluster]]
+        if len(members) == 1:
+            source.copy(members[0][0], out)
+        else:
+            dtype = source.slices(row["name"])[:0].dtype
+            parts = ((source.read(name), share) for name, share in members)
+            write_tensor(out, weighted_sum(parts, dtype, place))
+    elif tensor.rule == "fused_expert" and row["expert_axis"] == 0:
+        view = source.slices(row["name"])
+        for cluster in layer.experts:
+            slices = [view[member : member + 1] for member, _ in cluster[:1]]
+            if len(cluster) > 1:
+                parts = ((view[member : member + 1], share) for member, share in cluster)
+                slices = [weighted_sum(parts, slices[0].dtype, place)]
+            write_tensor(out, slices[0])
+    else:
+        shares = layer.rows if tensor.rule == "router" else layer.experts
+        write_tensor(out, merge_rows(source.read(row["name"]), row["expert_axis"], shares, place))
+
+
+def merge_unit(job: Job) -> UnitResult:
+    """Write one output file under its final name.
+
+    args: model (folder), survey_dir, statistics_dir, labels_dir (relative to the run directory), num_experts,
+    num_merged (layer -> r), format, method, router, max_file_bytes, file (its position), num_threads.
+    """
+    args: Mapping[str, Any] = job.args
+    torch.set_num_threads(args["num_threads"])
+    checkpoint = Checkpoint(args["model"])
+    num_merged = {int(layer): count for layer, count in args["num_merged"].items()}
+    rows = read_tensor_rows(job.run_dir / args["survey_dir"] / TENSORS_FILE)
+    files = output_files(rows, args["num_experts"], num_merged, args["format"], args["max_file_bytes"])
+    file = files[args["file"]]
+    layers = {
+        layer: LayerMerge(
+            statistics_file(job.run_dir / args["statistics_dir"], layer),
+            labels_file(job.run_dir / args["labels_dir"], layer),
+            count,
+            args["method"],
+            args["router"],
+        )
+        for layer, count in num_merged.items()
+    }
+    metadata = checkpoint.headers[file.source_file].metadata
+    with SourceTensors(checkpoint) as source:
+
+        def write(out: DigestingFile) -> None:
+            write_header(out, ((t.name, t.dtype, t.shape, t.num_bytes) for t in file.tensors), metadata)
+            for tensor in file.tensors:
+                _write(tensor, source, layers, out)
+
+        written = write_file(job.stage_dir / CHECKPOINT_DIR / file.name, write)
+    touched = sorted({t.layer for t in file.tensors if t.layer is not None and t.rule in ("expert", "fused_expert")})
+    unweighted = {str(layer): layers[layer].unweighted for layer in touched if layers[layer].unweighted}
+    return UnitResult((written,), facts={"num_tensors": len(file.tensors), "unweighted_clusters": unweighted})

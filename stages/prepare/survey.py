@@ -1,0 +1,64 @@
+"""What a checkpoint is made of, from its config and headers alone."""
+
+from collections import defaultdict
+from typing import Any
+
+from stages.common.adapter import AdaptedModel, TensorRole, checkpoint_dtype, router_modules, tensor_roles
+from stages.common.checkpoint import Checkpoint
+from stages.common.errors import InputError
+from stages.common.families import num_experts_in, text_config, top_k_in
+
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
+    """Return the plan of a checkpoint (JSON values, sizes in bytes) and the role of each of its tensors.
+
+    Raises InputError for a checkpoint that is not MoE, incomplete, inconsistent, or of a family that we cannot merge.
+    """
+    place = str(checkpoint.folder)
+    num_experts = num_experts_in(checkpoint.config, place)
+    top_k = top_k_in(checkpoint.config, place)
+    adapted = AdaptedModel(checkpoint)
+    adapted.check_complete()
+    roles = tensor_roles(adapted)
+    for role in roles:
+        if role.role != "copy" and role.entry.dtype not in FLOATING:
+            raise InputError(
+                f"{checkpoint.folder / role.entry.file}: tensor {role.entry.name} is {role.entry.dtype}; "
+                f"only {', '.join(FLOATING)} experts can be averaged: dequantise the checkpoint first"
+            )
+    moe_layers = sorted(adapted.experts_modules())
+    routers = router_modules(adapted, roles)
+    if not moe_layers or moe_layers != sorted(routers):
+        raise InputError(
+            f"{place}: {checkpoint.config['model_type']} keeps its experts or routers in a way that is not supported "
+            f"(layers with experts: {moe_layers}, with routers: {sorted(routers)})"
+        )
+    names = {module: name for name, module in adapted.model.named_modules()}
+    layer_bytes: dict[int | None, int] = defaultdict(int)
+    expert_bytes: dict[int | None, int] = defaultdict(int)
+    for role in roles:
+        layer_bytes[role.layer] += role.entry.num_bytes
+        if role.role in ("expert", "fused_expert"):
+            expert_bytes[role.layer] += role.entry.num_bytes
+    text = text_config(checkpoint.config)
+    plan = {
+        "family": checkpoint.config["model_type"],
+        "architecture": type(adapted.model).__name__,
+        "num_layers": len(adapted.layers),
+        "moe_layers": moe_layers,
+        "routers": {str(layer): names[router] for layer, router in sorted(routers.items())},
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "hidden_size": int(text["hidden_size"]),
+        "vocab_size": int(text["vocab_size"]),
+        "max_positions": text.get("max_position_embeddings"),
+        "dtype": str(checkpoint_dtype(checkpoint)).removeprefix("torch."),
+        "num_parameters": sum(role.entry.num_elements for role in roles),
+        "total_bytes": checkpoint.total_bytes,
+        "outside_bytes": layer_bytes[None],
+        "layer_bytes": [layer_bytes[layer] for layer in range(len(adapted.layers))],
+        "layer_expert_bytes": [expert_bytes[layer] for layer in range(len(adapted.layers))],
+    }
+    return plan, roles

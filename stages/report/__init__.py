@@ -1,0 +1,1 @@
+"""report: every number of a run in one file."""
