@@ -102,6 +102,11 @@ class Export(_Section):
     """How `stock` combines the router rows of a cluster."""
     max_file_bytes: Bytes = 5 * 10**9
     """A weight file larger than this is split."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """In which the values of a quantised source are written; any other source keeps its dtypes."""
+    mtp: Literal["drop", "error"] = "drop"
+    """What to do with layers that predict further tokens (MTP), whose experts no calibration reaches: leave them out of the
+    checkpoint, or refuse the model."""
 
 
 class Resources(_Section):
@@ -128,6 +133,10 @@ class RunConfig(_Section):
     """A checkpoint folder, or a model of the hub, `org/name`."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint, for its tokenizer only: the model's classes are always those of transformers."""
+    cache_dir: str | None = None
+    """Where hub models are downloaded to, on storage that every node reaches. Default: `models-source` in `run_dir`."""
     run_dir: str
     """Everything the run knows and writes; on storage that every node reaches."""
     calibration: TextData

@@ -41,7 +41,8 @@ class Graph:
 
     def _prepare(self) -> list[Unit]:
         survey = Unit(
-            "prepare", self.stages.survey.dir, "survey", "stages.prepare.stage:survey_unit", {"model": str(self.model)},
+            "prepare", self.stages.survey.dir, "survey", "stages.prepare.stage:survey_unit",
+            {"model": str(self.model), "mtp": self.config.export.mtp},
             label="checkpoint",
         )  # fmt: skip
         units = [survey, self._tokens_unit(self.stages.calibration, "calibration", self.config.calibration)]
@@ -56,6 +57,7 @@ class Graph:
             **settings,
             "place": place,
             "model": str(self.model),
+            "trust_remote_code": self.config.trust_remote_code,
             "data": files,
             "sequences_per_shard": data.sequences_per_shard,
         }
@@ -152,7 +154,8 @@ class Graph:
         num_merged = self.num_merged(target)
         counts = {int(layer): count for layer, count in num_merged.items()}
         bound = self.config.export.max_file_bytes
-        files = output_files(self._tensor_rows, self.plan["num_experts"], counts, target.format, bound)
+        dtype = self.config.export.dtype
+        files = output_files(self._tensor_rows, self.plan["num_experts"], counts, target.format, bound, dtype)
         args = {
             "model": str(self.model),
             "survey_dir": self.stages.survey.dir,
@@ -163,6 +166,7 @@ class Graph:
             "format": target.format,
             "method": self.config.merging.method,
             "router": self.config.export.router,
+            "value_dtype": dtype,
             "max_file_bytes": bound,
             "num_threads": self.config.resources.num_cpus,
         }
@@ -203,7 +207,9 @@ class Graph:
             "merge_dir": target.merge.dir,
             "files": files,
             "num_merged": self.num_merged(target),
+            "architecture": self.plan["architecture"],
             "format": target.format,
+            "value_dtype": config.export.dtype,
             "card": card,
         }
         return Unit(

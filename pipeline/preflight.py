@@ -8,7 +8,7 @@ from pipeline.config import RunConfig
 from pipeline.identity import data_identity, model_identity
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
-from stages.common.families import num_experts_in, top_k_in
+from stages.common.families import family_of, num_experts_in, stock_targets, top_k_in
 
 
 def check(config: RunConfig) -> tuple[Checkpoint, dict[str, Mapping[str, Any]]]:
@@ -19,7 +19,9 @@ def check(config: RunConfig) -> tuple[Checkpoint, dict[str, Mapping[str, Any]]]:
     checkpoint = Checkpoint(config.model)
     place = str(checkpoint.folder)
     num_experts = num_experts_in(checkpoint.config, place)
+    family_of(checkpoint.config, place)
     check_targets(config, num_experts, top_k_in(checkpoint.config, place))
+    check_groups(config, stock_targets(checkpoint.config, place))
     assert checkpoint.tensors
     identities: dict[str, Mapping[str, Any]] = {"model": model_identity(checkpoint)}
     texts = {"calibration": config.calibration, "evaluation": config.evaluation}
@@ -42,6 +44,17 @@ def check_targets(config: RunConfig, num_experts: int, top_k: int) -> None:
             raise InputError(
                 f"clustering.num_experts is {min(counts)} but the router picks top_k={top_k} experts per token, so a stock "
                 f"export needs at least {top_k}; raise it or set export.formats to [tied]"
+            )
+
+
+def check_groups(config: RunConfig, possible: list[int]) -> None:
+    """Raise InputError for a stock target that does not divide into the groups of a group-limited router."""
+    for target in config.clustering.num_experts:
+        count = target if isinstance(target, int) else target[0]
+        if "stock" in config.export.formats and count not in possible:
+            raise InputError(
+                f"clustering.num_experts is {count} but the router of {config.model} first picks groups of experts, which must "
+                f"stay equally large in a stock export; use one of {', '.join(map(str, possible))}, or set export.formats to [tied]"
             )
 
 

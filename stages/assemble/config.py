@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from stages.common.families import expert_count_fields, text_config
+from stages.common.families import expert_count_fields, mtp_fields, num_experts_in, text_config
+from stages.common.quantised import quantisation_config
 from stages.common.tied import tied_config
 
 
@@ -18,9 +19,38 @@ def stock_config(config: Mapping[str, Any], num_merged: int) -> dict[str, Any]:
     return edited
 
 
-def target_config(config: Mapping[str, Any], num_merged: Mapping[int, int], export_format: str) -> dict[str, Any]:
-    """The target's config. num_merged: merged experts r of each MoE layer; one number for all layers if stock."""
+def target_config(
+    config: Mapping[str, Any], architecture: str, num_merged: Mapping[int, int], export_format: str, value_dtype: str
+) -> dict[str, Any]:
+    """The target's config.
+
+    architecture: transformers' class for the language model. num_merged: merged experts r of each MoE layer; one number for
+    all layers if stock. value_dtype: of what was quantised, as torch names it.
+    """
     if export_format == "tied":
-        return tied_config(config, num_merged)
-    (count,) = set(num_merged.values())
-    return stock_config(config, count)
+        edited = tied_config(config, architecture, num_merged)
+    else:
+        (count,) = set(num_merged.values())
+        edited = stock_config(config, count)
+    if min(num_merged.values()) < num_experts_in(config, "config.json"):
+        _without_mtp(edited)
+    if quantisation_config(config) is not None:
+        _without_quantisation(edited, value_dtype)
+    return edited
+
+
+def _without_mtp(config: dict[str, Any]) -> None:
+    text = text_config(config)
+    assert isinstance(text, dict)
+    for name in mtp_fields(config):
+        text[name] = 0
+
+
+def _without_quantisation(config: dict[str, Any], value_dtype: str) -> None:
+    text = text_config(config)
+    assert isinstance(text, dict)
+    for section in (config, text):
+        section.pop("quantization_config", None)
+        for name in ("dtype", "torch_dtype"):
+            if name in section:
+                section[name] = value_dtype

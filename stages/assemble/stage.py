@@ -5,8 +5,10 @@ from typing import Any
 from stages.assemble.card import model_card
 from stages.assemble.config import target_config
 from stages.common.adapter import AdaptedModel
-from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, TensorEntry, read_header, read_json
+from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, read_json
+from stages.common.completeness import check_complete
 from stages.common.files import WrittenFile, copy_file, link_or_copy, write_bytes, write_json
+from stages.common.headers import TensorEntry, read_header
 from stages.common.paths import CHECKPOINT_DIR
 from stages.common.tied import MODELING_FILE, modeling_source
 from stages.common.unit import Job, UnitResult
@@ -18,7 +20,7 @@ def assemble_unit(job: Job) -> UnitResult:
     """Make the target's folder complete and check that transformers would load it.
 
     args: model (folder), merge_dir (relative to the run directory), files (names and digests), num_merged (layer -> r),
-    format, card (facts for the model card). Raises InputError when the written checkpoint does not fill its model.
+    architecture (transformers' class), format, value_dtype (of what was quantised, as torch names it), card (facts for the model card). Raises InputError when the written checkpoint does not fill its model.
     """
     args = job.args
     source = Checkpoint(args["model"])
@@ -29,7 +31,7 @@ def assemble_unit(job: Job) -> UnitResult:
         merged = job.run_dir / args["merge_dir"] / CHECKPOINT_DIR / name
         link_or_copy(merged, folder / name)
         written.append(WrittenFile(folder / name, merged.stat().st_size, args["files"][name]))
-    config = target_config(source.config, num_merged, args["format"])
+    config = target_config(source.config, args["architecture"], num_merged, args["format"], args["value_dtype"])
     written.append(write_json(folder / CONFIG_FILE, config))
     if args["format"] == "tied":
         written.append(write_bytes(folder / MODELING_FILE, modeling_source(config).encode()))
@@ -40,7 +42,7 @@ def assemble_unit(job: Job) -> UnitResult:
     if list(args["files"]) != [SINGLE_FILE]:
         written.append(write_json(folder / INDEX_FILE, _index(source, tensors)))
     target = Checkpoint(folder)
-    AdaptedModel(target).check_complete()
+    check_complete(AdaptedModel(target))
     num_parameters = sum(entry.num_elements for entry in tensors if not entry.name.endswith(".expert_map"))
     sizes = {"parameters": num_parameters, "bytes": target.total_bytes}
     card = model_card({**args["card"], **sizes, "format": args["format"]})

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from stages.calibrate.statistics import LayerStatistics, add
+from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics, add
 from stages.common import tables
 from stages.common.checkpoint import Checkpoint
-from stages.common.families import SIGMOID_ROUTERS
+from stages.common.families import Family, family_of
 from stages.common.files import WrittenFile
 from stages.common.layer_shard import LayerShard
 from stages.common.paths import hidden_file, partial_statistics_file, statistics_file, tokens_file
@@ -27,7 +27,7 @@ class CalibrationShard:
 
     shard: LayerShard
     routers: Mapping[int, str]
-    score: str
+    family: Family
 
     def watch(self, layer: int, into: dict[int, LayerStatistics]) -> AbstractContextManager[Any]:
         """Gather statistics of a MoE layer while it runs; leave a dense one alone."""
@@ -35,16 +35,16 @@ class CalibrationShard:
             return nullcontext()
         adapted = self.shard.adapted
         router = adapted.model.get_submodule(self.routers[layer])
-        into[layer] = LayerStatistics(layer, adapted.experts_modules()[layer], router, self.score)
+        kind = InputGatedStatistics if self.family.gates_input else LayerStatistics
+        into[layer] = kind(layer, adapted.experts_modules()[layer], router, self.family.score)
         return into[layer]
 
 
 def open_shard(model: str, first: int, stop: int, num_threads: int, routers: Mapping[str, str]) -> CalibrationShard:
     """Load decoder layers [first, stop). routers: name of the router module of every MoE layer (plan.json)."""
     checkpoint = Checkpoint(model)
-    score = "sigmoid" if checkpoint.config["model_type"] in SIGMOID_ROUTERS else "softmax"
     shard = LayerShard(checkpoint, first, stop, num_threads)
-    return CalibrationShard(shard, {int(layer): name for layer, name in routers.items()}, score)
+    return CalibrationShard(shard, {int(layer): name for layer, name in routers.items()}, family_of(checkpoint.config, model))
 
 
 def calibrate_unit(job: Job) -> UnitResult:

@@ -7,7 +7,9 @@ routed tokens (for the layer's output) and the sum of a_e (for the mean output),
 sum_t W_down a_t = W_down sum_t a_t. Features and notation follow HC-SMoE (arXiv:2410.08589, section 3).
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,22 @@ from stages.common.errors import InputError
 from stages.common.tables import Statistics
 
 SCORES = {"softmax": lambda logits_TE: logits_TE.softmax(-1), "sigmoid": lambda logits_TE: logits_TE.sigmoid()}
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How an experts module keeps its weights: transformers' own flags where the module declares them."""
+
+    is_transposed: bool
+    has_bias: bool
+    has_gate: bool
+
+    @classmethod
+    def of(cls, experts: Any) -> "ExpertsLayout":
+        """Read the flags; Llama 4's module has none, and multiplies from the right."""
+        if hasattr(experts, "is_transposed"):
+            return cls(experts.is_transposed, experts.has_bias, experts.has_gate)
+        return cls(is_transposed=True, has_bias=False, has_gate=True)
 
 
 class LayerStatistics:
@@ -31,8 +49,9 @@ class LayerStatistics:
     def __init__(self, layer: int, experts: Any, router: nn.Module, score: str) -> None:
         self.layer, self.experts, self.router = layer, experts, router
         self.score = SCORES[score]
+        self.layout = ExpertsLayout.of(experts)
         num_experts, device = experts.num_experts, experts.down_proj.device
-        intermediate = experts.down_proj.shape[1] if experts.is_transposed else experts.down_proj.shape[2]
+        intermediate = experts.down_proj.shape[1] if self.layout.is_transposed else experts.down_proj.shape[2]
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731
         self.num_tokens = 0
         self.num_routed_E = zeros(num_experts)
@@ -42,9 +61,10 @@ class LayerStatistics:
         self.router_probability_sum_E = zeros(num_experts)
         self.router_logit_gram_EE = zeros(num_experts, num_experts)
         self._hook: RemovableHandle | None = None
+        self._forward: Callable[..., Tensor] = self._forward_routed
 
-    def __enter__(self) -> "LayerStatistics":
-        self.experts.forward = self._forward_experts
+    def __enter__(self) -> Self:
+        self.experts.forward = self._forward
         self._hook = self.router.register_forward_hook(self._watch_router)
         return self
 
@@ -54,45 +74,59 @@ class LayerStatistics:
         self._hook.remove()
 
     def _watch_router(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        logits_TE = (output[0] if isinstance(output, tuple) else output).reshape(-1, self.experts.num_experts).float()
+        self._add_logits(output[0] if isinstance(output, tuple) else output)
+
+    def _add_logits(self, logits: Tensor) -> None:
+        logits_TE = logits.reshape(-1, self.experts.num_experts).float()
         self.router_probability_sum_E += self.score(logits_TE).double().sum(0)
         self.router_logit_gram_EE += logits_TE.double().T @ logits_TE.double()
 
     def _linear(self, x: Tensor, name: str, expert: int) -> Tensor:
         weight = getattr(self.experts, name)[expert]
-        bias = getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else None
-        return functional.linear(x, weight.T if self.experts.is_transposed else weight, bias)
+        out = functional.linear(x, weight.T if self.layout.is_transposed else weight)
+        return out + getattr(self.experts, f"{name}_bias")[expert] if self.layout.has_bias else out
 
     def _activation(self, x: Tensor, expert: int) -> Tensor:
-        if self.experts.has_gate:
-            return self.experts._apply_gate(self._linear(x, "gate_up_proj", expert))  # type: ignore[no-any-return]
+        if self.layout.has_gate:
+            return self._apply_gate(self._linear(x, "gate_up_proj", expert))  # type: ignore[no-any-return]
         return self.experts.act_fn(self._linear(x, "up_proj", expert))  # type: ignore[no-any-return]
 
-    def _forward_experts(self, hidden_TD: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> Tensor:
-        """The experts' forward, [T, D]; routing is what the model passes, accumulation is float32."""
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return self.experts._apply_gate(gate_up)
+
+    def _forward_routed(self, hidden_TD: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> Tensor:
+        """The experts' forward, [T, D]; routing is what the model passes.
+
+        Gated outputs are rounded and summed over k as transformers' own `grouped_mm` does, so that later layers see what
+        they see in the model.
+        """
         self.num_tokens += hidden_TD.shape[0]
-        out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
+        dtype = torch.promote_types(hidden_TD.dtype, top_k_weights_Tk.dtype)
+        gated_TkD = torch.zeros((*top_k_index_Tk.shape, hidden_TD.shape[1]), dtype=dtype, device=hidden_TD.device)
         for expert in range(self.experts.num_experts):
             a_TF = self._activation(hidden_TD, expert)
             self.activation_sum_EF[expert] += a_TF.sum(0, dtype=torch.float32).double()
             tokens, places = torch.where(top_k_index_Tk == expert)
             if not len(tokens):
                 continue
-            gates = top_k_weights_Tk[tokens, places].float()
-            output = self._linear(a_TF[tokens], "down_proj", expert).float()
-            out_TD.index_add_(0, tokens, output * gates[:, None])
-            self.num_routed_E[expert] += len(tokens)
-            self.gate_sum_E[expert] += gates.double().sum()
-            self.gated_output_norm_sum_E[expert] += (gates * output.norm(dim=-1)).double().sum()
-        return out_TD.to(hidden_TD.dtype)
+            gates = top_k_weights_Tk[tokens, places]
+            output = self._linear(a_TF[tokens], "down_proj", expert)
+            gated_TkD[tokens, places] = output * gates[:, None]
+            self._add_routed(expert, gates, gates.float() * output.float().norm(dim=-1))
+        return gated_TkD.sum(1).to(hidden_TD.dtype)
+
+    def _add_routed(self, expert: int, gates: Tensor, gated_norms: Tensor) -> None:
+        self.num_routed_E[expert] += len(gates)
+        self.gate_sum_E[expert] += gates.double().sum()
+        self.gated_output_norm_sum_E[expert] += gated_norms.double().sum()
 
     def result(self) -> Statistics:
         """The sums so far. Raises InputError, naming layer and expert, when one is not finite."""
         outputs = []
         for expert in range(self.experts.num_experts):
             weight = self.experts.down_proj[expert].double()
-            output = self.activation_sum_EF[expert] @ (weight if self.experts.is_transposed else weight.T)
-            if self.experts.has_bias:
+            output = self.activation_sum_EF[expert] @ (weight if self.layout.is_transposed else weight.T)
+            if self.layout.has_bias:
                 output = output + self.num_tokens * self.experts.down_proj_bias[expert].double()
             outputs.append(output)
         output_sum_ED = torch.stack(outputs)
@@ -112,6 +146,42 @@ class LayerStatistics:
             router_probability_sum_E=self.router_probability_sum_E.cpu().numpy(),
             router_logit_gram_EE=self.router_logit_gram_EE.cpu().numpy(),
         )
+
+
+class InputGatedStatistics(LayerStatistics):
+    """The same for Llama 4, whose gate multiplies the expert's input.
+
+    Its experts get one block of rows for each expert, [E T, D], gate times x, and zeros where a token is not routed. The mean
+    output is still that of x itself; gate-weighted norms are those of what the expert adds, ||E_e(gate x)||.
+    """
+
+    def __init__(self, layer: int, experts: Any, router: nn.Module, score: str) -> None:
+        super().__init__(layer, experts, router, score)
+        self._forward = self._forward_blocks
+
+    def _watch_router(self, _module: nn.Module, args: Any, output: Any) -> None:
+        self._hidden_TD: Tensor = args[0]
+        self._scores_TE, logits_TE = output
+        self._add_logits(logits_TE)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return up * self.experts.act_fn(gate)  # type: ignore[no-any-return]
+
+    def _forward_blocks(self, gated_rows: Tensor) -> Tensor:
+        gated_ETD = gated_rows.view(self.experts.num_experts, -1, gated_rows.shape[-1])
+        out_ETD = torch.zeros_like(gated_ETD)
+        self.num_tokens += gated_ETD.shape[1]
+        for expert in range(self.experts.num_experts):
+            a_TF = self._activation(self._hidden_TD, expert)
+            self.activation_sum_EF[expert] += a_TF.sum(0, dtype=torch.float32).double()
+            (tokens,) = torch.where(self._scores_TE[:, expert] > 0)
+            if not len(tokens):
+                continue
+            output = self._linear(self._activation(gated_ETD[expert, tokens], expert), "down_proj", expert)
+            out_ETD[expert, tokens] = output
+            self._add_routed(expert, self._scores_TE[tokens, expert], output.float().norm(dim=-1))
+        return out_ETD.view(gated_rows.shape)
 
 
 def add(parts: list[Statistics]) -> Statistics:

@@ -7,11 +7,10 @@ Dimensions: B sequences of a micro-batch, T tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -19,6 +18,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from stages.common.adapter import AdaptedModel
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
+from stages.common.reader import TensorReader
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -71,8 +71,7 @@ class LayerShard:
         return bool(parameter) and self.adapted.layer_of(parameter) is None
 
     def _load(self, wanted: Callable[[str], bool]) -> None:
-        names = [name for name, (parameter, _) in self.adapted.targets.items() if wanted(parameter)]
-        tensors = self.adapted.checkpoint.tensors
+        names = [name for name, target in self.adapted.targets.items() if wanted(target.parameter)]
         dtype = self.model.dtype
         config = LoadStateDictConfig(
             dtype=dtype,
@@ -80,18 +79,27 @@ class LayerShard:
             device_map={"": self.device},
             weight_mapping=self.adapted.weight_mapping,
         )
-        with ExitStack() as stack:
-            files = {
-                file: stack.enter_context(safe_open(self.adapted.checkpoint.folder / file, "pt"))
-                for file in sorted({tensors[name].file for name in names})
-            }
-            slices = {name: files[tensors[name].file].get_slice(name) for name in names}
+        with TensorReader(self.adapted.checkpoint) as reader:
+            slices = {name: reader.slices(name) for name in names}
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         problems = [*info.conversion_errors.values(), *info.error_msgs, *map(str, info.mismatched_keys)]
         if problems:
             raise InputError(f"{self.adapted.checkpoint.folder}: transformers cannot load layers: {problems[0]}")
+        self._check_finite(names)
         self.model.tie_weights()
         self.model.requires_grad_(False)
+
+    def _check_finite(self, names: list[str]) -> None:
+        state = self.model.state_dict()
+        loaded = {self.adapted.targets[name].parameter for name in names}
+        bad = {name for name in loaded if state[name].is_floating_point() and not torch.isfinite(state[name].sum())}
+        with TensorReader(self.adapted.checkpoint) as reader:
+            for name in names:
+                if self.adapted.targets[name].parameter not in bad:
+                    continue
+                tensor = reader.read(name)
+                if not torch.isfinite(tensor.float()).all():
+                    raise InputError(f"{reader.place(name)} holds NaN or infinity; download the checkpoint again")
 
     def _initialise_buffers(self, prefixes: tuple[str, ...]) -> None:
         """Compute the buffers that no checkpoint holds (rotary frequencies), as transformers does after loading."""

@@ -12,7 +12,7 @@ import pyarrow.ipc
 from stages.common.errors import InputError
 from stages.common.files import WrittenFile, write_file
 
-VERSION = "1"
+VERSION = "2"
 
 TENSORS = pa.schema(
     [
@@ -27,15 +27,17 @@ TENSORS = pa.schema(
         pa.field("expert", pa.int32()),
         pa.field("expert_axis", pa.int32()),
         pa.field("template", pa.string()),
+        pa.field("scheme", pa.string(), False),
     ],
     metadata={
         "table": "tensors of a checkpoint, in the order of their bytes",
         "parameter": "name of the transformers parameter that this tensor becomes part of",
         "layer": "decoder layer, null outside of the layers",
-        "role": "copy | expert (one expert's) | fused_expert (all experts') | router (rows by expert)",
+        "role": "copy | expert (one expert's) | fused_expert (all experts') | router (rows by expert) | mtp (predicts further tokens)",
         "expert": "index of the expert for role expert",
         "expert_axis": "axis of the experts for roles fused_expert and router",
         "template": "for role expert: the name with {} in place of the expert's index",
+        "scheme": "fp8 | mxfp4 for a tensor that is quantised on disk, whose dtype, shape and num_bytes are those of its values",
     },
 )
 

@@ -6,7 +6,11 @@ of one cluster thus adds both gate weights, as HC-SMoE does.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
+
+from stages.common.errors import InputError
+from stages.common.families import text_config
 
 CONFIG_KEY = "hcsmoe_num_experts"
 CLASS_NAME = "HCSMoEForCausalLM"
@@ -26,8 +30,17 @@ from transformers import {base} as _Base
 
 def _merged_class(experts_class):
     class MergedExperts(experts_class):
-        def forward(self, hidden_states, top_k_index, top_k_weights):
-            return super().forward(hidden_states, self.expert_map[top_k_index], top_k_weights)
+        def forward(self, hidden_states, *routing):
+            if routing:
+                index, weights = routing
+                return super().forward(hidden_states, self.expert_map[index], weights)
+            # Llama 4: hidden_states holds one block of rows for each source expert, already multiplied by its score
+            blocks = hidden_states.view(len(self.expert_map), -1, hidden_states.shape[-1])
+            outputs = []
+            for block, merged in zip(blocks, self.expert_map.tolist()):
+                gate, up = (block @ self.gate_up_proj[merged]).chunk(2, dim=-1)
+                outputs.append((up * self.act_fn(gate)) @ self.down_proj[merged])
+            return torch.cat(outputs)
 
     return MergedExperts
 
@@ -45,31 +58,38 @@ def _merge(experts, num_merged):
 
 class {class_name}(_Base):
     def __init__(self, config):
+        config = config.get_text_config()
         super().__init__(config)
         for name, module in list(self.named_modules()):
             if name.endswith(".experts") and hasattr(module, "num_experts"):
-                layer = name.split(".layers.")[1].split(".")[0]
+                layer = name.split("layers.")[1].split(".")[0]
                 _merge(module, config.hcsmoe_num_experts[layer])
 '''
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether a raw config is that of a tied checkpoint."""
-    return CONFIG_KEY in config
+    return CONFIG_KEY in text_config(config)
 
 
-def tied_config(config: Mapping[str, Any], num_experts: Mapping[int, int]) -> dict[str, Any]:
-    """The source's raw config with what a tied checkpoint adds. num_experts: kept experts of each MoE layer."""
-    (base,) = config["architectures"]
-    return {
-        **config,
-        "architectures": [CLASS_NAME],
-        "auto_map": {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{CLASS_NAME}"},
-        BASE_KEY: base,
-        CONFIG_KEY: {str(layer): count for layer, count in sorted(num_experts.items())},
-    }
+def tied_config(config: Mapping[str, Any], base: str, num_experts: Mapping[int, int]) -> dict[str, Any]:
+    """The source's raw config with what a tied checkpoint adds.
+
+    base: transformers' class for the language model. num_experts: kept experts of each MoE layer.
+    """
+    edited = deepcopy(dict(config))
+    edited["architectures"] = [CLASS_NAME]
+    edited["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{CLASS_NAME}"}
+    text = text_config(edited)
+    assert isinstance(text, dict)
+    text[BASE_KEY] = base
+    text[CONFIG_KEY] = {str(layer): count for layer, count in sorted(num_experts.items())}
+    return edited
 
 
 def modeling_source(config: Mapping[str, Any]) -> str:
-    """Text of the model file that belongs to a tied config."""
-    return _SOURCE.format(base=config[BASE_KEY], class_name=CLASS_NAME)
+    """Text of the model file that belongs to a tied config. Raises InputError for a base that is no class of transformers."""
+    base = text_config(config).get(BASE_KEY)
+    if not (isinstance(base, str) and base.isidentifier()):
+        raise InputError(f"config.json: {BASE_KEY} is {base!r}; the name of a class of transformers is due")
+    return _SOURCE.format(base=base, class_name=CLASS_NAME)

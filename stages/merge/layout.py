@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.common.checkpoint import DTYPE_BITS, SINGLE_FILE
+from stages.common.checkpoint import SINGLE_FILE
+from stages.common.headers import DTYPE_BITS
+from stages.common.quantised import VALUE_DTYPES
 from stages.common.schemas import read_table
 
 FORMATS = ("tied", "stock")
@@ -57,8 +59,13 @@ def read_tensor_rows(path: Path) -> list[dict[str, Any]]:
     return read_table(path).to_pylist()  # type: ignore[no-any-return]
 
 
-def _output_tensors(row: Mapping[str, Any], num_merged: Mapping[int, int], export_format: str) -> list[OutputTensor]:
-    name, dtype, shape, layer, role = row["name"], row["dtype"], tuple(row["shape"]), row["layer"], row["role"]
+def _output_tensors(
+    row: Mapping[str, Any], num_merged: Mapping[int, int], export_format: str, value_dtype: str, keeps_mtp: bool
+) -> list[OutputTensor]:
+    name, shape, layer, role = row["name"], tuple(row["shape"]), row["layer"], row["role"]
+    dtype = VALUE_DTYPES[value_dtype] if row["scheme"] else row["dtype"]
+    if role == "mtp":
+        return [OutputTensor(name, dtype, shape, "copy", layer, row)] if keeps_mtp else []
     if role == "copy" or (role == "router" and export_format == "tied"):
         return [OutputTensor(name, dtype, shape, "copy", layer, row)]
     if role == "expert":
@@ -79,17 +86,24 @@ def _expert_map(row: Mapping[str, Any], num_experts: int) -> OutputTensor:
 
 
 def output_files(
-    rows: list[dict[str, Any]], num_experts: int, num_merged: Mapping[int, int], export_format: str, max_file_bytes: int
+    rows: list[dict[str, Any]],
+    num_experts: int,
+    num_merged: Mapping[int, int],
+    export_format: str,
+    max_file_bytes: int,
+    value_dtype: str = "bfloat16",
 ) -> list[OutputFile]:
     """The target's files, none empty, in the order of the source's.
 
-    num_merged: merged experts r of each MoE layer. Tensors of wider dtypes come first in a file, so that all are aligned.
+    num_merged: merged experts r of each MoE layer. value_dtype: torch's name of the dtype in which the values of a
+    quantised tensor are written. MTP layers are kept only where every layer keeps all of its experts. Tensors of wider dtypes come first in a file, so that all are aligned.
     """
     groups: dict[str, list[OutputTensor]] = {}
     mapped: set[int] = set()
+    keeps_mtp = min(num_merged.values()) == num_experts
     for row in rows:
         group = groups.setdefault(row["file"], [])
-        group.extend(_output_tensors(row, num_merged, export_format))
+        group.extend(_output_tensors(row, num_merged, export_format, value_dtype, keeps_mtp))
         if export_format == "tied" and row["role"] in ("expert", "fused_expert") and row["layer"] not in mapped:
             mapped.add(row["layer"])
             group.append(_expert_map(row, num_experts))

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from stages.common import tables
-from stages.common.checkpoint import Checkpoint, write_header
+from stages.common.checkpoint import Checkpoint
 from stages.common.files import DigestingFile, write_file
+from stages.common.headers import write_header
 from stages.common.paths import CHECKPOINT_DIR, TENSORS_FILE, labels_file, statistics_file
+from stages.common.reader import TORCH_DTYPES, TensorReader
 from stages.common.unit import Job, UnitResult
 from stages.merge.layout import OutputTensor, output_files, read_tensor_rows
 from stages.merge.shares import METHODS, ROUTERS, Shares, shares_by_cluster
-from stages.merge.weights import SourceTensors, checkpoint_path, merge_rows, weighted_sum, write_tensor
+from stages.merge.weights import merge_rows, weighted_sum, write_tensor
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,20 @@ class LayerMerge:
         return ROUTERS[self.router](self._statistics, self.labels_E)
 
 
-def _write(tensor: OutputTensor, source: SourceTensors, layers: Mapping[int, LayerMerge], out: DigestingFile) -> None:
+def _copy(name: str, dtype: torch.dtype, source: TensorReader, out: DigestingFile) -> None:
+    """Write a tensor as it is: its bytes, or the values of a quantised one."""
+    if source.checkpoint.tensors[name].packing is None:
+        source.copy(name, out)
+    else:
+        write_tensor(out, source.read(name).to(dtype))
+
+
+def _write(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, LayerMerge], out: DigestingFile) -> None:
     row = tensor.source
-    place = checkpoint_path(source.checkpoint.folder, row["file"], row["name"])
+    dtype = TORCH_DTYPES[tensor.dtype]
+    place = source.place(row["name"])
     if tensor.rule == "copy":
-        source.copy(row["name"], out)
+        _copy(row["name"], dtype, source, out)
         return
     assert tensor.layer is not None
     layer = layers[tensor.layer]
@@ -67,36 +78,37 @@ def _write(tensor: OutputTensor, source: SourceTensors, layers: Mapping[int, Lay
         assert tensor.cluster is not None
         members = [(row["template"].format(member), share) for member, share in layer.experts[tensor.cluster]]
         if len(members) == 1:
-            source.copy(members[0][0], out)
+            _copy(members[0][0], dtype, source, out)
         else:
-            dtype = source.slices(row["name"])[:0].dtype
             parts = ((source.read(name), share) for name, share in members)
             write_tensor(out, weighted_sum(parts, dtype, place))
     elif tensor.rule == "fused_expert" and row["expert_axis"] == 0:
         view = source.slices(row["name"])
         for cluster in layer.experts:
-            slices = [view[member : member + 1] for member, _ in cluster[:1]]
-            if len(cluster) > 1:
+            if len(cluster) == 1:
+                write_tensor(out, view[cluster[0][0] : cluster[0][0] + 1].to(dtype))
+            else:
                 parts = ((view[member : member + 1], share) for member, share in cluster)
-                slices = [weighted_sum(parts, slices[0].dtype, place)]
-            write_tensor(out, slices[0])
+                write_tensor(out, weighted_sum(parts, dtype, place))
     else:
         shares = layer.rows if tensor.rule == "router" else layer.experts
-        write_tensor(out, merge_rows(source.read(row["name"]), row["expert_axis"], shares, place))
+        write_tensor(out, merge_rows(source.read(row["name"]).to(dtype), row["expert_axis"], shares, place))
 
 
 def merge_unit(job: Job) -> UnitResult:
     """Write one output file under its final name.
 
     args: model (folder), survey_dir, statistics_dir, labels_dir (relative to the run directory), num_experts,
-    num_merged (layer -> r), format, method, router, max_file_bytes, file (its position), num_threads.
+    num_merged (layer -> r), format, method, router, value_dtype (of what was quantised), max_file_bytes, file (its position),
+    num_threads.
     """
     args: Mapping[str, Any] = job.args
     torch.set_num_threads(args["num_threads"])
     checkpoint = Checkpoint(args["model"])
     num_merged = {int(layer): count for layer, count in args["num_merged"].items()}
     rows = read_tensor_rows(job.run_dir / args["survey_dir"] / TENSORS_FILE)
-    files = output_files(rows, args["num_experts"], num_merged, args["format"], args["max_file_bytes"])
+    plan = (args["num_experts"], num_merged, args["format"], args["max_file_bytes"], args["value_dtype"])
+    files = output_files(rows, *plan)
     file = files[args["file"]]
     layers = {
         layer: LayerMerge(
@@ -109,7 +121,7 @@ def merge_unit(job: Job) -> UnitResult:
         for layer, count in num_merged.items()
     }
     metadata = checkpoint.headers[file.source_file].metadata
-    with SourceTensors(checkpoint) as source:
+    with TensorReader(checkpoint) as source:
 
         def write(out: DigestingFile) -> None:
             write_header(out, ((t.name, t.dtype, t.shape, t.num_bytes) for t in file.tensors), metadata)

@@ -14,8 +14,14 @@ from stages.prepare.survey import survey
 from stages.prepare.tokens import ID_SUFFIXES, check_ids, crop_ids, draw_sequences, read_texts, read_token_ids
 
 def survey_unit(job: Job) -> UnitResult:
-    """Write `plan.json` and `tensors.arrow` (schema TENSORS) of a checkpoint. args: model (folder)."""
+    """Write `plan.json` and `tensors.arrow` (schema TENSORS) of a checkpoint. args: model (folder), mtp ("drop" or "error")."""
     plan, roles = survey(Checkpoint(job.args["model"]))
+    mtp = [role.entry for role in roles if role.role == "mtp"]
+    if mtp and job.args["mtp"] == "error":
+        raise InputError(
+            f"{job.args['model']}/{mtp[0].file}: tensor {mtp[0].name} (and {len(mtp) - 1} more) predicts further tokens (MTP), and "
+            f"export.mtp is error; set it to drop to leave these layers out"
+        )
     columns = {
         "name": [role.entry.name for role in roles],
         "file": [role.entry.file for role in roles],
@@ -28,6 +34,7 @@ def survey_unit(job: Job) -> UnitResult:
         "expert": [role.expert for role in roles],
         "expert_axis": [role.expert_axis for role in roles],
         "template": [role.template for role in roles],
+        "scheme": [role.entry.packing.scheme if role.entry.packing else "" for role in roles],
     }
     tensors = write_table(job.stage_dir / TENSORS_FILE, columns, TENSORS)
     return UnitResult((tensors, write_json(job.stage_dir / PLAN_FILE, plan)), facts={"num_tensors": len(roles)})
@@ -36,7 +43,7 @@ def survey_unit(job: Job) -> UnitResult:
 def tokens_unit(job: Job) -> UnitResult:
     """Write the token shards of one text (schema TOKENS).
 
-    args: place (for messages), model (folder), data (paths), text_field, revision, num_sequences, sequence_length, seed,
+    args: place (for messages), model (folder), trust_remote_code (for the tokenizer), data (paths), text_field, revision, num_sequences, sequence_length, seed,
     sequences_per_shard.
     """
     args = job.args
@@ -53,7 +60,9 @@ def tokens_unit(job: Job) -> UnitResult:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.folder, local_files_only=True, trust_remote_code=args["trust_remote_code"]
+            )
         except (OSError, ValueError) as e:
             raise InputError(f"{checkpoint.folder} has no tokenizer that transformers can load: {e}") from e
         texts = read_texts(data, args["text_field"], args["seed"], args["revision"])

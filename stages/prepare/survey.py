@@ -3,12 +3,16 @@
 from collections import defaultdict
 from typing import Any
 
-from stages.common.adapter import AdaptedModel, TensorRole, checkpoint_dtype, router_modules, tensor_roles
+from stages.common.adapter import AdaptedModel, checkpoint_dtype
 from stages.common.checkpoint import Checkpoint
+from stages.common.completeness import check_complete
 from stages.common.errors import InputError
-from stages.common.families import num_experts_in, text_config, top_k_in
+from stages.common.families import family_name, family_of, num_experts_in, text_config, top_k_in
+from stages.common.roles import TensorRole, router_modules, tensor_roles
+from stages.common.tied import is_tied
 
 FLOATING = ("F64", "F32", "F16", "BF16")
+MERGED = ("expert", "fused_expert", "router")
 
 
 def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
@@ -17,16 +21,19 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
     Raises InputError for a checkpoint that is not MoE, incomplete, inconsistent, or of a family that we cannot merge.
     """
     place = str(checkpoint.folder)
+    family_of(checkpoint.config, place)
+    if is_tied(checkpoint.config):
+        raise InputError(f"{place} is itself a tied export; merge the checkpoint that it was made from")
     num_experts = num_experts_in(checkpoint.config, place)
     top_k = top_k_in(checkpoint.config, place)
     adapted = AdaptedModel(checkpoint)
-    adapted.check_complete()
+    check_complete(adapted)
     roles = tensor_roles(adapted)
     for role in roles:
-        if role.role != "copy" and role.entry.dtype not in FLOATING:
+        if role.role in MERGED and role.entry.dtype not in FLOATING:
             raise InputError(
                 f"{checkpoint.folder / role.entry.file}: tensor {role.entry.name} is {role.entry.dtype}; "
-                f"only {', '.join(FLOATING)} experts can be averaged: dequantise the checkpoint first"
+                f"only {', '.join(FLOATING)} can be averaged: use the checkpoint from before quantisation"
             )
     moe_layers = sorted(adapted.experts_modules())
     routers = router_modules(adapted, roles)
@@ -44,7 +51,7 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
             expert_bytes[role.layer] += role.entry.num_bytes
     text = text_config(checkpoint.config)
     plan = {
-        "family": checkpoint.config["model_type"],
+        "family": family_name(checkpoint.config),
         "architecture": type(adapted.model).__name__,
         "num_layers": len(adapted.layers),
         "moe_layers": moe_layers,

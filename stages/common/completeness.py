@@ -1,0 +1,94 @@
+"""Whether a checkpoint fills its model, from headers alone: nothing missing, nothing of another shape or kind."""
+
+import math
+from collections import defaultdict
+
+import torch
+from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from stages.common.adapter import AdaptedModel
+from stages.common.errors import InputError
+from stages.common.reader import TORCH_DTYPES
+
+_REMEDY = "config and weights do not belong together, or a file is missing"
+
+
+def check_complete(adapted: AdaptedModel) -> None:
+    """Raise InputError, naming file and tensor, where the checkpoint does not fill its model."""
+    _check_kinds(adapted)
+    _check_counts(adapted)
+    _check_conversion(adapted)
+
+
+def _check_kinds(adapted: AdaptedModel) -> None:
+    """Shapes of the tensors that are taken as they are; and numbers where the model has numbers."""
+    state = adapted.model.state_dict()
+    for name, target in adapted.targets.items():
+        if not target.parameter:
+            continue
+        entry, parameter = adapted.checkpoint.tensors[name], state[target.parameter]
+        place = f"{adapted.checkpoint.folder / entry.file}: tensor {name}"
+        if target.pattern is None and entry.shape != tuple(parameter.shape):
+            raise InputError(
+                f"{place} has shape {list(entry.shape)} where the config asks for {list(parameter.shape)}; {_REMEDY}"
+            )
+        dtype = TORCH_DTYPES.get(entry.dtype)
+        if dtype is None or dtype.is_floating_point != parameter.dtype.is_floating_point:
+            raise InputError(f"{place} is {entry.dtype} where the model has {parameter.dtype}; download the checkpoint again")
+
+
+def _check_counts(adapted: AdaptedModel) -> None:
+    """Numbers of values: a per-expert tensor counts as its share of the parameter it joins."""
+    state = adapted.model.state_dict()
+    groups = _made_together(adapted)
+    found: dict[str, int] = defaultdict(int)
+    for name, target in adapted.targets.items():
+        found[target.parameter] += adapted.checkpoint.tensors[name].num_elements
+    tied = set(adapted.model.all_tied_weights_keys)
+    for parameter, tensor in state.items():
+        if parameter in tied and not found[parameter]:
+            continue
+        group = groups.get(parameter, (parameter,))
+        due, have = sum(math.prod(state[name].shape) for name in group), found[group[0]]
+        if have == due:
+            continue
+        names = [name for name, target in adapted.targets.items() if target.parameter == group[0]]
+        where = f"tensor {names[0]} (and {len(names) - 1} more)" if names else "no tensor"
+        file = f"/{adapted.checkpoint.tensors[names[0]].file}" if names else ""
+        raise InputError(
+            f"{adapted.checkpoint.folder}{file}: {where} fills {parameter} with {have:,} values where the config asks for "
+            f"{list(tensor.shape)} = {due:,}; {_REMEDY}"
+        )
+
+
+def _made_together(adapted: AdaptedModel) -> dict[str, tuple[str, ...]]:
+    """Parameters that one converter makes together (one tensor split in several): each maps to the whole group."""
+    state = adapted.model.state_dict()
+    groups: dict[str, tuple[str, ...]] = {}
+    for converter in adapted.weight_mapping:
+        if isinstance(converter, WeightConverter) and len(converter.target_patterns) > 1:
+            first, *others = converter.target_patterns
+            for parameter in state:
+                if first in parameter:
+                    group = (parameter, *(parameter.replace(first, other) for other in others))
+                    if all(name in state for name in group):
+                        groups |= dict.fromkeys(group, group)
+    return groups
+
+
+def _check_conversion(adapted: AdaptedModel) -> None:
+    """Let transformers convert tensors without content: what it cannot join or fit, it would not load either."""
+    tensors = adapted.checkpoint.tensors
+    names = [name for name, target in adapted.targets.items() if target.parameter]
+    empty = {name: torch.empty(tensors[name].shape, dtype=TORCH_DTYPES[tensors[name].dtype], device="meta") for name in names}
+    config = LoadStateDictConfig(dtype=adapted.model.dtype, device_map={"": "meta"}, weight_mapping=adapted.weight_mapping)
+    info, _ = convert_and_load_state_dict_in_model(adapted.model, empty, config)
+    problems = [*info.conversion_errors.items(), *((found[0], f"shape {found[1:]}") for found in info.mismatched_keys)]
+    for parameter, problem in problems:
+        sources = [name for name, target in adapted.targets.items() if target.parameter == parameter] or names[:1]
+        shape = list(tensors[sources[0]].shape)
+        raise InputError(
+            f"{adapted.checkpoint.folder / tensors[sources[0]].file}: tensor {sources[0]} of shape {shape} (and "
+            f"{len(sources) - 1} more) cannot become {parameter}: {' '.join(str(problem).split())}; {_REMEDY}"
+        )
