@@ -97,7 +97,10 @@ class Merging(_Section):
 class Export(_Section):
     """What is written."""
 
-    formats: Annotated[tuple[Literal["tied", "stock"], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("tied", "stock")
+    formats: Annotated[tuple[Literal["tied", "stock"], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
+        "tied",
+        "stock",
+    )
     router: Literal["frequency", "average", "dominant"] = "frequency"
     """How `stock` combines the router rows of a cluster."""
     max_file_bytes: Bytes = 5 * 10**9

@@ -9,20 +9,28 @@ from typing import Any
 from pipeline.config import RunConfig, TextData
 from pipeline.manifest import read_manifest
 from pipeline.partition import LayerRange, layer_shards
-from pipeline.stage_keys import Stages, StageRun, TargetRun
+from pipeline.stage_keys import StageRun, Stages, TargetRun
 from pipeline.units import Hold, Unit
 from stages.common import paths
 from stages.common.files import write_json
 from stages.merge.layout import output_files, read_tensor_rows
 
 
+def tokens_args(place: str, model: Path, data: TextData) -> dict[str, Any]:
+    """What `stages.prepare.stage.sequences` is given for a text."""
+    settings = data.model_dump(include={"text_field", "revision", "num_sequences", "sequence_length", "seed"})
+    files = [str(Path(name).resolve()) if Path(name).exists() else name for name in data.data]
+    return {**settings, "place": place, "model": str(model), "data": files}
+
+
 class Graph:
     """Units of one run.
 
-    run_dir: absolute. model: the checkpoint folder. num_workers: how many workers there are, for the size of layer shards.
+    run_dir: absolute. model: the checkpoint folder. num_workers: how many workers there are, for the size of layer shards;
+    None to look only: nothing is written then.
     """
 
-    def __init__(self, config: RunConfig, stages: Stages, run_dir: Path, model: Path, num_workers: int) -> None:
+    def __init__(self, config: RunConfig, stages: Stages, run_dir: Path, model: Path, num_workers: int | None) -> None:
         self.config, self.stages = config, stages
         self.run_dir, self.model, self.num_workers = run_dir, model, num_workers
 
@@ -50,15 +58,7 @@ class Graph:
         return units
 
     def _tokens_unit(self, stage: StageRun, place: str, data: TextData) -> Unit:
-        settings = data.model_dump(include={"text_field", "revision", "num_sequences", "sequence_length", "seed"})
-        files = [str(Path(name).resolve()) if Path(name).exists() else name for name in data.data]
-        args = {
-            **settings,
-            "place": place,
-            "model": str(self.model),
-            "data": files,
-            "sequences_per_shard": data.sequences_per_shard,
-        }
+        args = {**tokens_args(place, self.model, data), "sequences_per_shard": data.sequences_per_shard}
         return Unit("prepare", stage.dir, "tokens", "stages.prepare.stage:tokens_unit", args, label=f"{place} tokens")
 
     def _partition(self, stage: StageRun, plan: Mapping[str, Any], data: TextData) -> list[LayerRange]:
@@ -69,8 +69,9 @@ class Graph:
             kept = json.loads(path.read_text())
             if kept["asked"] == asked:
                 return [(first, stop) for first, stop in kept["layer_shards"]]
-        shards = layer_shards(plan, data, self.config.resources, self.num_workers)
-        write_json(path, {"asked": asked, "layer_shards": shards})
+        shards = layer_shards(plan, data, self.config.resources, self.num_workers or 1)
+        if self.num_workers is not None:
+            write_json(path, {"asked": asked, "layer_shards": shards})
         return shards
 
     def _through_layers(
@@ -178,7 +179,7 @@ class Graph:
         return [self._assemble_unit(target) for target in self.stages.targets]
 
     def _assemble_unit(self, target: TargetRun) -> Unit:
-        files = {}
+        files: dict[str, str] = {}
         for unit in self._merge_units(target):
             manifest = read_manifest(self.run_dir, unit)
             assert manifest is not None, unit.id

@@ -1,4 +1,4 @@
-"""Manifests: the seal of a unit, written last, by whoever ran it. Whether work is done is read from here and from nowhere else."""
+"""Manifests: the seal of a unit, written last, by whoever ran it. Whether work is done is read from here only."""
 
 import json
 import os
@@ -48,9 +48,7 @@ def manifest_path(run_dir: Path, unit: Unit) -> Path:
 
 
 def _records(run_dir: Path, files: tuple[WrittenFile, ...]) -> dict[str, dict[str, Any]]:
-    return {
-        file.path.relative_to(run_dir).as_posix(): {"bytes": file.num_bytes, "sha256": file.sha256} for file in files
-    }
+    return {file.path.relative_to(run_dir).as_posix(): {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
 
 
 def seal(run_dir: Path, unit: Unit, result: UnitResult, started: float) -> None:

@@ -1,7 +1,6 @@
 """Everything that can be checked before a process is started: run file against checkpoint, files, bounds."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig

@@ -15,7 +15,7 @@ from pipeline.graph import Graph
 from pipeline.lock import RunLock
 from pipeline.progress import Reporter
 from pipeline.publish import publish_model, publish_report
-from pipeline.scheduler import UnitFailure, run_units, select
+from pipeline.scheduler import UnitFailure, leftovers, run_units, select
 from pipeline.stage_keys import STAGES, Stages
 from stages.common.files import write_json
 from stages.common.paths import REPORT_FILE
@@ -41,9 +41,7 @@ def prepare_run(config: RunConfig) -> tuple[Stages, Path, Path]:
     return Stages(config, identities), Path(config.run_dir).resolve(), checkpoint.folder.resolve()
 
 
-def run(
-    config: RunConfig, make_executor: Callable[[Path], Executor], reporter: Reporter, verify: bool = False
-) -> RunResult:
+def run(config: RunConfig, make_executor: Callable[[Path], Executor], reporter: Reporter, verify: bool = False) -> RunResult:
     """Run every stage that is not sealed yet.
 
     Raises InputError before anything starts for bad input, RunFailed when units fail (what others sealed is kept).
@@ -87,6 +85,8 @@ def _run_stages(
     for stage in STAGES:
         units = graph.units(stage)
         selected = select(run_dir, units, verify)
+        for path in leftovers(units, selected):
+            (run_dir / path).unlink(missing_ok=True)
         reporter.begin(stage, len(selected), len(units) - len(selected))
         try:
             failures = run_units(selected, executor, config.resources.max_attempts, reporter.done, reporter.line)

@@ -23,8 +23,7 @@ def producers(units: Sequence[Unit]) -> dict[str, str]:
 def select(run_dir: Path, units: Sequence[Unit], verify: bool) -> list[Unit]:
     """The units that must run, in order: those not sealed, and the makers of transient files that they lack.
 
-    A maker of transient files that nobody lacks is left alone, sealed or not; what such files are left over (a crash between
-    a seal and a deletion) is deleted.
+    A maker of transient files that nobody lacks is left alone, sealed or not.
     """
     must_run: set[str] = set()
     lacking: set[str] = set()
@@ -39,11 +38,14 @@ def select(run_dir: Path, units: Sequence[Unit], verify: bool) -> list[Unit]:
         if runs:
             must_run.add(unit.id)
             lacking.update(unit.reads)
-        else:
-            for path in unit.reads:
-                if path not in lacking:
-                    (run_dir / path).unlink(missing_ok=True)
     return [unit for unit in units if unit.id in must_run]
+
+
+def leftovers(units: Sequence[Unit], selected: Sequence[Unit]) -> set[str]:
+    """Transient files that no unit will read again: a crash between a seal and the deletion may have left them."""
+    chosen = {unit.id for unit in selected}
+    wanted = {path for unit in selected for path in (*unit.reads, *unit.writes)}
+    return {path for unit in units if unit.id not in chosen for path in unit.reads} - wanted
 
 
 @dataclass

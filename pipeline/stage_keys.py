@@ -68,7 +68,9 @@ class Stages:
         self.calibration = self._tokens("calibration", config.calibration)
         self.evaluation = self._tokens("evaluation", config.evaluation) if config.evaluation else None
         self.calibrate = _stage("calibrate", "", {}, model=self.survey.key, tokens=self.calibration.key)
-        self.cluster = _stage("cluster", "", config.clustering.model_dump(exclude={"num_experts"}), calibrate=self.calibrate.key)
+        self.cluster = _stage(
+            "cluster", "", config.clustering.model_dump(exclude={"num_experts"}), calibrate=self.calibrate.key
+        )
         self.evaluate_source = self._evaluate("source", self.survey)
         self.targets = [
             self._target(target, export_format)

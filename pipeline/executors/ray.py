@@ -36,9 +36,7 @@ def connect(address: str) -> str:
             return f"connected to the Ray cluster at {ray.get_runtime_context().gcs_address}"
         address = "local"
     if address == "local":
-        ray.init(
-            address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=None, **options
-        )
+        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=None, **options)
         return "started a Ray cluster on this machine for this run"
     try:
         ray.init(address=address, **options)
@@ -97,7 +95,7 @@ class RayExecutor:
         wanted = min(self._wanted_workers, self.num_workers)
         while len(self._actors) < wanted:
             slot = Slot(f"worker-{next(self._numbers)}", is_worker=True)
-            handle = self._worker_class.options(scheduling_strategy="SPREAD").remote(self._run_dir)
+            handle: Any = self._worker_class.options(scheduling_strategy="SPREAD").remote(self._run_dir)
             self._actors[slot.id] = _Actor(handle, slot)
             self._running[handle.__ray_ready__.remote()] = (slot, None)
 

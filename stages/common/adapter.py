@@ -304,7 +304,8 @@ def _per_expert_names(adapted: AdaptedModel, axes: Mapping[str, int], num_expert
         dtypes = {adapted.checkpoint.tensors[name].dtype for name in names}
         if len(shapes) > 1 or len(dtypes) > 1:
             raise InputError(
-                f"{adapted.checkpoint.folder}: the experts of {parameter} differ in shape {sorted(shapes)} or dtype {sorted(dtypes)}"
+                f"{adapted.checkpoint.folder}: the experts of {parameter} differ in shape {sorted(shapes)} "
+                f"or dtype {sorted(dtypes)}"
             )
         for name, part in zip(names, parts, strict=True):
             template = ".".join([*part[: places[0]], "{}", *part[places[0] + 1 :]])

@@ -1,22 +1,31 @@
 """Units of prepare: the survey of the checkpoint, and the token shards of one text."""
 
+from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
 from stages.common.files import WrittenFile, write_json
 from stages.common.paths import PLAN_FILE, TENSORS_FILE, tokens_file
 from stages.common.schemas import TENSORS, TOKENS, write_table
+from stages.common.tables import Array
 from stages.common.unit import Job, UnitResult
 from stages.prepare.survey import survey
 from stages.prepare.tokens import ID_SUFFIXES, check_ids, crop_ids, draw_sequences, read_texts, read_token_ids
 
+
 def survey_unit(job: Job) -> UnitResult:
     """Write `plan.json` and `tensors.arrow` (schema TENSORS) of a checkpoint. args: model (folder)."""
-    plan, roles = survey(Checkpoint(job.args["model"]))
-    columns = {
+    plan, columns = survey_tables(job.args["model"])
+    tensors = write_table(job.stage_dir / TENSORS_FILE, columns, TENSORS)
+    return UnitResult((tensors, write_json(job.stage_dir / PLAN_FILE, plan)), facts={"num_tensors": len(columns["name"])})
+
+
+def survey_tables(model: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The plan of a checkpoint folder and the columns of schema TENSORS. Raises InputError as `survey` does."""
+    plan, roles = survey(Checkpoint(model))
+    columns: dict[str, list[Any]] = {
         "name": [role.entry.name for role in roles],
         "file": [role.entry.file for role in roles],
         "dtype": [role.entry.dtype for role in roles],
@@ -29,17 +38,26 @@ def survey_unit(job: Job) -> UnitResult:
         "expert_axis": [role.expert_axis for role in roles],
         "template": [role.template for role in roles],
     }
-    tensors = write_table(job.stage_dir / TENSORS_FILE, columns, TENSORS)
-    return UnitResult((tensors, write_json(job.stage_dir / PLAN_FILE, plan)), facts={"num_tensors": len(roles)})
+    return plan, columns
 
 
 def tokens_unit(job: Job) -> UnitResult:
-    """Write the token shards of one text (schema TOKENS).
+    """Write the token shards of one text (schema TOKENS). args: sequences_per_shard, and those of `sequences`."""
+    ids_ST = sequences(job.args)
+    files: list[WrittenFile] = []
+    step = job.args["sequences_per_shard"]
+    for shard, start in enumerate(range(0, len(ids_ST), step)):
+        rows = [row.tolist() for row in ids_ST[start : start + step]]
+        files.append(write_table(job.stage_dir / tokens_file(shard), {"token_ids": rows}, TOKENS))
+    return UnitResult(tuple(files), facts={"num_tokens": int(ids_ST.size)})
 
-    args: place (for messages), model (folder), data (paths), text_field, revision, num_sequences, sequence_length, seed,
-    sequences_per_shard.
+
+def sequences(args: Mapping[str, Any]) -> Array:
+    """Token ids int32 [S, T] of one text.
+
+    args: place (for messages), model (folder), data (paths), text_field, revision, num_sequences, sequence_length, seed.
+    Raises InputError for a text that is too short or unreadable, and for ids that are not the model's.
     """
-    args = job.args
     place, data = args["place"], args["data"]
     num_sequences, sequence_length = args["num_sequences"], args["sequence_length"]
     checkpoint = Checkpoint(args["model"])
@@ -60,10 +78,4 @@ def tokens_unit(job: Job) -> UnitResult:
         documents = (tokenizer(document, verbose=False)["input_ids"] for document in texts)
         ids = draw_sequences(documents, num_sequences, sequence_length, args["seed"], place)
     check_ids(ids, int(text["vocab_size"]), place)
-    files: list[WrittenFile] = []
-    step = args["sequences_per_shard"]
-    for shard, start in enumerate(range(0, num_sequences, step)):
-        rows = [row.tolist() for row in np.asarray(ids[start : start + step])]
-        files.append(write_table(job.stage_dir / tokens_file(shard), {"token_ids": rows}, TOKENS))
-    return UnitResult(tuple(files), facts={"num_tokens": int(ids.size)})
-
+    return ids
