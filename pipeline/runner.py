@@ -17,6 +17,7 @@ from pipeline.progress import Reporter
 from pipeline.publish import publish_model, publish_report
 from pipeline.scheduler import UnitFailure, leftovers, run_units, select
 from pipeline.stage_keys import STAGES, Stages
+from stages.common.errors import InputError
 from stages.common.files import write_json
 from stages.common.paths import REPORT_FILE
 
@@ -93,7 +94,7 @@ def _run_stages(
         finally:
             reporter.end()
         if failures:
-            raise RunFailed(_describe(failures, run_dir))
+            raise _error(failures, run_dir)
         num_run += len(selected)
         num_reused += len(units) - len(selected)
         if stage == "prepare":
@@ -104,7 +105,8 @@ def _run_stages(
     return num_run, num_reused
 
 
-def _describe(failures: list[UnitFailure], run_dir: Path) -> str:
+def _error(failures: list[UnitFailure], run_dir: Path) -> InputError | RunFailed:
+    """What stopped the run: InputError if there is nothing but the user's input to mend, else RunFailed."""
     lines = []
     for failed in failures:
         failure = failed.outcome.failure
@@ -115,5 +117,7 @@ def _describe(failures: list[UnitFailure], run_dir: Path) -> str:
         tries = f" (tried {failed.attempts} times)" if failed.attempts > 1 else ""
         where = f" on {failed.outcome.host}" if failed.outcome.host else ""
         lines.append(f"{failed.unit.stage} {failed.unit.label}{where}: {failure.message}{tries}\n{failure.detail}".rstrip())
+    if all(failed.outcome.failure and failed.outcome.failure.kind == "input" for failed in failures):
+        return InputError("\n".join(dict.fromkeys(lines)))
     lines.append(f"What was finished is kept in {run_dir}; the same command continues from there.")
-    return "\n".join(lines)
+    return RunFailed("\n".join(lines))
