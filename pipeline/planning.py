@@ -1,14 +1,15 @@
 """`plan`: what a run would do and need, from config, headers and texts alone. Starts no process and writes nothing."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.table import Table
 
 from pipeline.config import RunConfig
 from pipeline.graph import tokens_args
 from pipeline.partition import held_bytes, layer_shards
-from pipeline.preflight import check_layers
-from pipeline.runner import prepare_run
+from pipeline.preflight import check, check_layers
+from pipeline.stage_keys import Stages
 from pipeline.table import human_bytes
 from pipeline.worker import resolve
 from stages.merge.layout import output_files
@@ -16,7 +17,8 @@ from stages.merge.layout import output_files
 
 def describe_plan(config: RunConfig) -> Iterator[Table | str]:
     """Lines and tables for the terminal. Raises InputError for anything that would stop a run."""
-    stages, run_dir, model = prepare_run(config)
+    checked = check(config)
+    stages, run_dir, model = Stages(config, checked.identities), Path(config.run_dir).resolve(), checked.model
     plan, columns = resolve("stages.prepare.stage:survey_tables")(str(model))
     check_layers(config, len(plan["moe_layers"]))
     texts = {"calibration": config.calibration, "evaluation": config.evaluation}

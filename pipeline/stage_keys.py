@@ -8,8 +8,6 @@ from typing import Any
 from pipeline.config import RunConfig, TextData
 from pipeline.identity import key_of
 
-STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate", "report")
-
 # Raised when a stage computes something else from the same inputs: old results are then not reused.
 VERSIONS = {"prepare": 1, "calibrate": 1, "cluster": 1, "merge": 1, "assemble": 1, "evaluate": 1, "report": 1}
 

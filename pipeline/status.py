@@ -11,9 +11,10 @@ from pipeline.graph import Graph
 from pipeline.identity import differences
 from pipeline.lock import describe_holder
 from pipeline.manifest import read_manifest
-from pipeline.runner import IDENTITY_FILE, RUN_FILE
-from pipeline.scheduler import select
-from pipeline.stage_keys import STAGES, StageRun, Stages
+from pipeline.names import STAGES
+from pipeline.run_state import IDENTITY_FILE, RUN_FILE
+from pipeline.selection import select
+from pipeline.stage_keys import StageRun, Stages
 from pipeline.table import human_bytes
 from stages.common.checkpoint import read_json
 from stages.common.errors import InputError
@@ -40,8 +41,8 @@ def describe_status(run_dir: Path) -> Iterator[Table | str]:
             table.add_row(stage, "?", "", f"after {waits_for}", "", "")
             continue
         units = graph.units(stage)
-        to_run = select(graph.run_dir, units, verify=False)
-        manifests = [manifest for unit in units if (manifest := read_manifest(graph.run_dir, unit)) is not None]
+        to_run = select(units, verify=False)
+        manifests = [manifest for unit in units if (manifest := read_manifest(unit)) is not None]
         num_bytes = sum(recorded["bytes"] for manifest in manifests for recorded in manifest.files.values())
         seconds = sum(manifest.elapsed_s for manifest in manifests)
         table.add_row(stage, str(len(units)), str(len(manifests)), str(len(to_run)), human_bytes(num_bytes), f"{seconds:.1f}")
