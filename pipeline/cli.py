@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from pipeline.names import StageName
 from stages.common.errors import InputError
 
 app = typer.Typer(
@@ -42,29 +43,34 @@ def run(
         str, typer.Option(help="Ray cluster: auto (the running one, else a new one here), local (a new one here), or ADDRESS.")
     ] = "auto",
     executor: Annotated[ExecutorName, typer.Option(help="ray, or local: everything in this process.")] = ExecutorName.RAY,
+    from_stage: Annotated[StageName | None, typer.Option("--from", help="Redo this stage and what follows.")] = None,
+    only: Annotated[StageName | None, typer.Option("--only", help="Run this stage and no other.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check digests of all finished files, not only sizes.")] = False,
 ) -> None:
     """Run every stage that is not finished; the same command resumes."""
     from pipeline.config import load_config
     from pipeline.executors.base import Executor
     from pipeline.progress import Reporter
+    from pipeline.run_state import RunOptions
     from pipeline.runner import run as run_pipeline
     from pipeline.table import result_table
 
     config = load_config(run_file, settings or [])
     reporter = Reporter(Console(stderr=True))
 
-    def make_executor(run_dir: Path) -> Executor:
+    def make_executor() -> Executor:
         if executor is ExecutorName.LOCAL:
             from pipeline.executors.local import LocalExecutor
 
-            return LocalExecutor(run_dir)
+            return LocalExecutor()
         from pipeline.executors.ray import RayExecutor, connect
 
         reporter.line(connect(address))
-        return RayExecutor(run_dir, config.resources)
+        signal.signal(signal.SIGTERM, _on_terminate)  # connecting has put Ray's own handler there
+        return RayExecutor(config.resources)
 
-    result = run_pipeline(config, make_executor, reporter, verify)
+    options = RunOptions(verify, from_stage.value if from_stage else None, only.value if only else None)
+    result = run_pipeline(config, make_executor, reporter, options)
     run_dir = result.report_path.parent
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(result_table(result.report))

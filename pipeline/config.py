@@ -97,7 +97,10 @@ class Merging(_Section):
 class Export(_Section):
     """What is written."""
 
-    formats: Annotated[tuple[Literal["tied", "stock"], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("tied", "stock")
+    formats: Annotated[tuple[Literal["tied", "stock"], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
+        "tied",
+        "stock",
+    )
     router: Literal["frequency", "average", "dominant"] = "frequency"
     """How `stock` combines the router rows of a cluster."""
     max_file_bytes: Bytes = 5 * 10**9
@@ -124,6 +127,9 @@ class Resources(_Section):
     """Layers of a layer shard. Default: as many as fit in `worker_memory`, but no more than keeps all workers busy."""
     max_attempts: Count = 3
     """How often a unit is given to a worker before the workers' deaths count as its failure."""
+    unit_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds after which a unit counts as hung and is given to another worker. Default: 20 times the median of its kind, at
+    least ten minutes; two hours for the first of its kind."""
 
 
 class RunConfig(_Section):

@@ -8,21 +8,31 @@ from typing import Any
 
 from pipeline.config import RunConfig, TextData
 from pipeline.manifest import read_manifest
-from pipeline.partition import LayerRange, layer_shards
-from pipeline.stage_keys import Stages, StageRun, TargetRun
+from pipeline.partition import LayerRange, held_bytes, layer_shards
+from pipeline.stage_keys import StageRun, Stages, TargetRun
 from pipeline.units import Hold, Unit
 from stages.common import paths
 from stages.common.files import write_json
 from stages.merge.layout import output_files, read_tensor_rows
 
+PARTITION_FILE = "partition.json"
+
+
+def tokens_args(place: str, model: Path, data: TextData) -> dict[str, Any]:
+    """What `stages.prepare.stage.sequences` is given for a text."""
+    settings = data.model_dump(include={"text_field", "revision", "num_sequences", "sequence_length", "seed"})
+    files = [str(Path(name).resolve()) if Path(name).exists() else name for name in data.data]
+    return {**settings, "place": place, "model": str(model), "data": files}
+
 
 class Graph:
     """Units of one run.
 
-    run_dir: absolute. model: the checkpoint folder. num_workers: how many workers there are, for the size of layer shards.
+    run_dir: absolute. model: the checkpoint folder. num_workers: how many workers there are, for the size of layer shards;
+    None to look only: nothing is written then.
     """
 
-    def __init__(self, config: RunConfig, stages: Stages, run_dir: Path, model: Path, num_workers: int) -> None:
+    def __init__(self, config: RunConfig, stages: Stages, run_dir: Path, model: Path, num_workers: int | None) -> None:
         self.config, self.stages = config, stages
         self.run_dir, self.model, self.num_workers = run_dir, model, num_workers
 
@@ -39,107 +49,137 @@ class Graph:
         """All units of a stage, done or not, in the order in which one worker would run them."""
         return getattr(self, f"_{stage}")()  # type: ignore[no-any-return]
 
+    def _unit(self, stage: StageRun, name: str, call: str, args: Mapping[str, Any], label: str, **options: Any) -> Unit:
+        function = f"stages.{stage.stage}.stage:{call}"
+        return Unit(str(self.run_dir), stage.stage, stage.dir, name, function, args, label, **options)
+
+    # prepare
+
     def _prepare(self) -> list[Unit]:
-        survey = Unit(
-            "prepare", self.stages.survey.dir, "survey", "stages.prepare.stage:survey_unit",
-            {"model": str(self.model), "mtp": self.config.export.mtp},
-            label="checkpoint",
-        )  # fmt: skip
-        units = [survey, self._tokens_unit(self.stages.calibration, "calibration", self.config.calibration)]
+        survey = {"model": str(self.model), "mtp": self.config.export.mtp}
+        units = [
+            self._unit(self.stages.survey, "survey", "survey_unit", survey, "checkpoint"),
+            self._tokens_unit(self.stages.calibration, "calibration", self.config.calibration),
+        ]
         if self.stages.evaluation and self.config.evaluation:
             units.append(self._tokens_unit(self.stages.evaluation, "evaluation", self.config.evaluation))
         return units
 
     def _tokens_unit(self, stage: StageRun, place: str, data: TextData) -> Unit:
-        settings = data.model_dump(include={"text_field", "revision", "num_sequences", "sequence_length", "seed"})
-        files = [str(Path(name).resolve()) if Path(name).exists() else name for name in data.data]
         args = {
-            **settings,
-            "place": place,
-            "model": str(self.model),
+            **tokens_args(place, self.model, data),
             "trust_remote_code": self.config.trust_remote_code,
-            "data": files,
             "sequences_per_shard": data.sequences_per_shard,
         }
-        return Unit("prepare", stage.dir, "tokens", "stages.prepare.stage:tokens_unit", args, label=f"{place} tokens")
+        return self._unit(stage, "tokens", "tokens_unit", args, f"{place} tokens")
 
-    def _partition(self, stage: StageRun, plan: Mapping[str, Any], data: TextData) -> list[LayerRange]:
+    # calibrate and evaluate: token shards through layer shards
+
+    def _partition(self, stage: StageRun, data: TextData) -> list[LayerRange]:
         """The layer shards of a stage. Kept in its directory: a rerun on another number of workers resumes the same units."""
-        path = self.run_dir / stage.dir / "partition.json"
+        path = self.run_dir / stage.dir / PARTITION_FILE
         asked = self.config.resources.model_dump(include={"worker_memory", "layers_per_shard"})
         if path.exists():
             kept = json.loads(path.read_text())
             if kept["asked"] == asked:
                 return [(first, stop) for first, stop in kept["layer_shards"]]
-        shards = layer_shards(plan, data, self.config.resources, self.num_workers)
-        write_json(path, {"asked": asked, "layer_shards": shards})
+        shards = layer_shards(self.plan, data, self.config.resources, self.num_workers or 1)
+        if self.num_workers is not None:
+            write_json(path, {"asked": asked, "layer_shards": shards})
         return shards
 
     def _through_layers(
-        self, stage: StageRun, tokens: StageRun, data: TextData, shards: list[LayerRange], hold_call: str, unit_call: str,
-        hold_args: Mapping[str, Any], what: str,
-    ) -> list[Unit]:  # fmt: skip
+        self,
+        stage: StageRun,
+        call: str,
+        tokens: StageRun,
+        data: TextData,
+        hold_call: str,
+        hold_args: Mapping[str, Any],
+        what: str,
+    ) -> list[Unit]:
         """Units (layer shard, token shard); each reads the hidden states that the one before it wrote."""
         units = []
         stage_dir = Path(stage.dir)
-        for first, stop in shards:
+        for first, stop in self._partition(stage, data):
             args = {**hold_args, "first": first, "stop": stop, "num_threads": self.config.resources.num_cpus}
-            hold = Hold(f"{stage.dir}:{first}-{stop}", hold_call, args)
-            is_last = stop == shards[-1][1]
+            hold = Hold(f"{self.run_dir}/{stage.dir}:{first}-{stop}", hold_call, args)
+            is_last = stop == self.plan["num_layers"]
             for shard in range(data.num_shards):
                 reads = [paths.hidden_file(stage_dir, first, shard)] if first else []
                 writes = [] if is_last else [paths.hidden_file(stage_dir, stop, shard)]
                 if stage.stage == "calibrate":
                     layers = [layer for layer in self.plan["moe_layers"] if first <= layer < stop]
                     writes += [paths.partial_statistics_file(stage_dir, layer, shard) for layer in layers]
-                units.append(
-                    Unit(
-                        stage.stage,
-                        stage.dir,
-                        f"layers-{first:04d}-{stop:04d}/tokens-{shard:04d}",
-                        unit_call,
-                        {"tokens_dir": tokens.dir, "shard": shard, "micro_batch": data.micro_batch, "is_last": is_last},
-                        label=f"{what}layers {first}-{stop - 1}, tokens {shard + 1}/{data.num_shards}",
-                        reads=tuple(path.as_posix() for path in reads),
-                        writes=tuple(path.as_posix() for path in writes),
-                        hold=hold,
-                        on_worker=True,
-                    )
+                unit = self._unit(
+                    stage,
+                    f"layers-{first:04d}-{stop:04d}/tokens-{shard:04d}",
+                    call,
+                    {"tokens_dir": tokens.dir, "shard": shard, "micro_batch": data.micro_batch, "is_last": is_last},
+                    f"{what}layers {first}-{stop - 1}, tokens {shard + 1}/{data.num_shards}",
+                    reads=tuple(path.as_posix() for path in reads),
+                    writes=tuple(path.as_posix() for path in writes),
+                    hold=hold,
+                    on_worker=True,
+                    memory_bytes=held_bytes(self.plan, (first, stop), data),
                 )
+                units.append(unit)
         return units
 
     def _calibrate(self) -> list[Unit]:
         stage, data = self.stages.calibrate, self.config.calibration
-        shards = self._partition(stage, self.plan, data)
         hold_args = {"model": str(self.model), "routers": self.plan["routers"]}
         units = self._through_layers(
-            stage, self.stages.calibration, data, shards,
-            "stages.calibrate.stage:open_shard", "stages.calibrate.stage:calibrate_unit", hold_args, "",
-        )  # fmt: skip
-        last_moe = max(self.plan["moe_layers"])
-        units = [unit for unit in units if unit.hold is not None and unit.hold.args["first"] <= last_moe]
+            stage, "calibrate_unit", self.stages.calibration, data, "stages.calibrate.stage:open_shard", hold_args, ""
+        )
+        units = [unit for unit in units if unit.writes]  # layers after the last MoE layer have nothing to tell
         for layer in self.plan["moe_layers"]:
             partials = [paths.partial_statistics_file(Path(stage.dir), layer, shard) for shard in range(data.num_shards)]
-            units.append(
-                Unit(
-                    "calibrate", stage.dir, f"layer-{layer:04d}", "stages.calibrate.stage:reduce_unit",
-                    {"layer": layer, "num_shards": data.num_shards},
-                    label=f"layer {layer}, sum over token shards",
-                    reads=tuple(path.as_posix() for path in partials),
-                )
-            )  # fmt: skip
+            reduce = self._unit(
+                stage,
+                f"layer-{layer:04d}",
+                "reduce_unit",
+                {"layer": layer, "num_shards": data.num_shards},
+                f"layer {layer}, sum over token shards",
+                reads=tuple(path.as_posix() for path in partials),
+            )
+            units.append(reduce)
         return units
+
+    def _evaluate(self) -> list[Unit]:
+        if self.stages.evaluate_source is None:
+            return []
+        units = self._evaluate_units(self.stages.evaluate_source, self.model, self.config.model_name)
+        for target in self.stages.targets:
+            assert target.evaluate is not None
+            units += self._evaluate_units(target.evaluate, self.checkpoint_dir(target), target.name)
+        return units
+
+    def _evaluate_units(self, stage: StageRun, model: Path, name: str) -> list[Unit]:
+        data = self.config.evaluation
+        assert data is not None and self.stages.evaluation is not None
+        units = self._through_layers(
+            stage,
+            "evaluate_unit",
+            self.stages.evaluation,
+            data,
+            "stages.common.layer_shard:open_layer_shard",
+            {"checkpoint_folder": str(model)},
+            f"{name}, ",
+        )
+        last = tuple(unit.id for unit in units if not unit.writes)
+        args = {"num_shards": data.num_shards}
+        return [*units, self._unit(stage, "perplexity", "score_unit", args, f"{name}, perplexity", after=last)]
+
+    # cluster, merge, assemble, report
 
     def _cluster(self) -> list[Unit]:
         settings = self.config.clustering.model_dump(exclude={"num_experts"})
         args = {**settings, "statistics_dir": self.stages.calibrate.dir}
         return [
-            Unit(
-                "cluster", self.stages.cluster.dir, f"layer-{layer:04d}", "stages.cluster.stage:cluster_unit",
-                {**args, "layer": layer}, label=f"layer {layer}",
-            )
+            self._unit(self.stages.cluster, f"layer-{layer:04d}", "cluster_unit", {**args, "layer": layer}, f"layer {layer}")
             for layer in self.plan["moe_layers"]
-        ]  # fmt: skip
+        ]
 
     def num_merged(self, target: TargetRun) -> dict[str, int]:
         """Merged experts r of each MoE layer; JSON wants the layers as strings."""
@@ -171,24 +211,43 @@ class Graph:
             "num_threads": self.config.resources.num_cpus,
         }
         return [
-            Unit(
-                "merge", target.merge.dir, file.name, "stages.merge.stage:merge_unit", {**args, "file": number},
-                label=f"{target.name}/{file.name}, {file.num_bytes:,} bytes", on_worker=True,
+            self._unit(
+                target.merge,
+                file.name,
+                "merge_unit",
+                {**args, "file": number},
+                f"{target.name}/{file.name}, {file.num_bytes:,} bytes",
+                on_worker=True,
             )
             for number, file in enumerate(files)
-        ]  # fmt: skip
+        ]
 
     def _assemble(self) -> list[Unit]:
         return [self._assemble_unit(target) for target in self.stages.targets]
 
     def _assemble_unit(self, target: TargetRun) -> Unit:
-        files = {}
+        files: dict[str, str] = {}
         for unit in self._merge_units(target):
-            manifest = read_manifest(self.run_dir, unit)
+            manifest = read_manifest(unit)
             assert manifest is not None, unit.id
             files |= {Path(path).name: recorded["sha256"] for path, recorded in manifest.files.items()}
+        args = {
+            "model": str(self.model),
+            "merge_dir": target.merge.dir,
+            "files": files,
+            "num_merged": self.num_merged(target),
+            "architecture": self.plan["architecture"],
+            "format": target.format,
+            "value_dtype": self.config.export.dtype,
+            "card": self._card(target),
+        }
+        return self._unit(target.assemble, "checkpoint", "assemble_unit", args, target.name)
+
+    def _card(self, target: TargetRun) -> dict[str, Any]:
+        """What the model card states."""
         config, data = self.config, self.config.calibration
-        card = {
+        clustering = config.clustering.model_dump(exclude={"num_experts"})
+        return {
             "name": target.name,
             "source": config.model,
             "revision": f" (revision {config.revision})" if config.revision else "",
@@ -199,89 +258,55 @@ class Graph:
             "router": config.export.router,
             "calibration": f"{data.num_sequences} sequences of {data.sequence_length} tokens of {', '.join(data.data)}, "
             f"seed {data.seed}",
-            "clustering": ", ".join(f"{k} {v}" for k, v in config.clustering.model_dump(exclude={"num_experts"}).items()),
+            "clustering": ", ".join(f"{key} {value}" for key, value in clustering.items()),
             "merging": config.merging.method,
         }
-        args = {
-            "model": str(self.model),
-            "merge_dir": target.merge.dir,
-            "files": files,
-            "num_merged": self.num_merged(target),
-            "architecture": self.plan["architecture"],
-            "format": target.format,
-            "value_dtype": config.export.dtype,
-            "card": card,
-        }
-        return Unit(
-            "assemble", target.assemble.dir, "checkpoint", "stages.assemble.stage:assemble_unit", args, label=target.name
-        )
 
     def checkpoint_dir(self, target: TargetRun) -> Path:
         """Where a target's finished folder lies."""
         return self.run_dir / target.assemble.dir / paths.CHECKPOINT_DIR
 
-    def _evaluate(self) -> list[Unit]:
-        if self.stages.evaluate_source is None:
-            return []
-        units = self._evaluate_units(self.stages.evaluate_source, self.model, self.config.model_name)
-        for target in self.stages.targets:
-            assert target.evaluate is not None
-            units += self._evaluate_units(target.evaluate, self.checkpoint_dir(target), target.name)
-        return units
-
-    def _evaluate_units(self, stage: StageRun, model: Path, name: str) -> list[Unit]:
-        data = self.config.evaluation
-        assert data is not None and self.stages.evaluation is not None
-        shards = self._partition(stage, self.plan, data)
-        units = self._through_layers(
-            stage, self.stages.evaluation, data, shards,
-            "stages.common.layer_shard:open_layer_shard", "stages.evaluate.stage:evaluate_unit",
-            {"checkpoint_folder": str(model)}, f"{name}, ",
-        )  # fmt: skip
-        score = Unit(
-            "evaluate", stage.dir, "perplexity", "stages.evaluate.stage:score_unit", {"num_shards": data.num_shards},
-            label=f"{name}, perplexity", after=tuple(unit.id for unit in units if not unit.writes),
-        )  # fmt: skip
-        return [*units, score]
-
     def _report(self) -> list[Unit]:
-        unweighted: dict[str, dict[str, Any]] = {}
-        for target in self.stages.targets:
-            found: dict[str, set[int]] = {}
-            for unit in self._merge_units(target):
-                manifest = read_manifest(self.run_dir, unit)
-                for layer, clusters in (manifest.facts["unweighted_clusters"] if manifest else {}).items():
-                    found.setdefault(layer, set()).update(clusters)
-            unweighted[target.name] = {layer: sorted(clusters) for layer, clusters in found.items()}
-        targets = []
-        for target in self.stages.targets:
-            manifest = read_manifest(self.run_dir, self._assemble_unit(target))
-            assert manifest is not None
-            targets.append(
-                {
-                    "name": target.name,
-                    "target": target.target,
-                    "format": target.format,
-                    "num_experts": target.num_experts,
-                    **manifest.facts,
-                    "path": f"models/{target.name}",
-                    "evaluate_dir": target.evaluate.dir if target.evaluate else None,
-                    "unweighted_clusters": unweighted[target.name],
-                }
-            )
-        reduces = {unit.args["layer"]: unit for unit in self._calibrate() if not unit.writes}
-        manifests = {layer: read_manifest(self.run_dir, unit) for layer, unit in reduces.items()}
-        never = {str(layer): m.facts["never_routed"] for layer, m in manifests.items() if m and m.facts["never_routed"]}
-        source_stage = self.stages.evaluate_source
+        source = self.stages.evaluate_source
         args = {
             "survey_dir": self.stages.survey.dir,
             "source": {
                 "name": self.config.model_name,
                 "path": str(self.model),
-                "evaluate_dir": source_stage.dir if source_stage else None,
+                "evaluate_dir": source.dir if source else None,
             },
-            "targets": targets,
-            "never_routed": never,
+            "targets": [self._reported(target) for target in self.stages.targets],
+            "never_routed": self._never_routed(),
             "settings": self.config.model_dump(mode="json"),
         }
-        return [Unit("report", self.stages.report.dir, "report", "stages.report.stage:report_unit", args, label="report.json")]
+        return [self._unit(self.stages.report, "report", "report_unit", args, "report.json")]
+
+    def _reported(self, target: TargetRun) -> dict[str, Any]:
+        """What the report is told of a target: its place, and the facts in the manifests of merge and assemble."""
+        assembled = read_manifest(self._assemble_unit(target))
+        assert assembled is not None
+        unweighted: dict[str, set[int]] = {}
+        for unit in self._merge_units(target):
+            manifest = read_manifest(unit)
+            assert manifest is not None
+            for layer, clusters in manifest.facts["unweighted_clusters"].items():
+                unweighted.setdefault(layer, set()).update(clusters)
+        return {
+            "name": target.name,
+            "target": target.target,
+            "format": target.format,
+            "num_experts": target.num_experts,
+            **assembled.facts,
+            "path": f"models/{target.name}",
+            "evaluate_dir": target.evaluate.dir if target.evaluate else None,
+            "unweighted_clusters": {layer: sorted(clusters) for layer, clusters in unweighted.items()},
+        }
+
+    def _never_routed(self) -> dict[str, list[int]]:
+        """Experts that no calibration token was sent to, by layer."""
+        never = {}
+        for unit in self._calibrate():
+            manifest = None if unit.writes else read_manifest(unit)
+            if manifest is not None and manifest.facts["never_routed"]:
+                never[str(unit.args["layer"])] = manifest.facts["never_routed"]
+        return never

@@ -16,6 +16,15 @@ HEARTBEAT_S = 10.0
 STALE_S = 60.0
 
 
+def describe_holder(run_dir: Path) -> str:
+    """One line that says which driver works on a run directory."""
+    try:
+        holder = json.loads((run_dir / LOCK_FILE).read_text())
+    except FileNotFoundError:
+        return f"{run_dir}: no driver is running"
+    return f"{run_dir}: driver on host {holder['host']}, pid {holder['pid']}, since {holder['since']}"
+
+
 class RunLock:
     """Holds the lock of a run directory while entered.
 

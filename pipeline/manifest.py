@@ -1,4 +1,4 @@
-"""Manifests: the seal of a unit, written last, by whoever ran it. Whether work is done is read from here and from nowhere else."""
+"""Manifests: the seal of a unit, written last, by whoever ran it. Whether work is done is read from here only."""
 
 import json
 import os
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.units import Unit
-from stages.common.errors import InputError
 from stages.common.files import WrittenFile, sha256_of, write_json
 from stages.common.unit import UnitResult
 
@@ -28,9 +27,13 @@ class Manifest:
     started: float
     elapsed_s: float
 
-    def is_whole(self, run_dir: Path, verify: bool) -> bool:
+    def is_whole(self, unit: Unit, verify: bool) -> bool:
         """Whether the files are there with the recorded sizes, and under `verify` with the recorded digests."""
-        return all(_is_whole(run_dir / path, recorded, verify) for path, recorded in self.files.items())
+        return all(_is_whole(Path(unit.run_dir) / path, recorded, verify) for path, recorded in self.files.items())
+
+    def has_transient(self, unit: Unit, path: str, verify: bool) -> bool:
+        """The same for one transient file."""
+        return path in self.transient and _is_whole(Path(unit.run_dir) / path, self.transient[path], verify)
 
 
 def _is_whole(path: Path, recorded: Mapping[str, Any], verify: bool) -> bool:
@@ -42,21 +45,20 @@ def _is_whole(path: Path, recorded: Mapping[str, Any], verify: bool) -> bool:
     return not verify or sha256_of(path) == recorded["sha256"]
 
 
-def manifest_path(run_dir: Path, unit: Unit) -> Path:
+def manifest_path(unit: Unit) -> Path:
     """Where a unit's manifest lies."""
-    return run_dir / unit.stage_dir / MANIFESTS_DIR / f"{unit.name}.json"
+    return Path(unit.run_dir) / unit.stage_dir / MANIFESTS_DIR / f"{unit.name}.json"
 
 
 def _records(run_dir: Path, files: tuple[WrittenFile, ...]) -> dict[str, dict[str, Any]]:
-    return {
-        file.path.relative_to(run_dir).as_posix(): {"bytes": file.num_bytes, "sha256": file.sha256} for file in files
-    }
+    return {file.path.relative_to(run_dir).as_posix(): {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
 
 
-def seal(run_dir: Path, unit: Unit, result: UnitResult, started: float) -> None:
+def seal(unit: Unit, result: UnitResult, started: float) -> None:
     """Write a unit's manifest."""
+    run_dir = Path(unit.run_dir)
     manifest = {
-        "unit": unit.id,
+        "unit": f"{unit.stage_dir}/{unit.name}",
         "files": _records(run_dir, result.files),
         "transient": _records(run_dir, result.transient),
         "facts": dict(result.facts),
@@ -65,18 +67,15 @@ def seal(run_dir: Path, unit: Unit, result: UnitResult, started: float) -> None:
         "started": started,
         "elapsed_s": time.time() - started,
     }
-    write_json(manifest_path(run_dir, unit), manifest)
+    write_json(manifest_path(unit), manifest)
 
 
-def read_manifest(run_dir: Path, unit: Unit) -> Manifest | None:
-    """A unit's manifest, or None if it is not sealed. Raises InputError for a manifest that is damaged."""
-    path = manifest_path(run_dir, unit)
+def read_manifest(unit: Unit) -> Manifest | None:
+    """A unit's manifest, or None if it is not sealed. A damaged manifest (they are written whole) seals nothing."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(manifest_path(unit).read_text())
         return Manifest(
             **{key: value[key] for key in ("files", "transient", "facts", "host", "started", "elapsed_s")},
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         return None
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise InputError(f"{path} is not a manifest ({e}); delete it and run again") from e

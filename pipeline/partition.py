@@ -12,11 +12,14 @@ def held_bytes(plan: Mapping[str, Any], layers: LayerRange, data: TextData) -> i
     """Memory in bytes that a worker needs for a layer shard: weights, the copy while loading, activations."""
     first, stop = layers
     layer_bytes: Sequence[int] = plan["layer_bytes"]
+    hidden_size: int = plan["hidden_size"]
+    vocab_size: int = plan["vocab_size"]
+    outside_bytes: int = plan["outside_bytes"]
     itemsize = 4 if plan["dtype"] == "float32" else 2
     at_an_end = first == 0 or stop == plan["num_layers"]
-    weights = sum(layer_bytes[first:stop]) + (plan["outside_bytes"] if at_an_end else 0)
-    hidden = 2 * data.sequences_per_shard * data.sequence_length * plan["hidden_size"] * itemsize
-    logits = 2 * 4 * data.micro_batch * data.sequence_length * plan["vocab_size"] if stop == plan["num_layers"] else 0
+    weights = sum(layer_bytes[first:stop]) + (outside_bytes if at_an_end else 0)
+    hidden = 2 * data.sequences_per_shard * data.sequence_length * hidden_size * itemsize
+    logits = 2 * 4 * data.micro_batch * data.sequence_length * vocab_size if stop == plan["num_layers"] else 0
     return weights + max(layer_bytes[first:stop]) + hidden + logits
 
 

@@ -1,6 +1,7 @@
 """Everything that can be checked before a process is started: run file against checkpoint, files, bounds."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,16 @@ from stages.common.errors import InputError
 from stages.common.families import family_of, num_experts_in, stock_targets, top_k_in
 
 
-def check(config: RunConfig) -> tuple[Checkpoint, dict[str, Mapping[str, Any]]]:
-    """Check a run; return its checkpoint and the identities of model and texts.
+@dataclass(frozen=True)
+class Checked:
+    """A run that may start: the checkpoint folder (absolute), and the identities of model and texts."""
+
+    model: Path
+    identities: Mapping[str, Mapping[str, Any]]
+
+
+def check(config: RunConfig) -> Checked:
+    """Check a run.
 
     Raises InputError for a checkpoint that is missing, damaged or not MoE, for a target out of bounds, for a missing text.
     """
@@ -28,7 +37,7 @@ def check(config: RunConfig) -> tuple[Checkpoint, dict[str, Mapping[str, Any]]]:
     for name, data in texts.items():
         if data is not None:
             identities[name] = data_identity(data.data, data.revision, name)
-    return checkpoint, identities
+    return Checked(checkpoint.folder.resolve(), identities)
 
 
 def check_targets(config: RunConfig, num_experts: int, top_k: int) -> None:

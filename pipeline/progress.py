@@ -51,7 +51,8 @@ class Reporter:
             self._bars.stop()
             self._bars = None
         elif self._num_units:
-            self.line(f"{self._stage}: done in {time.monotonic() - self._started:.1f} s")
+            self.line(f"{self._stage}: {self._num_done} units in {time.monotonic() - self._started:.1f} s")
+        self._num_units = 0
 
     def line(self, text: str) -> None:
         """One line for a log."""

@@ -1,107 +1,92 @@
-"""Which unit a free slot runs next, and the loop that drives an executor until all are sealed or one has failed."""
+"""Which unit a free slot runs next."""
 
 import heapq
-import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from pipeline.executors.base import Executor, Slot
-from pipeline.manifest import read_manifest
-from pipeline.units import Outcome, Unit
+from pipeline.executors.base import Slot
+from pipeline.units import Unit
 
-_WAIT_S = 1.0
-_NO_SLOT_WARNING_S = 60.0
-
-
-def producers(units: Sequence[Unit]) -> dict[str, str]:
-    """Which unit writes each transient file."""
-    return {path: unit.id for unit in units for path in unit.writes}
-
-
-def select(run_dir: Path, units: Sequence[Unit], verify: bool) -> list[Unit]:
-    """The units that must run, in order: those not sealed, and the makers of transient files that they lack.
-
-    A maker of transient files that nobody lacks is left alone, sealed or not; what such files are left over (a crash between
-    a seal and a deletion) is deleted.
-    """
-    must_run: set[str] = set()
-    lacking: set[str] = set()
-    for unit in reversed(units):
-        manifest = read_manifest(run_dir, unit)
-        if unit.writes:
-            written = manifest.transient if manifest else {}
-            lost = [p for p in unit.writes if p in lacking and not (p in written and (run_dir / p).exists())]
-            runs = bool(lost)
-        else:
-            runs = manifest is None or not manifest.is_whole(run_dir, verify)
-        if runs:
-            must_run.add(unit.id)
-            lacking.update(unit.reads)
-        else:
-            for path in unit.reads:
-                if path not in lacking:
-                    (run_dir / path).unlink(missing_ok=True)
-    return [unit for unit in units if unit.id in must_run]
+_WORKER, _TASK = "worker", "task"
 
 
 @dataclass
 class _Group:
-    """Ready units that share a hold (or none), and how many are still to be finished."""
+    """Ready units that share a hold (or have none), and how many are still to be finished."""
 
     order: int
     ready: list[tuple[int, str]] = field(default_factory=list)
-    unfinished: int = 0
+    num_unfinished: int = 0
     claimed_by: str | None = None
 
 
 class Schedule:
-    """Units in order of their dependencies.
+    """Units of any number of runs, in order of their dependencies.
 
     A worker that has opened a hold keeps it until its units are done, so that each layer shard is loaded once. It gives a
     hold up only for an earlier one that nobody works on: all later ones wait for that.
     """
 
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self._units = {unit.id: unit for unit in units}
-        self._order = {unit.id: number for number, unit in enumerate(units)}
-        self._readers: dict[str, list[str]] = defaultdict(list)
-        self._waiting: dict[str, int] = {}
+    def __init__(self) -> None:
+        self._units: dict[str, Unit] = {}
+        self._order: dict[str, int] = {}
+        self._next_order = 0
+        self._makers: dict[str, str] = {}
+        self._followers: dict[str, list[str]] = defaultdict(list)
+        self._num_awaited: dict[str, int] = {}
         self._groups: dict[str, _Group] = {}
         self._claims: dict[str, str] = {}
-        makers = producers(units)
-        for unit in units:
-            group = self._groups.setdefault(self._group_key(unit), _Group(self._order[unit.id]))
-            group.unfinished += 1
-            before = {makers[path] for path in unit.reads if path in makers} | {i for i in unit.after if i in self._units}
-            self._waiting[unit.id] = len(before)
-            for other in before:
-                self._readers[other].append(unit.id)
-            if not before:
-                self._push(unit)
-        self.num_unfinished = len(units)
+        self._num_unfinished: dict[str, int] = defaultdict(int)
+        self.alone: deque[Unit] = deque()
+        """Units to be run with nothing beside them."""
 
-    @staticmethod
-    def _group_key(unit: Unit) -> str:
-        if unit.hold is not None:
-            return unit.hold.key
-        return "worker" if unit.on_worker else "task"
+    def add(self, units: Sequence[Unit]) -> None:
+        """Add units of one run; what they follow is among them, or done."""
+        for unit in units:
+            self._units[unit.id] = unit
+            self._order[unit.id] = self._next_order
+            self._next_order += 1
+            self._makers |= {f"{unit.run_dir}/{path}": unit.id for path in unit.writes}
+        for unit in units:
+            group = self._groups.setdefault(_group_key(unit), _Group(self._order[unit.id]))
+            group.num_unfinished += 1
+            self._num_unfinished[unit.run_dir] += 1
+            before = {self._makers.get(f"{unit.run_dir}/{path}") for path in unit.reads} | set(unit.after)
+            awaited = [other for other in before if other is not None and other in self._units]
+            self._num_awaited[unit.id] = len(awaited)
+            for other in awaited:
+                self._followers[other].append(unit.id)
+            if not awaited:
+                self._push(unit)
+
+    def num_unfinished(self, run_dir: str) -> int:
+        """Units of a run that are not done."""
+        return self._num_unfinished[run_dir]
+
+    def unfinished(self) -> Iterable[Unit]:
+        """All units that are not done."""
+        return self._units.values()
 
     def _push(self, unit: Unit) -> None:
-        heapq.heappush(self._groups[self._group_key(unit)].ready, (self._order[unit.id], unit.id))
+        heapq.heappush(self._groups[_group_key(unit)].ready, (self._order[unit.id], unit.id))
 
     def _pop(self, key: str) -> Unit | None:
         group = self._groups.get(key)
-        if group is None or not group.ready:
-            return None
-        return self._units[heapq.heappop(group.ready)[1]]
+        while group is not None and group.ready:
+            unit = self._units.get(heapq.heappop(group.ready)[1])
+            if unit is not None:  # else its run was dropped
+                return unit
+        return None
 
     def take(self, slot: Slot) -> Unit | None:
         """The next unit for a free slot, or None. A worker with nothing of its own to do helps with CPU units."""
         if not slot.is_worker:
-            return self._pop("task")
-        return self._take_held(slot.id) or self._pop("worker") or self._pop("task")
+            return self._pop(_TASK)
+        unit = self._take_held(slot.id)
+        if unit is None and slot.id not in self._claims:
+            unit = self._pop(_WORKER)
+        return unit or self._pop(_TASK)
 
     def _take_held(self, slot_id: str) -> Unit | None:
         own = self._claims.get(slot_id)
@@ -110,13 +95,14 @@ class Schedule:
         free = [
             (group.order, key)
             for key, group in self._groups.items()
-            if group.ready and group.claimed_by is None and key not in ("worker", "task")
+            if group.ready and group.claimed_by is None and key not in (_WORKER, _TASK)
         ]
-        if not free:
+        if own is not None and not self._groups[own].num_unfinished:
+            self.release(slot_id)
+            own = None
+        if not free or (own is not None and self._groups[own].order < min(free)[0]):
             return None
-        order, key = min(free)
-        if own is not None and self._groups[own].unfinished and self._groups[own].order < order:
-            return None
+        _, key = min(free)
         self.release(slot_id)
         self._claims[slot_id] = key
         self._groups[key].claimed_by = slot_id
@@ -125,68 +111,46 @@ class Schedule:
     def release(self, slot_id: str) -> None:
         """Forget what a slot holds: it holds something else now, or is gone."""
         key = self._claims.pop(slot_id, None)
-        if key is not None:
+        if key is not None and key in self._groups:
             self._groups[key].claimed_by = None
 
     def finish(self, unit: Unit) -> None:
-        """A unit is sealed: its readers may become ready."""
-        self.num_unfinished -= 1
-        self._groups[self._group_key(unit)].unfinished -= 1
-        for reader in self._readers[unit.id]:
-            self._waiting[reader] -= 1
-            if not self._waiting[reader]:
-                self._push(self._units[reader])
+        """A unit is sealed: its followers may become ready."""
+        self._forget(unit)
+        for follower in self._followers.pop(unit.id, ()):
+            self._num_awaited[follower] -= 1
+            if not self._num_awaited[follower] and follower in self._units:
+                self._push(self._units[follower])
 
-    def requeue(self, unit: Unit) -> None:
+    def _forget(self, unit: Unit) -> None:
+        del self._units[unit.id], self._order[unit.id], self._num_awaited[unit.id]
+        for path in unit.writes:
+            del self._makers[f"{unit.run_dir}/{path}"]
+        self._num_unfinished[unit.run_dir] -= 1
+        key = _group_key(unit)
+        group = self._groups[key]
+        group.num_unfinished -= 1
+        if not group.num_unfinished:
+            if group.claimed_by is not None:
+                self._claims.pop(group.claimed_by, None)
+            del self._groups[key]
+
+    def requeue(self, unit: Unit, alone: bool = False) -> None:
         """A unit whose worker is gone is ready again."""
-        self._push(unit)
-
-
-@dataclass(frozen=True)
-class UnitFailure:
-    """A unit that did not finish, and how often it was tried."""
-
-    unit: Unit
-    outcome: Outcome
-    attempts: int
-
-
-def run_units(
-    units: Sequence[Unit],
-    executor: Executor,
-    max_attempts: int,
-    on_done: Callable[[Unit, Outcome], None],
-    on_warning: Callable[[str], None],
-) -> list[UnitFailure]:
-    """Run units on an executor. Returns the failures; after the first, nothing new starts and what runs is let finish."""
-    schedule = Schedule(units)
-    executor.begin(units)
-    attempts: dict[str, int] = defaultdict(int)
-    failures: list[UnitFailure] = []
-    idle_since = time.monotonic()
-    while schedule.num_unfinished:
-        if not failures:
-            for slot in executor.free_slots():
-                unit = schedule.take(slot)
-                if unit is not None:
-                    executor.submit(slot, unit)
-        if not executor.num_running:
-            if failures:
-                break
-            if time.monotonic() - idle_since > _NO_SLOT_WARNING_S:
-                on_warning(executor.why_idle())
-                idle_since = time.monotonic()
+        if alone:
+            self.alone.append(unit)
         else:
-            idle_since = time.monotonic()
-        for slot, unit, outcome in executor.wait(_WAIT_S):
-            attempts[unit.id] += 1
-            if outcome.failure is None:
-                schedule.finish(unit)
-                on_done(unit, outcome)
-            elif outcome.failure.kind == "lost" and attempts[unit.id] < max_attempts:
-                on_warning(f"{unit.stage} {unit.label}: {outcome.failure.message}; trying again on another worker")
-                schedule.release(slot.id)
-                schedule.requeue(unit)
-            else:
-                failures.append(UnitFailure(unit, outcome, attempts[unit.id]))
-    return failures
+            self._push(unit)
+
+    def drop(self, run_dir: str, running: Iterable[Unit]) -> None:
+        """Forget what a failed run has not started; what runs is finished as usual."""
+        kept = {unit.id for unit in running}
+        for unit in [unit for unit in self._units.values() if unit.run_dir == run_dir and unit.id not in kept]:
+            self._forget(unit)
+        self.alone = deque(unit for unit in self.alone if unit.id in self._units)
+
+
+def _group_key(unit: Unit) -> str:
+    if unit.hold is not None:
+        return unit.hold.key
+    return _WORKER if unit.on_worker else _TASK

@@ -8,8 +8,6 @@ from typing import Any
 from pipeline.config import RunConfig, TextData
 from pipeline.identity import key_of
 
-STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate", "report")
-
 # Raised when a stage computes something else from the same inputs: old results are then not reused.
 VERSIONS = {"prepare": 1, "calibrate": 1, "cluster": 1, "merge": 1, "assemble": 1, "evaluate": 1, "report": 1}
 
@@ -68,7 +66,9 @@ class Stages:
         self.calibration = self._tokens("calibration", config.calibration)
         self.evaluation = self._tokens("evaluation", config.evaluation) if config.evaluation else None
         self.calibrate = _stage("calibrate", "", {}, model=self.survey.key, tokens=self.calibration.key)
-        self.cluster = _stage("cluster", "", config.clustering.model_dump(exclude={"num_experts"}), calibrate=self.calibrate.key)
+        self.cluster = _stage(
+            "cluster", "", config.clustering.model_dump(exclude={"num_experts"}), calibrate=self.calibrate.key
+        )
         self.evaluate_source = self._evaluate("source", self.survey)
         self.targets = [
             self._target(target, export_format)

@@ -26,7 +26,5 @@ def result_table(report: Mapping[str, Any]) -> Table:
         perplexity = f"{model['perplexity']:.3f}" if "perplexity" in model else "-"
         count = model["num_experts"]
         experts = str(count) if isinstance(count, int) else f"{min(count)}-{max(count)}"
-        table.add_row(
-            model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity, model["path"]
-        )
+        table.add_row(model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity, model["path"])
     return table

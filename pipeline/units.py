@@ -18,15 +18,18 @@ class Hold:
 class Unit:
     """One call of a stage's function on files.
 
-    stage: the stage's name. stage_dir: its directory, relative to the run directory. name: unique in it, a readable path.
+    run_dir: absolute path of the run directory. stage: the stage's name. stage_dir: its directory, relative to run_dir.
+    name: unique in it, a readable path.
     call: "package.module:function". args: JSON values. label: how the log names it.
     reads, writes: transient files (relative to the run directory) that it consumes and makes. A unit follows the units that
     write what it reads; what it reads is deleted once it is sealed. A unit that writes transient files makes nothing else,
     and runs only when a reader needs it.
     after: ids of units that it also follows.
     hold: for units that share a loaded layer shard. on_worker: runs on a worker (GPU) rather than as a CPU task.
+    memory_bytes: what it is estimated to need, for messages; 0 where that is little.
     """
 
+    run_dir: str
     stage: str
     stage_dir: str
     name: str
@@ -38,18 +41,21 @@ class Unit:
     after: tuple[str, ...] = ()
     hold: Hold | None = None
     on_worker: bool = False
+    memory_bytes: int = 0
 
     @property
     def id(self) -> str:
-        """Unique in the run."""
-        return f"{self.stage_dir}/{self.name}"
+        """Unique among all runs."""
+        return f"{self.run_dir}/{self.stage_dir}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Failure:
     """Why a unit did not finish.
 
-    kind: "input" (the user's to mend), "error" (ours; `detail` holds the traceback), "lost" (its worker died; retried).
+    kind: "input" (the user's to mend), "error" (ours or the machine's; `detail` holds the traceback), "lost" (its worker
+    died or hung; tried again), "node" (its whole node died; tried again, and not held against the unit), "memory" (killed for
+    memory; tried again alone).
     """
 
     kind: str

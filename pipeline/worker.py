@@ -23,8 +23,7 @@ def resolve(call: str) -> Callable[..., Any]:
 class Worker:
     """One process's place of work: it holds at most one thing at a time."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self) -> None:
         self._hold_key: str | None = None
         self._held: Any = None
 
@@ -44,13 +43,13 @@ class Worker:
         failure, facts = None, {}
         try:
             held = self._hold(unit)
-            result = resolve(unit.call)(Job(self.run_dir, self.run_dir / unit.stage_dir, unit.args, held))
-            seal(self.run_dir, unit, result, started)
+            run_dir = Path(unit.run_dir)
+            result = resolve(unit.call)(Job(run_dir, run_dir / unit.stage_dir, unit.args, held))
+            seal(unit, result, started)
             facts = dict(result.facts)
-            for path in unit.reads:
-                (self.run_dir / path).unlink(missing_ok=True)
         except InputError as e:
             failure = Failure("input", str(e))
         except Exception as e:  # the driver reports it with its traceback and ends the run
-            failure = Failure("error", f"{type(e).__name__}: {e}", traceback.format_exc())
+            kind = "memory" if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" else "error"
+            failure = Failure(kind, f"{type(e).__name__}: {e}", traceback.format_exc())
         return Outcome(socket.gethostname(), time.time() - started, facts, failure)

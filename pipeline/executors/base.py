@@ -26,8 +26,8 @@ class Executor(Protocol):
     def num_running(self) -> int:
         """Units submitted and not yet returned by `wait`."""
 
-    def begin(self, units: Sequence[Unit]) -> None:
-        """A stage with these units begins: make the slots it needs."""
+    def want(self, units: Sequence[Unit]) -> None:
+        """These units are to be run: make the slots they need."""
 
     def free_slots(self) -> list[Slot]:
         """Slots that can take a unit now."""
@@ -37,6 +37,12 @@ class Executor(Protocol):
 
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
         """Units that have ended since the last call; waits up to timeout_s for the first."""
+
+    def cancel(self, slot: Slot, reason: str) -> None:
+        """End what runs in a slot; its unit is then returned by `wait` as lost, with this reason."""
+
+    def make_room(self) -> None:
+        """Free the memory of all workers; nothing runs."""
 
     def why_idle(self) -> str:
         """What is missing while units are ready and none runs."""

@@ -1,7 +1,6 @@
 """Runs every unit in this process, one after another: for debugging, for tests, for one small machine."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from pipeline.executors.base import Slot
 from pipeline.units import Outcome, Unit
@@ -15,8 +14,8 @@ class LocalExecutor:
 
     num_workers = 1
 
-    def __init__(self, run_dir: Path) -> None:
-        self._worker = Worker(run_dir)
+    def __init__(self) -> None:
+        self._worker = Worker()
         self._ended: list[tuple[Slot, Unit, Outcome]] = []
 
     @property
@@ -24,7 +23,7 @@ class LocalExecutor:
         """Units run but not yet returned by `wait`."""
         return len(self._ended)
 
-    def begin(self, units: Sequence[Unit]) -> None:
+    def want(self, units: Sequence[Unit]) -> None:
         """Nothing to make."""
 
     def free_slots(self) -> list[Slot]:
@@ -39,6 +38,13 @@ class LocalExecutor:
         """The unit that has just run."""
         ended, self._ended = self._ended, []
         return ended
+
+    def cancel(self, slot: Slot, reason: str) -> None:
+        """Never called: a unit has ended by the time the driver looks."""
+
+    def make_room(self) -> None:
+        """Let go of what is held."""
+        self._worker = Worker()
 
     def why_idle(self) -> str:
         """Only a cycle of units could leave this executor idle."""

@@ -1,18 +1,18 @@
 """Runs units on a Ray cluster: CPU units as tasks, others on actors that keep a loaded layer shard between units.
 
 The queue stays in the driver: actors and tasks are never restarted by Ray (`max_restarts=0`, `max_retries=0`); a death is an
-outcome, and the scheduler gives the unit to another worker.
+outcome, and the driver gives the unit to another worker.
 """
 
 import contextlib
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from pipeline.config import Resources
 from pipeline.executors.base import Slot
@@ -21,6 +21,7 @@ from pipeline.worker import Worker
 from stages.common.errors import InputError
 
 _OBJECT_STORE_BYTES = 100_000_000  # units pass file names, not data
+_RESOURCES_TTL_S = 2.0
 
 
 def connect(address: str) -> str:
@@ -36,9 +37,7 @@ def connect(address: str) -> str:
             return f"connected to the Ray cluster at {ray.get_runtime_context().gcs_address}"
         address = "local"
     if address == "local":
-        ray.init(
-            address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=None, **options
-        )
+        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **options)
         return "started a Ray cluster on this machine for this run"
     try:
         ray.init(address=address, **options)
@@ -60,16 +59,24 @@ class RayExecutor:
     A unit without a hold goes to a CPU task, or to an idle worker where workers hold all CPUs.
     """
 
-    def __init__(self, run_dir: Path, resources: Resources) -> None:
-        self._run_dir, self._resources = run_dir, resources
-        total = ray.cluster_resources()
-        self._num_gpus = resources.num_gpus if resources.num_gpus is not None else min(1.0, total.get("GPU", 0.0))
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._totals: dict[str, float] = {}
+        self._totals_at = 0.0
+        self._num_gpus = resources.num_gpus if resources.num_gpus is not None else min(1.0, self._total("GPU"))
         self._worker_class = ray.remote(num_cpus=resources.num_cpus, num_gpus=self._num_gpus, max_restarts=0)(Worker)
         self._task = ray.remote(num_cpus=1, max_retries=0)(_run_task)
         self._actors: dict[str, _Actor] = {}
         self._running: dict[Any, tuple[Slot, Unit | None]] = {}
+        self._cancelled: dict[str, str] = {}
         self._numbers = itertools.count()
-        self._wanted_workers = 0
+        self._num_wanted = 0
+
+    def _total(self, name: str) -> float:
+        """What the cluster has in all of a resource; asked for anew every few seconds, since nodes come and go."""
+        if time.monotonic() - self._totals_at > _RESOURCES_TTL_S:
+            self._totals, self._totals_at = ray.cluster_resources(), time.monotonic()
+        return self._totals.get(name, 0.0)
 
     @property
     def num_workers(self) -> int:
@@ -77,27 +84,26 @@ class RayExecutor:
         return self._resources.num_workers or max(1, self._room_for_workers())
 
     def _room_for_workers(self) -> int:
-        total = ray.cluster_resources()
-        by_cpu = int(total.get("CPU", 0) // self._resources.num_cpus)
-        return min(by_cpu, int(total.get("GPU", 0) // self._num_gpus)) if self._num_gpus else by_cpu
+        by_cpu = int(self._total("CPU") // self._resources.num_cpus)
+        return min(by_cpu, int(self._total("GPU") // self._num_gpus)) if self._num_gpus else by_cpu
 
     @property
     def num_running(self) -> int:
         """Units in flight."""
         return sum(1 for _, unit in self._running.values() if unit is not None)
 
-    def begin(self, units: Sequence[Unit]) -> None:
-        """Want as many workers as the stage can keep busy. Without GPUs a worker serves CPU units as well as a task."""
+    def want(self, units: Sequence[Unit]) -> None:
+        """Want as many workers as can be kept busy. Without GPUs a worker serves CPU units as well as a task does."""
         held = {unit.hold.key for unit in units if unit.hold}
         alone = sum(1 for unit in units if unit.hold is None and (unit.on_worker or not self._num_gpus))
-        self._wanted_workers = max(len(held) + alone, 1 if self._actors else 0)
+        self._num_wanted = max(len(held) + alone, 1 if self._actors else 0)
 
     def _start_workers(self) -> None:
         """Start workers up to what is wanted and what the cluster has room for; nodes that join are used at once."""
-        wanted = min(self._wanted_workers, self.num_workers)
+        wanted = min(self._num_wanted, self.num_workers)
         while len(self._actors) < wanted:
             slot = Slot(f"worker-{next(self._numbers)}", is_worker=True)
-            handle = self._worker_class.options(scheduling_strategy="SPREAD").remote(self._run_dir)
+            handle: Any = self._worker_class.options(scheduling_strategy="SPREAD").remote()
             self._actors[slot.id] = _Actor(handle, slot)
             self._running[handle.__ray_ready__.remote()] = (slot, None)
 
@@ -106,8 +112,7 @@ class RayExecutor:
         self._start_workers()
         busy = {slot.id for slot, unit in self._running.values() if unit is not None}
         slots = [actor.slot for actor in self._actors.values() if actor.is_ready and actor.slot.id not in busy]
-        cpus_of_workers = len(self._actors) * self._resources.num_cpus
-        room = int(ray.cluster_resources().get("CPU", 0)) - cpus_of_workers
+        room = int(self._total("CPU")) - len(self._actors) * self._resources.num_cpus
         num_tasks = sum(1 for slot, unit in self._running.values() if unit is not None and not slot.is_worker)
         return slots + [Slot(f"task-{next(self._numbers)}", is_worker=False) for _ in range(room - num_tasks)]
 
@@ -117,12 +122,13 @@ class RayExecutor:
         if slot.is_worker:
             ref = self._actors[slot.id].handle.run.options(name=name).remote(unit)
         else:
-            ref = self._task.options(name=name).remote(self._run_dir, unit)
+            ref = self._task.options(name=name).remote(unit)
         self._running[ref] = (slot, unit)
 
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
         """Outcomes of what has ended, deaths included."""
         if not self._running:
+            time.sleep(timeout_s)
             return []
         refs = list(self._running)
         ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s)
@@ -136,38 +142,60 @@ class RayExecutor:
             except RayTaskError as e:
                 value = Outcome("", 0.0, {}, Failure("error", str(e.cause or e), str(e)))
             except RayError as e:
-                value = Outcome("", 0.0, {}, Failure("lost", _first_line(e)))
+                value = Outcome("", 0.0, {}, self._failure(slot, e))
                 self._forget(slot)
-            if unit is None:
-                if slot.id in self._actors:
-                    self._actors[slot.id].is_ready = True
-            else:
+            if unit is not None:
                 ended.append((slot, unit, value))
+            elif slot.id in self._actors:
+                self._actors[slot.id].is_ready = True
         return ended
+
+    def _failure(self, slot: Slot, error: RayError) -> Failure:
+        text = str(error).strip()
+        if slot.id in self._cancelled:
+            return Failure("lost", self._cancelled.pop(slot.id))
+        if isinstance(error, OutOfMemoryError):
+            return Failure("memory", "its worker was killed, since the node ran out of memory", text)
+        if isinstance(error, NodeDiedError) or (isinstance(error, ActorDiedError) and "node has died" in text):
+            return Failure("node", "its node died", text)
+        return Failure("lost", f"its worker died ({type(error).__name__})", text)
 
     def _forget(self, slot: Slot) -> None:
         actor = self._actors.pop(slot.id, None)
         if actor is not None:
             ray.kill(actor.handle, no_restart=True)
 
+    def cancel(self, slot: Slot, reason: str) -> None:
+        """Kill the worker, or the task's process."""
+        if slot.id in self._cancelled:
+            return
+        self._cancelled[slot.id] = reason
+        if slot.id in self._actors:
+            ray.kill(self._actors[slot.id].handle, no_restart=True)
+            return
+        for ref, (running, _) in self._running.items():
+            if running.id == slot.id:
+                ray.cancel(ref, force=True)
+
+    def make_room(self) -> None:
+        """End all workers: what they hold is freed, and new ones start empty."""
+        for actor in list(self._actors.values()):
+            if actor.is_ready:
+                self._forget(actor.slot)
+
     def why_idle(self) -> str:
         """What a worker needs and what the cluster has."""
-        total = ray.cluster_resources()
         return (
             f"waiting for a worker: each needs {self._resources.num_cpus} CPUs and {self._num_gpus:g} GPUs; the cluster has "
-            f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs in all: add a node or lower resources"
+            f"{self._total('CPU'):g} CPUs and {self._total('GPU'):g} GPUs in all: add a node or lower resources"
         )
 
     def close(self) -> None:
-        """End the workers; a cluster that `connect` started ends with it."""
+        """End the workers, and the cluster if `connect` started it."""
         for actor in list(self._actors.values()):
             self._forget(actor.slot)
+        ray.shutdown()
 
 
-def _run_task(run_dir: Path, unit: Unit) -> Outcome:
-    return Worker(run_dir).run(unit)
-
-
-def _first_line(error: RayError) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'the worker is gone'}"
+def _run_task(unit: Unit) -> Outcome:
+    return Worker().run(unit)

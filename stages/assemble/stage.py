@@ -57,4 +57,3 @@ def _index(source: Checkpoint, tensors: list[TensorEntry]) -> dict[str, Any]:
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(entry.num_elements for entry in tensors)
     return {"metadata": metadata, "weight_map": {entry.name: entry.file for entry in sorted(tensors, key=lambda e: e.name)}}
-

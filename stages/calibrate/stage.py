@@ -91,8 +91,6 @@ def _write_statistics(path: Path, statistics: Statistics) -> WrittenFile:
         "output_sum": list_column(statistics.output_sum_ED, schema.field("output_sum").type.value_type),
         "gated_output_norm_sum": statistics.gated_output_norm_sum_E,
         "router_probability_sum": statistics.router_probability_sum_E,
-        "router_logit_gram": list_column(
-            statistics.router_logit_gram_EE, schema.field("router_logit_gram").type.value_type
-        ),
+        "router_logit_gram": list_column(statistics.router_logit_gram_EE, schema.field("router_logit_gram").type.value_type),
     }
     return write_table(path, columns, schema)

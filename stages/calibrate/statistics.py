@@ -19,7 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from stages.common.errors import InputError
 from stages.common.tables import Statistics
 
-SCORES = {"softmax": lambda logits_TE: logits_TE.softmax(-1), "sigmoid": lambda logits_TE: logits_TE.sigmoid()}
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits_TE: logits_TE.softmax(-1),
+    "sigmoid": lambda logits_TE: logits_TE.sigmoid(),
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class LayerStatistics:
         self.layout = ExpertsLayout.of(experts)
         num_experts, device = experts.num_experts, experts.down_proj.device
         intermediate = experts.down_proj.shape[1] if self.layout.is_transposed else experts.down_proj.shape[2]
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
         self.num_tokens = 0
         self.num_routed_E = zeros(num_experts)
         self.gate_sum_E = zeros(num_experts)
@@ -133,8 +139,8 @@ class LayerStatistics:
         for expert in range(self.experts.num_experts):
             if not (torch.isfinite(output_sum_ED[expert]).all() and torch.isfinite(self.router_logit_gram_EE[expert]).all()):
                 raise InputError(
-                    f"layer {self.layer}: the outputs or router logits of expert {expert} on the calibration set are not finite; "
-                    f"its weights hold NaN or infinity, or overflow {self.experts.down_proj.dtype}"
+                    f"layer {self.layer}: the outputs or router logits of expert {expert} on the calibration set are not "
+                    f"finite; its weights hold NaN or infinity, or overflow {self.experts.down_proj.dtype}"
                 )
         return Statistics(
             layer=self.layer,

@@ -155,7 +155,7 @@ def num_experts_in(config: Mapping[str, Any], place: str) -> int:
         )
     if len(set(counts.values())) > 1:
         raise InputError(f"{place}: the config disagrees with itself about the number of experts: {counts}")
-    return next(iter(counts.values()))
+    return int(next(iter(counts.values())))
 
 
 def top_k_in(config: Mapping[str, Any], place: str) -> int:

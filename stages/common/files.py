@@ -121,4 +121,3 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hex."""
     with open(path, "rb") as raw:
         return hashlib.file_digest(raw, "sha256").hexdigest()
-

@@ -129,7 +129,9 @@ def _entry(path: Path, name: str, value: Any, data_begin: int) -> TensorEntry:
     return TensorEntry(name, path.name, dtype, shape, data_begin + begin, due_bytes)
 
 
-def write_header(out: DigestingFile, tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> None:
+def write_header(
+    out: DigestingFile, tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> None:
     """Write a safetensors header for tensors (name, dtype, shape, bytes) whose bytes follow in this order.
 
     The library writes a file only from tensors that are all in memory; ours are streamed, so the header comes first.

@@ -77,7 +77,7 @@ class LayerShard:
             dtype=dtype,
             dtype_plan=self.model._get_dtype_plan(dtype),
             device_map={"": self.device},
-            weight_mapping=self.adapted.weight_mapping,
+            weight_mapping=self.adapted.weight_mapping,  # type: ignore[arg-type]
         )
         with TensorReader(self.adapted.checkpoint) as reader:
             slices = {name: reader.slices(name) for name in names}

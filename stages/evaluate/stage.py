@@ -16,7 +16,6 @@ from stages.common.unit import Job, UnitResult
 METRICS = ("perplexity",)
 
 
-
 def sequence_losses(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:
     """Next-token negative log-likelihood of each sequence in nats, float64 [B], summed over its T - 1 predictions."""
     predicted = logits_BTV[:, :-1].float().flatten(0, 1)

@@ -78,10 +78,7 @@ def _output_tensors(
 
 
 def _expert_map(row: Mapping[str, Any], num_experts: int) -> OutputTensor:
-    if row["role"] == "expert":
-        module = row["template"].split(".{}.", 1)[0]
-    else:
-        module = row["parameter"].rsplit(".", 1)[0]
+    module = row["template"].split(".{}.", 1)[0] if row["role"] == "expert" else row["parameter"].rsplit(".", 1)[0]
     return OutputTensor(f"{module}.expert_map", "I64", (num_experts,), "expert_map", row["layer"], row)
 
 
@@ -117,9 +114,7 @@ def output_files(
             part.append(tensor)
         if part:
             parts.append((file, part))
-    return [
-        OutputFile(_file_name(number, len(parts)), file, tuple(tensors)) for number, (file, tensors) in enumerate(parts, 1)
-    ]
+    return [OutputFile(_file_name(number, len(parts)), file, tuple(tensors)) for number, (file, tensors) in enumerate(parts, 1)]
 
 
 def _file_name(number: int, count: int) -> str:

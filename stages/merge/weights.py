@@ -12,7 +12,7 @@ from stages.merge.shares import Shares
 
 def write_tensor(out: DigestingFile, tensor: Tensor) -> None:
     """Write a tensor's values, row-major, little-endian."""
-    out.write(memoryview(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+    out.write(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
 
 
 def weighted_sum(members: Iterator[tuple[Tensor, float]], dtype: torch.dtype, place: str) -> Tensor:

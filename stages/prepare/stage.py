@@ -1,28 +1,40 @@
 """Units of prepare: the survey of the checkpoint, and the token shards of one text."""
 
+from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
 from stages.common.files import WrittenFile, write_json
 from stages.common.paths import PLAN_FILE, TENSORS_FILE, tokens_file
 from stages.common.schemas import TENSORS, TOKENS, write_table
+from stages.common.tables import Array
 from stages.common.unit import Job, UnitResult
 from stages.prepare.survey import survey
 from stages.prepare.tokens import ID_SUFFIXES, check_ids, crop_ids, draw_sequences, read_texts, read_token_ids
 
+
 def survey_unit(job: Job) -> UnitResult:
     """Write `plan.json` and `tensors.arrow` (schema TENSORS) of a checkpoint. args: model (folder), mtp ("drop" or "error")."""
-    plan, roles = survey(Checkpoint(job.args["model"]))
-    mtp = [role.entry for role in roles if role.role == "mtp"]
-    if mtp and job.args["mtp"] == "error":
+    plan, columns = survey_tables(job.args["model"], job.args["mtp"])
+    tensors = write_table(job.stage_dir / TENSORS_FILE, columns, TENSORS)
+    return UnitResult((tensors, write_json(job.stage_dir / PLAN_FILE, plan)), facts={"num_tensors": len(columns["name"])})
+
+
+def survey_tables(model: str, mtp: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The plan of a checkpoint folder and the columns of schema TENSORS.
+
+    mtp: "drop", or "error" to refuse a checkpoint with layers that predict further tokens. Raises InputError as `survey` does.
+    """
+    plan, roles = survey(Checkpoint(model))
+    refused = [role.entry for role in roles if role.role == "mtp" and mtp == "error"]
+    if refused:
         raise InputError(
-            f"{job.args['model']}/{mtp[0].file}: tensor {mtp[0].name} (and {len(mtp) - 1} more) predicts further tokens (MTP), and "
-            f"export.mtp is error; set it to drop to leave these layers out"
+            f"{model}/{refused[0].file}: tensor {refused[0].name} (and {len(refused) - 1} more) predicts further tokens (MTP), "
+            f"and export.mtp is error; set it to drop to leave these layers out"
         )
-    columns = {
+    columns: dict[str, list[Any]] = {
         "name": [role.entry.name for role in roles],
         "file": [role.entry.file for role in roles],
         "dtype": [role.entry.dtype for role in roles],
@@ -36,17 +48,27 @@ def survey_unit(job: Job) -> UnitResult:
         "template": [role.template for role in roles],
         "scheme": [role.entry.packing.scheme if role.entry.packing else "" for role in roles],
     }
-    tensors = write_table(job.stage_dir / TENSORS_FILE, columns, TENSORS)
-    return UnitResult((tensors, write_json(job.stage_dir / PLAN_FILE, plan)), facts={"num_tensors": len(roles)})
+    return plan, columns
 
 
 def tokens_unit(job: Job) -> UnitResult:
-    """Write the token shards of one text (schema TOKENS).
+    """Write the token shards of one text (schema TOKENS). args: sequences_per_shard, and those of `sequences`."""
+    ids_ST = sequences(job.args)
+    files: list[WrittenFile] = []
+    step = job.args["sequences_per_shard"]
+    for shard, start in enumerate(range(0, len(ids_ST), step)):
+        rows = [row.tolist() for row in ids_ST[start : start + step]]
+        files.append(write_table(job.stage_dir / tokens_file(shard), {"token_ids": rows}, TOKENS))
+    return UnitResult(tuple(files), facts={"num_tokens": int(ids_ST.size)})
 
-    args: place (for messages), model (folder), trust_remote_code (for the tokenizer), data (paths), text_field, revision, num_sequences, sequence_length, seed,
-    sequences_per_shard.
+
+def sequences(args: Mapping[str, Any]) -> Array:
+    """Token ids int32 [S, T] of one text.
+
+    args: place (for messages), model (folder), trust_remote_code (for the tokenizer), data (paths), text_field, revision,
+    num_sequences, sequence_length, seed.
+    Raises InputError for a text that is too short or unreadable, and for ids that are not the model's.
     """
-    args = job.args
     place, data = args["place"], args["data"]
     num_sequences, sequence_length = args["num_sequences"], args["sequence_length"]
     checkpoint = Checkpoint(args["model"])
@@ -69,10 +91,4 @@ def tokens_unit(job: Job) -> UnitResult:
         documents = (tokenizer(document, verbose=False)["input_ids"] for document in texts)
         ids = draw_sequences(documents, num_sequences, sequence_length, args["seed"], place)
     check_ids(ids, int(text["vocab_size"]), place)
-    files: list[WrittenFile] = []
-    step = args["sequences_per_shard"]
-    for shard, start in enumerate(range(0, num_sequences, step)):
-        rows = [row.tolist() for row in np.asarray(ids[start : start + step])]
-        files.append(write_table(job.stage_dir / tokens_file(shard), {"token_ids": rows}, TOKENS))
-    return UnitResult(tuple(files), facts={"num_tokens": int(ids.size)})
-
+    return ids

@@ -33,8 +33,10 @@ def read_token_ids(path: Path) -> "np.ndarray[Any, Any]":
             raise InputError(f"{path} holds {len(tensors)} tensors; token ids are the only tensor of their file")
         (ids,) = tensors.values()
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise InputError(f"{path} has shape {list(ids.shape)} and dtype {ids.dtype}; token ids are integers [sequences, tokens]")
-    return ids
+        raise InputError(
+            f"{path} has shape {list(ids.shape)} and dtype {ids.dtype}; token ids are integers [sequences, tokens]"
+        )
+    return np.asarray(ids)
 
 
 def read_texts(data: Sequence[str], text_field: str, seed: int, revision: str | None) -> Iterator[str]:
@@ -53,7 +55,9 @@ def read_texts(data: Sequence[str], text_field: str, seed: int, revision: str | 
     else:
         raise InputError(f"data: {', '.join(data)}: files must be of one kind; known: {', '.join([*LOADERS, *ID_SUFFIXES])}")
     if text_field not in dataset.column_names:
-        raise InputError(f"data: {data[0]} has no field {text_field!r}; it has {', '.join(dataset.column_names)}: set text_field")
+        raise InputError(
+            f"data: {data[0]} has no field {text_field!r}; it has {', '.join(dataset.column_names)}: set text_field"
+        )
     for row in dataset.shuffle(seed=seed):
         yield row[text_field]
 
@@ -95,6 +99,6 @@ def check_ids(ids: "np.ndarray[Any, Any]", vocab_size: int, place: str) -> None:
     """Raise InputError when an id is not one of the model's."""
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         raise InputError(
-            f"{place}.data holds token ids from {ids.min()} to {ids.max()} but the model's vocabulary is 0 to {vocab_size - 1}; "
-            f"the ids come from another tokenizer"
+            f"{place}.data holds token ids from {ids.min()} to {ids.max()} but the model's vocabulary is 0 to "
+            f"{vocab_size - 1}; the ids come from another tokenizer"
         )

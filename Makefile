@@ -1,0 +1,32 @@
+# Both targets set everything up themselves: they need Python 3.11+, make and git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Where there is no NVIDIA GPU, torch's CPU build (a tenth of the size) is offered beside PyPI's.
+TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--retries 2 --extra-index-url https://download.pytorch.org/whl/cpu")
+
+.PHONY: demo test lint install clean
+
+demo: install  ## compress the example model on a local Ray cluster and print the result table
+	$(BIN)/python -m pipeline run examples/tiny-mixtral.yaml --address local
+
+test: install lint  ## lint, types, tests: what .ci/run calls
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("hcsmoe needs Python 3.11 or newer; set PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH_INDEX) torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

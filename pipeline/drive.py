@@ -1,0 +1,145 @@
+"""Drives any number of runs on one executor: gives ready units to free slots, tries lost ones again, and knows when to stop."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.config import Resources
+from pipeline.executors.base import Executor, Slot
+from pipeline.run_state import RunState, UnitFailure
+from pipeline.scheduler import Schedule
+from pipeline.units import Failure, Outcome, Unit
+
+_WAIT_S = 1.0
+_IDLE_WARNING_S = 60.0
+_FIRST_TIMEOUT_S = 7200.0
+_MIN_TIMEOUT_S = 600.0
+_TIMEOUT_FACTOR = 20.0
+
+
+@dataclass(frozen=True)
+class _Running:
+    unit: Unit
+    since: float
+
+
+class _Timeouts:
+    """When a unit counts as hung: the setting, else 20 times the median of its kind, at least ten minutes; two hours for the
+    first of its kind."""
+
+    def __init__(self) -> None:
+        self._elapsed: dict[str, list[float]] = defaultdict(list)
+
+    def note(self, unit: Unit, elapsed_s: float) -> None:
+        known = self._elapsed[unit.call]
+        known.append(elapsed_s)
+        del known[:-100]
+
+    def limit_s(self, unit: Unit, resources: Resources) -> float:
+        if resources.unit_timeout_s is not None:
+            return resources.unit_timeout_s
+        known = self._elapsed[unit.call]
+        return max(_MIN_TIMEOUT_S, _TIMEOUT_FACTOR * statistics.median(known)) if known else _FIRST_TIMEOUT_S
+
+
+class Driver:
+    """One loop for all runs. A failed unit stops its own run: what runs is let finish and seal, nothing more is started."""
+
+    def __init__(self, runs: Sequence[RunState], executor: Executor, warn: Callable[[str], None]) -> None:
+        self._runs = {str(run.run_dir): run for run in runs}
+        self._executor, self._warn = executor, warn
+        self._schedule = Schedule()
+        self._running: dict[str, _Running] = {}
+        self._slots: dict[str, Slot] = {}
+        self._attempts: dict[str, int] = defaultdict(int)
+        self._timeouts = _Timeouts()
+        self._alone: str | None = None
+        self._idle_since = time.monotonic()
+
+    def drive(self) -> None:
+        """Until every run is finished or has failed (see `RunState.failures`)."""
+        while self._advance():
+            self._assign()
+            self._look_after()
+            for slot, unit, outcome in self._executor.wait(_WAIT_S):
+                self._ended(slot, unit, outcome)
+
+    def _advance(self) -> bool:
+        """Let each run with nothing left to do begin its next stage. False when all are over."""
+        is_any_active = False
+        for run_dir, run in self._runs.items():
+            if run.is_active and not self._schedule.num_unfinished(run_dir):
+                units = run.advance()
+                self._schedule.add(units)
+                self._executor.want(list(self._schedule.unfinished()))
+            is_any_active |= run.is_active or bool(self._schedule.num_unfinished(run_dir))
+        return is_any_active
+
+    def _assign(self) -> None:
+        if self._alone is not None:
+            return
+        if self._schedule.alone:
+            if not self._executor.num_running:
+                self._executor.make_room()
+                unit = self._schedule.alone[0]
+                slots = [slot for slot in self._executor.free_slots() if slot.is_worker or not unit.on_worker]
+                if slots:
+                    self._alone = self._schedule.alone.popleft().id
+                    self._submit(slots[0], unit)
+            return
+        for slot in self._executor.free_slots():
+            taken = self._schedule.take(slot)
+            if taken is not None:
+                self._submit(slot, taken)
+
+    def _submit(self, slot: Slot, unit: Unit) -> None:
+        self._attempts[unit.id] += 1
+        self._running[slot.id] = _Running(unit, time.monotonic())
+        self._slots[slot.id] = slot
+        self._executor.submit(slot, unit)
+
+    def _look_after(self) -> None:
+        """End what hangs; say what is missing when nothing can run."""
+        now = time.monotonic()
+        for slot_id, running in self._running.items():
+            limit_s = self._timeouts.limit_s(running.unit, self._runs[running.unit.run_dir].config.resources)
+            if now - running.since > limit_s:
+                reason = f"no result after {limit_s:.0f} s (resources.unit_timeout_s sets the limit)"
+                self._executor.cancel(self._slots[slot_id], reason)
+        if self._executor.num_running:
+            self._idle_since = now
+        elif now - self._idle_since > _IDLE_WARNING_S:
+            self._warn(self._executor.why_idle())
+            self._idle_since = now
+
+    def _ended(self, slot: Slot, unit: Unit, outcome: Outcome) -> None:
+        self._running.pop(slot.id, None)
+        if unit.id == self._alone:
+            self._alone = None
+        run = self._runs[unit.run_dir]
+        failure = outcome.failure
+        if failure is None:
+            self._timeouts.note(unit, outcome.elapsed_s)
+            self._schedule.finish(unit)
+            self._attempts.pop(unit.id, None)
+            run.done(unit, outcome)
+            return
+        if failure.kind == "node":
+            self._attempts[unit.id] -= 1
+        attempts = self._attempts[unit.id]
+        if failure.kind in ("lost", "node", "memory"):
+            self._schedule.release(slot.id)
+        if run.is_active and self._may_retry(run, failure, attempts):
+            alone = failure.kind == "memory"
+            run.retried(unit, outcome, "alone" if alone else "on another worker")
+            self._schedule.requeue(unit, alone)
+            return
+        run.failed(UnitFailure(unit, outcome, max(1, attempts)))
+        self._schedule.drop(unit.run_dir, [running.unit for running in self._running.values()])
+
+    def _may_retry(self, run: RunState, failure: Failure, attempts: int) -> bool:
+        if failure.kind == "memory":
+            return attempts < 2
+        return failure.kind == "node" or (failure.kind == "lost" and attempts < run.config.resources.max_attempts)

@@ -1,0 +1,226 @@
+"""One run, stage by stage: what the driver asks for units and tells of their ends."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import preflight
+from pipeline.config import RunConfig
+from pipeline.errors import RunFailed
+from pipeline.events import EventLog
+from pipeline.graph import Graph
+from pipeline.manifest import MANIFESTS_DIR
+from pipeline.names import STAGES
+from pipeline.progress import Reporter
+from pipeline.publish import publish_model, publish_report
+from pipeline.selection import delete, leftovers, select, sweep
+from pipeline.stage_keys import Stages
+from pipeline.table import human_bytes
+from pipeline.units import Outcome, Unit
+from stages.common.errors import InputError
+from stages.common.files import write_json
+from stages.common.paths import REPORT_FILE
+
+RUN_FILE = "run.json"
+IDENTITY_FILE = "identity.json"
+
+
+@dataclass(frozen=True)
+class UnitFailure:
+    """A unit that did not finish, and how often it was tried."""
+
+    unit: Unit
+    outcome: Outcome
+    attempts: int
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is to be run.
+
+    verify: compare digests of finished files. from_stage: redo this stage and what follows. only_stage: run nothing else.
+    """
+
+    verify: bool = False
+    from_stage: str | None = None
+    only_stage: str | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves: the report (as parsed) and how many units it ran."""
+
+    report: Mapping[str, Any]
+    report_path: Path
+    num_run: int
+    num_reused: int
+    elapsed_s: float
+
+
+class RunState:
+    """A run in progress. `checked` is what `preflight.check` returned for its config."""
+
+    def __init__(self, config: RunConfig, checked: preflight.Checked, reporter: Reporter, options: RunOptions) -> None:
+        self.config, self.options, self._reporter = config, options, reporter
+        self.run_dir = Path(config.run_dir).resolve()
+        self.stages = Stages(config, checked.identities)
+        self.model, self._identities = checked.model, checked.identities
+        self.failures: list[UnitFailure] = []
+        self.is_active = True
+        self._remaining = list(STAGES)
+        self._stage: str | None = None
+        self._started = time.monotonic()
+        self._events: EventLog | None = None
+        self._graph: Graph | None = None
+        self._num_run = self._num_reused = 0
+
+    def begin(self, num_workers: int) -> None:
+        """The lock is held and the executor is up: record what is run, clear what killed workers have left."""
+        self._started = time.monotonic()
+        self._graph = Graph(self.config, self.stages, self.run_dir, self.model, num_workers)
+        for stage in self.stages.all():
+            path = self.run_dir / stage.dir / IDENTITY_FILE
+            if not path.exists():
+                write_json(path, stage.identity)
+        recorded = {"config": self.config.model_dump(mode="json"), "model": str(self.model), "identities": self._identities}
+        write_json(self.run_dir / RUN_FILE, recorded)
+        sweep(self.run_dir, [stage.dir for stage in self.stages.all()])
+        self._forget_seals()
+        self._events = EventLog(self.run_dir)
+        self._events.write("run begins", num_workers=num_workers)
+
+    def _forget_seals(self) -> None:
+        """Under --from, unseal the stages to be redone; what they wrote is replaced file by file."""
+        if self.options.from_stage is None:
+            return
+        redone = STAGES[STAGES.index(self.options.from_stage) :]
+        for stage in self.stages.all():
+            if stage.stage in redone:
+                for manifest in (self.run_dir / stage.dir / MANIFESTS_DIR).rglob("*.json"):
+                    manifest.unlink()
+
+    @property
+    def graph(self) -> Graph:
+        """The run's units."""
+        assert self._graph is not None
+        return self._graph
+
+    def advance(self) -> list[Unit]:
+        """Units of the next stage that has any to run; none when the run is over.
+
+        Raises InputError when the survey shows that a target cannot be, or when --only lacks what it reads.
+        """
+        while self.is_active:
+            self._end_stage()
+            if not self._remaining:
+                self.is_active = False
+                return []
+            self._stage = self._remaining.pop(0)
+            selected = self._select(self._stage)
+            if selected:
+                return selected
+        return []
+
+    def _select(self, stage: str) -> list[Unit]:
+        units = self.graph.units(stage)
+        selected = select(units, self.options.verify)
+        only = self.options.only_stage
+        if only is not None and stage != only:
+            if selected and STAGES.index(stage) < STAGES.index(only):
+                raise InputError(
+                    f"--only {only} needs {stage}, of which {len(selected)} of {len(units)} units are not done; "
+                    "run without --only"
+                )
+            return []
+        delete(self.run_dir, leftovers(units, selected))
+        self._num_run += len(selected)
+        self._num_reused += len(units) - len(selected)
+        self._reporter.begin(stage, len(selected), len(units) - len(selected))
+        return selected
+
+    def _end_stage(self) -> None:
+        stage, self._stage = self._stage, None
+        if stage is None or (self.options.only_stage not in (None, stage)):
+            return
+        self._reporter.end()
+        if stage == "prepare":
+            preflight.check_layers(self.config, len(self.graph.plan["moe_layers"]))
+        elif stage == "assemble":
+            for target in self.stages.targets:
+                publish_model(self.run_dir, target.name, self.graph.checkpoint_dir(target))
+        elif stage == "report":
+            publish_report(self.run_dir, self.run_dir / self.stages.report.dir / REPORT_FILE)
+
+    def done(self, unit: Unit, outcome: Outcome) -> None:
+        """A unit is sealed: what only it read is deleted."""
+        delete(self.run_dir, unit.reads)
+        self._reporter.done(unit, outcome)
+        self._write_event("sealed", unit, outcome)
+
+    def retried(self, unit: Unit, outcome: Outcome, how: str) -> None:
+        """A unit is to be tried again."""
+        assert outcome.failure is not None
+        self._reporter.line(f"{unit.stage} {unit.label}: {outcome.failure.message}; trying again {how}")
+        self._write_event("lost", unit, outcome)
+
+    def failed(self, failure: UnitFailure) -> None:
+        """A unit failed for good: the run stops once its other running units have ended."""
+        if not self.failures:
+            self._reporter.line(f"{failure.unit.stage} {failure.unit.label} failed; waiting for what still runs")
+        self.failures.append(failure)
+        self.is_active = False
+        self._write_event("failed", failure.unit, failure.outcome)
+
+    def _write_event(self, event: str, unit: Unit, outcome: Outcome) -> None:
+        assert self._events is not None
+        message = outcome.failure.message if outcome.failure else None
+        self._events.write(
+            event,
+            unit=f"{unit.stage_dir}/{unit.name}",
+            host=outcome.host,
+            elapsed_s=round(outcome.elapsed_s, 3),
+            message=message,
+        )
+
+    def close(self) -> None:
+        """End bars and the event log, however the run ended."""
+        self._reporter.end()
+        if self._events is not None:
+            self._events.write("run ends", num_failed=len(self.failures))
+
+    def result(self) -> RunResult:
+        """What the run leaves. Raises InputError or RunFailed if it failed."""
+        if self.failures:
+            raise self._error()
+        path = self.run_dir / REPORT_FILE
+        report = json.loads(path.read_text()) if path.exists() else {"models": []}
+        return RunResult(report, path, self._num_run, self._num_reused, time.monotonic() - self._started)
+
+    def _error(self) -> InputError | RunFailed:
+        """What stopped the run: InputError if there is nothing but the user's input to mend, else RunFailed."""
+        lines = [_describe(failure) for failure in self.failures]
+        if all(failed.outcome.failure and failed.outcome.failure.kind == "input" for failed in self.failures):
+            return InputError("\n".join(dict.fromkeys(lines)))
+        lines.append(f"What was finished is kept in {self.run_dir}; the same command continues from there.")
+        return RunFailed("\n".join(lines))
+
+
+def _describe(failed: UnitFailure) -> str:
+    failure = failed.outcome.failure
+    assert failure is not None
+    if failure.kind == "input":
+        return failure.message
+    tries = f" (tried {failed.attempts} times)" if failed.attempts > 1 else ""
+    where = f" on {failed.outcome.host}" if failed.outcome.host else ""
+    text = f"{failed.unit.stage} {failed.unit.label}{where}: {failure.message}{tries}"
+    if failure.kind == "memory":
+        needed = human_bytes(failed.unit.memory_bytes) if failed.unit.memory_bytes else "more memory than the node has"
+        text += (
+            f"\n  it needs about {needed} beside the {human_bytes(600_000_000)} of a Python process with torch; lower "
+            "resources.layers_per_shard (one layer at least), calibration.tokens_per_shard or tokens_per_micro_batch, or "
+            "use nodes with more memory"
+        )
+    return f"{text}\n{failure.detail}".rstrip() if failure.kind == "error" else text

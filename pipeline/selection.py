@@ -1,0 +1,50 @@
+"""Which units must run, read from manifests and files alone."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pipeline.manifest import read_manifest
+from pipeline.units import Unit
+from stages.common.files import TEMPORARY_PREFIX
+
+
+def select(units: Sequence[Unit], verify: bool) -> list[Unit]:
+    """The units that must run, in order: those not sealed, and the makers of transient files that they lack.
+
+    A maker of transient files that nobody lacks is left alone, sealed or not. verify: compare digests, not only sizes.
+    """
+    must_run: set[str] = set()
+    lacking: set[str] = set()
+    for unit in reversed(units):
+        manifest = read_manifest(unit)
+        if unit.writes:
+            runs = any(
+                path in lacking and not (manifest is not None and manifest.has_transient(unit, path, verify))
+                for path in unit.writes
+            )
+        else:
+            runs = manifest is None or not manifest.is_whole(unit, verify)
+        if runs:
+            must_run.add(unit.id)
+            lacking.update(unit.reads)
+    return [unit for unit in units if unit.id in must_run]
+
+
+def leftovers(units: Sequence[Unit], selected: Sequence[Unit]) -> set[str]:
+    """Transient files that no unit will read again: a crash between a seal and the deletion may have left them."""
+    chosen = {unit.id for unit in selected}
+    wanted = {path for unit in selected for path in (*unit.reads, *unit.writes)}
+    return {path for unit in units if unit.id not in chosen for path in unit.reads} - wanted
+
+
+def delete(run_dir: Path, paths: Iterable[str]) -> None:
+    """Delete transient files of a run."""
+    for path in paths:
+        (run_dir / path).unlink(missing_ok=True)
+
+
+def sweep(run_dir: Path, stage_dirs: Iterable[str]) -> None:
+    """Delete the temporary files that killed workers have left in the stages' directories."""
+    for stage_dir in stage_dirs:
+        for path in (run_dir / stage_dir).rglob(f"{TEMPORARY_PREFIX}*"):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,72 @@
+"""`status`: how far a run is, from its files alone."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.table import Table
+
+from pipeline.config import RunConfig
+from pipeline.graph import Graph
+from pipeline.identity import differences
+from pipeline.lock import describe_holder
+from pipeline.manifest import read_manifest
+from pipeline.names import STAGES
+from pipeline.run_state import IDENTITY_FILE, RUN_FILE
+from pipeline.selection import select
+from pipeline.stage_keys import StageRun, Stages
+from pipeline.table import human_bytes
+from stages.common.checkpoint import read_json
+from stages.common.errors import InputError
+
+
+def load_graph(run_dir: Path) -> Graph:
+    """The graph of the last run in a run directory, to look at. Raises InputError when there was none."""
+    run_dir = run_dir.resolve()
+    if not (run_dir / RUN_FILE).exists():
+        raise InputError(f"{run_dir} is not a run directory: it has no {RUN_FILE}; give the run_dir of a run file")
+    recorded = read_json(run_dir / RUN_FILE)
+    config = RunConfig.model_validate(recorded["config"])
+    return Graph(config, Stages(config, recorded["identities"]), run_dir, Path(recorded["model"]), num_workers=None)
+
+
+def describe_status(run_dir: Path) -> Iterator[Table | str]:
+    """Lines and tables for the terminal."""
+    graph = load_graph(run_dir)
+    yield describe_holder(graph.run_dir)
+    table = Table("stage", "units", "sealed", "to run", "bytes", "unit seconds", title=None)
+    waits_for = ""
+    for stage in STAGES:
+        if waits_for:
+            table.add_row(stage, "?", "", f"after {waits_for}", "", "")
+            continue
+        units = graph.units(stage)
+        to_run = select(units, verify=False)
+        manifests = [manifest for unit in units if (manifest := read_manifest(unit)) is not None]
+        num_bytes = sum(recorded["bytes"] for manifest in manifests for recorded in manifest.files.values())
+        seconds = sum(manifest.elapsed_s for manifest in manifests)
+        table.add_row(stage, str(len(units)), str(len(manifests)), str(len(to_run)), human_bytes(num_bytes), f"{seconds:.1f}")
+        if to_run:
+            waits_for = stage
+    yield table
+    yield from _reasons(graph)
+
+
+def _reasons(graph: Graph) -> Iterator[str]:
+    """For every stage that starts anew although an older result of it exists: the settings that changed."""
+    for stage in graph.stages.all():
+        if any((graph.run_dir / stage.dir / "manifests").rglob("*.json")):
+            continue
+        older = _newest_other(graph.run_dir, stage)
+        if older is not None:
+            changes = "; ".join(differences(json.loads((older / IDENTITY_FILE).read_text()), stage.identity))
+            yield f"{stage.name} is not reused from {older.name}: {changes}"
+
+
+def _newest_other(run_dir: Path, stage: StageRun) -> Path | None:
+    others = [
+        path
+        for path in run_dir.glob(f"{stage.name}-*")
+        if path.name != stage.dir and path.name.rsplit("-", 1)[0] == stage.name and (path / IDENTITY_FILE).exists()
+    ]
+    return max(others, key=lambda path: path.stat().st_mtime, default=None)
