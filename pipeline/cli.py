@@ -90,6 +90,24 @@ def plan(run_file: RunFile, settings: Settings = None) -> None:
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a model of the hub as org/name.", metavar="MODEL")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a checkpoint is, whether it is supported and what merged versions would weigh, from its headers alone."""
+    from pipeline.inspecting import describe_model, inspect_model
+
+    facts = inspect_model(model, revision)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if as_json:
+        console.print_json(data=facts)
+        return
+    for item in describe_model(facts):
+        console.print(item, highlight=False, markup=False)
+
+
+@app.command()
 def status(
     run_dir: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN_DIR")],
 ) -> None:

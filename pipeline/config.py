@@ -142,7 +142,7 @@ class RunConfig(_Section):
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint, for its tokenizer only: the model's classes are always those of transformers."""
     cache_dir: str | None = None
-    """Where hub models are downloaded to, on storage that every node reaches. Default: `models-source` in `run_dir`."""
+    """Where hub models are downloaded to, on storage that every node reaches. Default: `source` in `run_dir`."""
     run_dir: str
     """Everything the run knows and writes; on storage that every node reaches."""
     calibration: TextData

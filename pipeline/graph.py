@@ -250,7 +250,7 @@ class Graph:
         return {
             "name": target.name,
             "source": config.model,
-            "revision": f" (revision {config.revision})" if config.revision else "",
+            "revision": self.model.name if self.model.parent.name == "snapshots" else config.revision,
             "num_experts": self.plan["num_experts"],
             "experts_text": str(target.num_experts),
             "source_parameters": self.plan["num_parameters"],
@@ -260,6 +260,7 @@ class Graph:
             f"seed {data.seed}",
             "clustering": ", ".join(f"{key} {value}" for key, value in clustering.items()),
             "merging": config.merging.method,
+            "settings": _settings(config, target),
         }
 
     def checkpoint_dir(self, target: TargetRun) -> Path:
@@ -310,3 +311,11 @@ class Graph:
             if manifest is not None and manifest.facts["never_routed"]:
                 never[str(unit.args["layer"])] = manifest.facts["never_routed"]
         return never
+
+
+def _settings(config: RunConfig, target: TargetRun) -> dict[str, Any]:
+    """The run file of one target alone: what the same command needs to make the same checkpoint."""
+    settings = config.model_dump(mode="json", exclude={"run_dir", "cache_dir", "resources", "evaluation"}, exclude_none=True)
+    settings["clustering"]["num_experts"] = [target.num_experts]
+    settings["export"]["formats"] = [target.format]
+    return settings

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
+from pipeline.hub import resolve_model
 from pipeline.identity import data_identity, model_identity
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
@@ -25,7 +26,8 @@ def check(config: RunConfig) -> Checked:
 
     Raises InputError for a checkpoint that is missing, damaged or not MoE, for a target out of bounds, for a missing text.
     """
-    checkpoint = Checkpoint(config.model)
+    cache_dir = Path(config.cache_dir or Path(config.run_dir) / "source").resolve()
+    checkpoint = Checkpoint(resolve_model(config.model, config.revision, cache_dir))
     place = str(checkpoint.folder)
     num_experts = num_experts_in(checkpoint.config, place)
     family_of(checkpoint.config, place)

@@ -3,9 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """Markdown that states source, method, calibration and sizes. facts: see `stage.assemble_unit`."""
+    """Markdown that states source, revision, method, calibration, sizes and how to make the checkpoint again.
+
+    facts: name, source, revision (or None), format, num_experts, experts_text, source_parameters, parameters, source_bytes,
+    bytes, calibration, clustering, merging, router, settings (a run file).
+    """
+    revision = f" (revision {facts['revision']})" if facts["revision"] else ""
+    settings = yaml.safe_dump({**facts["settings"], "run_dir": f"runs/{facts['name']}"}, sort_keys=False, allow_unicode=True)
     tied = facts["format"] == "tied"
     load = ", trust_remote_code=True" if tied else ""
     note = (
@@ -22,7 +30,7 @@ tags: [hcsmoe, mixture-of-experts, merge]
 
 # {facts["name"]}
 
-{facts["source"]}{facts["revision"]} with {facts["num_experts"]} experts a layer merged to {facts["experts_text"]}, without
+{facts["source"]}{revision} with {facts["num_experts"]} experts a layer merged to {facts["experts_text"]}, without
 retraining, by HC-SMoE ([arXiv:2410.08589](https://arxiv.org/abs/2410.08589)).
 
 | | source | this model |
@@ -40,5 +48,11 @@ retraining, by HC-SMoE ([arXiv:2410.08589](https://arxiv.org/abs/2410.08589)).
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{load})
+```
+
+To make it again, write this to `run.yaml` and call `hcsmoe run run.yaml`:
+
+```yaml
+{settings.rstrip()}
 ```
 """

@@ -20,9 +20,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
-from stages.common.families import EXPERT_COUNT_FIELDS, num_experts_in
+from stages.common.families import EXPERT_COUNT_FIELDS, num_experts_in, text_config
 from stages.common.reader import TORCH_DTYPES
-from stages.common.tied import MODELING_FILE, is_tied, modeling_source
+from stages.common.tied import BASE_KEY, MODELING_FILE, class_name, is_tied, modeling_source
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _tied_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.HCSMoEForCausalLM  # type: ignore[no-any-return]
+    return getattr(module, class_name(text_config(checkpoint.config)[BASE_KEY]))  # type: ignore[no-any-return]
 
 
 def build_meta_model(checkpoint: Checkpoint, num_experts: int | None = None) -> PreTrainedModel:

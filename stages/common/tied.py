@@ -13,7 +13,6 @@ from stages.common.errors import InputError
 from stages.common.families import text_config
 
 CONFIG_KEY = "hcsmoe_num_experts"
-CLASS_NAME = "HCSMoEForCausalLM"
 MODELING_FILE = "modeling_hcsmoe.py"
 BASE_KEY = "hcsmoe_base_architecture"
 
@@ -26,6 +25,13 @@ Written by hcsmoe. config.hcsmoe_num_experts maps each MoE layer to the number o
 import torch
 from torch import nn
 from transformers import {base} as _Base
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+# transformers gives its names on disk to a class of others only once they are registered: for a class, or for a model type.
+for _theirs, _ours in (("{base}", "{class_name}"), (_Base.config_class.model_type,) * 2):
+    _mapping = get_checkpoint_conversion_mapping(_theirs)
+    if _mapping is not None:
+        register_checkpoint_conversion_mapping(_ours, _mapping, overwrite=True)
 
 
 def _merged_class(experts_class):
@@ -67,6 +73,11 @@ class {class_name}(_Base):
 '''
 
 
+def class_name(base: str) -> str:
+    """Name of the tied class. It holds the base's, which transformers asks for the kind of cache."""
+    return f"HCSMoE{base}"
+
+
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether a raw config is that of a tied checkpoint."""
     return CONFIG_KEY in text_config(config)
@@ -78,8 +89,8 @@ def tied_config(config: Mapping[str, Any], base: str, num_experts: Mapping[int, 
     base: transformers' class for the language model. num_experts: kept experts of each MoE layer.
     """
     edited = deepcopy(dict(config))
-    edited["architectures"] = [CLASS_NAME]
-    edited["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{CLASS_NAME}"}
+    edited["architectures"] = [class_name(base)]
+    edited["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{class_name(base)}"}
     text = text_config(edited)
     assert isinstance(text, dict)
     text[BASE_KEY] = base
@@ -92,4 +103,4 @@ def modeling_source(config: Mapping[str, Any]) -> str:
     base = text_config(config).get(BASE_KEY)
     if not (isinstance(base, str) and base.isidentifier()):
         raise InputError(f"config.json: {BASE_KEY} is {base!r}; the name of a class of transformers is due")
-    return _SOURCE.format(base=base, class_name=CLASS_NAME)
+    return _SOURCE.format(base=base, class_name=class_name(base))

@@ -8,6 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, logging
 
 logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 NUM_EXPERTS = 8
 _BASE = {
@@ -29,6 +30,7 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }  # fmt: skip
 _SPARSE_INDEX = {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 16}
+_DENSE_FIRST = ["dense", "sparse", "sparse"]
 _MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
 
 # What each family's config needs beyond _BASE to be small, with every feature of the family present.
@@ -37,9 +39,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "aria_text": {"moe_num_experts": NUM_EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1},
     "axk1": {**_ROUTED, **_LATENT, **_GROUPS},
     "axk2": {**_ROUTED, **_LATENT, **_SPARSE_INDEX},
-    "bailing_hybrid": {**_LATENT, "num_experts": NUM_EXPERTS, "num_experts_per_token": 2, "moe_intermediate_size": 24,
-                       "num_expert_group": 2, "topk_group": 1, "num_nextn_predict_layers": 0},
-    "beam": {**_PLAIN, **_GROUPS, "moe_intermediate_size": 24},
+    "bailing_hybrid": {**_LATENT, **_GROUPS, "num_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                       "num_mtp_layers": 0, "head_dim": 16, "layer_group_size": 2},
+    "beam": {**_PLAIN, **_GROUPS, "moe_intermediate_size": 24, "mlp_layer_types": _DENSE_FIRST},
     "cohere2_moe": {**_PLAIN, "num_shared_experts": 1},
     "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64, "attn_config": {"kv_n_heads": 2, "clip_qkv": 8},
              "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": NUM_EXPERTS, "moe_top_k": 2, "hidden_size": 32}},
@@ -74,7 +76,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "jamba": {**_PLAIN, **_MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
               "mamba_dt_rank": 4},
     "jetmoe": {**_LOCAL, "kv_channels": 16},
-    "kimi_linear": {**_LATENT, "num_experts": NUM_EXPERTS, "num_experts_per_token": 2, "moe_intermediate_size": 24},
+    "kimi_linear": {**_LATENT, **_GROUPS, "num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "q_lora_rank": None,
+                    "moe_intermediate_size": 24, "linear_head_dim": 16, "linear_num_heads": 4, "mlp_layer_types": _DENSE_FIRST,
+                    "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "kolibri1": {**_LOCAL, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "head_dim": 16},
     "laguna": {**_PLAIN, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "head_dim": 16},
     "lfm2_moe": {**_PLAIN, "moe_intermediate_size": 24, "num_dense_layers": 1,
@@ -130,7 +134,7 @@ def build(family: str, dtype: torch.dtype, seed: int = 0, **changes: Any) -> Pre
     return fill(AutoModelForCausalLM.from_config(config, dtype=dtype), seed).eval()
 
 
-def save(model: PreTrainedModel, folder: Path, max_shard_size: str = "60KB", save_original_format: bool = True) -> Path:
+def save(model: PreTrainedModel, folder: Path, max_shard_size: str = "100KB", save_original_format: bool = True) -> Path:
     """Save a checkpoint in several files: names of the hub, or (save_original_format False) transformers' fused tensors."""
     model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=save_original_format)
     config = json.loads((folder / "config.json").read_text())

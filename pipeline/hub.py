@@ -1,0 +1,141 @@
+"""Models of the hub: which commit a name means, and its files in a folder. Called by the driver alone, so once per cluster."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelInfo, snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, SafetensorsParsingError
+from huggingface_hub.utils import SafetensorsFileMetadata, disable_progress_bars
+
+from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, Checkpoint, read_json
+from stages.common.errors import InputError
+from stages.common.families import family_of, num_experts_in
+from stages.common.files import DigestingFile
+from stages.common.headers import write_header
+
+_SMALL = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*", "README.md")
+_NOT_NEEDED = ("*/*", "*.index.json")  # other formats live in folders; the index of the weights is asked for by name
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether a model is named as on the hub, `org/name`, rather than by a folder that exists."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).exists()
+
+
+def resolve_model(model: str, revision: str | None, cache_dir: Path) -> Path:
+    """The folder of a model: itself, or a snapshot of the hub's in cache_dir (storage that every node reaches).
+
+    Only what a run needs is fetched: config, tokenizer and texts first, and the weights that the index names once the family
+    is known to be supported. The token comes from where huggingface_hub looks for it. Raises InputError for a model that does
+    not exist, may not be read, cannot be reached, has only pickled weights or is not supported.
+    """
+    if not is_hub_name(model):
+        return Path(model).expanduser()
+    place = f"{model}{f' (revision {revision})' if revision else ''}"
+    disable_progress_bars()
+    try:
+        return _download(model, revision, cache_dir, place)
+    except (HfHubHTTPError, HFValidationError) as e:
+        raise InputError(
+            f"model: {place} cannot be read from the hub: {_one_line(e)}; check the name, log in with `hf auth login` or "
+            f"HF_TOKEN, or give a checkpoint folder"
+        ) from e
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as e:  # no answer from the hub
+        return _cached(model, revision, cache_dir, place, e)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def fetch_headers(model: str, revision: str | None, folder: Path) -> Path:
+    """A folder that has config and headers of a hub model: its weight files are holes of the right size, which take no room.
+
+    Raises InputError as `resolve_model` does.
+    """
+    place = f"{model}{f' (revision {revision})' if revision else ''}"
+    disable_progress_bars()
+    try:
+        api = HfApi()
+        info = api.model_info(model, revision=revision)
+        present = _files(info, place)
+        snapshot = Path(
+            snapshot_download(model, revision=info.sha, local_dir=folder, allow_patterns=[CONFIG_FILE, INDEX_FILE])
+        )
+        for file in _weight_files(snapshot, present, place):
+            header = api.parse_safetensors_file_metadata(model, file, revision=info.sha)
+            _write_hole(snapshot / file, header)
+        return snapshot
+    except (HfHubHTTPError, HFValidationError, SafetensorsParsingError) as e:
+        raise InputError(f"model: {place} cannot be read from the hub: {_one_line(e)}") from e
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as e:
+        raise InputError(f"model: {place} is no folder and the hub cannot be reached: {_one_line(e)}") from e
+
+
+def _write_hole(path: Path, header: SafetensorsFileMetadata) -> None:
+    tensors = [
+        (name, tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0])
+        for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets)
+    ]
+    with open(path, "wb") as raw:
+        write_header(DigestingFile(raw), tensors, header.metadata or {})
+        raw.truncate(raw.tell() + sum(num_bytes for *_, num_bytes in tensors))
+
+
+def _files(info: ModelInfo, place: str) -> set[str]:
+    """Names of the files of a commit. Raises InputError when none of them is a safetensors file that we read."""
+    present = {sibling.rfilename for sibling in info.siblings or ()}
+    if not present & {INDEX_FILE, SINGLE_FILE}:
+        pickles = sorted(name for name in present if name.endswith(PICKLE_SUFFIXES))
+        found = f"only pickle files ({pickles[0]}, ...), which can run code when read" if pickles else f"no {SINGLE_FILE}"
+        raise InputError(f"model: {place} has {found}; choose a revision with safetensors files, or convert it first")
+    return present
+
+
+def _download(model: str, revision: str | None, cache_dir: Path, place: str) -> Path:
+    info = HfApi().model_info(model, revision=revision)
+    present = _files(info, place)
+
+    def fetch(allow: Iterable[str], ignore: Iterable[str] | None = None) -> Path:
+        allowed, ignored = list(allow), list(ignore) if ignore else None
+        folder = snapshot_download(
+            model, revision=info.sha, cache_dir=cache_dir, allow_patterns=allowed, ignore_patterns=ignored
+        )
+        return Path(folder)
+
+    folder = fetch(_SMALL, _NOT_NEEDED)
+    if INDEX_FILE in present:
+        fetch([INDEX_FILE])
+    checkpoint = Checkpoint(folder)
+    family_of(checkpoint.config, place)
+    num_experts_in(checkpoint.config, place)
+    fetch(_weight_files(folder, present, place))
+    return folder
+
+
+def _weight_files(folder: Path, present: set[str], place: str) -> list[str]:
+    if INDEX_FILE not in present:
+        return [SINGLE_FILE]
+    index = read_json(folder / INDEX_FILE)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    files = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
+    if any("/" in file or "\\" in file or not file.endswith(".safetensors") for file in files):
+        raise InputError(f"model: {place}: {INDEX_FILE} names {files}; only safetensors files beside it are read")
+    missing = [file for file in files if file not in present]
+    if missing or not files:
+        raise InputError(f"model: {place}: {INDEX_FILE} names {missing or 'no files'}, which the hub does not have")
+    return files
+
+
+def _cached(model: str, revision: str | None, cache_dir: Path, place: str, reason: Exception) -> Path:
+    """The snapshot that an earlier run has fetched, when the hub cannot be reached."""
+    try:
+        folder = Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"model: {place} is no folder, is not in {cache_dir}, and the hub cannot be reached: {_one_line(reason)}"
+        ) from reason
+    if not (folder / CONFIG_FILE).exists():
+        raise InputError(f"model: {folder} is incomplete and the hub cannot be reached: {_one_line(reason)}") from reason
+    return folder
