@@ -5,8 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelInfo, snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, SafetensorsParsingError
-from huggingface_hub.utils import SafetensorsFileMetadata, disable_progress_bars
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    SafetensorsParsingError,
+)
+from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # httpx's, by whatever name
+from huggingface_hub.utils import SafetensorsFileMetadata, disable_progress_bars  # type: ignore[attr-defined]
 
 from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, Checkpoint, read_json
 from stages.common.errors import InputError
@@ -41,7 +48,7 @@ def resolve_model(model: str, revision: str | None, cache_dir: Path) -> Path:
             f"model: {place} cannot be read from the hub: {_one_line(e)}; check the name, log in with `hf auth login` or "
             f"HF_TOKEN, or give a checkpoint folder"
         ) from e
-    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as e:  # no answer from the hub
+    except (TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError) as e:  # no answer from the hub
         return _cached(model, revision, cache_dir, place, e)
 
 
@@ -60,16 +67,14 @@ def fetch_headers(model: str, revision: str | None, folder: Path) -> Path:
         api = HfApi()
         info = api.model_info(model, revision=revision)
         present = _files(info, place)
-        snapshot = Path(
-            snapshot_download(model, revision=info.sha, local_dir=folder, allow_patterns=[CONFIG_FILE, INDEX_FILE])
-        )
+        snapshot = Path(snapshot_download(model, revision=info.sha, local_dir=folder, allow_patterns=[CONFIG_FILE, INDEX_FILE]))
         for file in _weight_files(snapshot, present, place):
             header = api.parse_safetensors_file_metadata(model, file, revision=info.sha)
             _write_hole(snapshot / file, header)
         return snapshot
     except (HfHubHTTPError, HFValidationError, SafetensorsParsingError) as e:
         raise InputError(f"model: {place} cannot be read from the hub: {_one_line(e)}") from e
-    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as e:
+    except (TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError) as e:
         raise InputError(f"model: {place} is no folder and the hub cannot be reached: {_one_line(e)}") from e
 
 

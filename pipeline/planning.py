@@ -40,7 +40,9 @@ def describe_plan(config: RunConfig) -> Iterator[Table | str]:
     for target in stages.targets:
         counts = (target.num_experts,) * num_moe if isinstance(target.num_experts, int) else target.num_experts
         merged = dict(zip(plan["moe_layers"], counts, strict=True))
-        files = output_files(rows, plan["num_experts"], merged, target.format, config.export.max_file_bytes, config.export.dtype)
+        files = output_files(
+            rows, plan["num_experts"], merged, target.format, config.export.max_file_bytes, config.export.dtype
+        )
         num_files += len(files)
         num_bytes = sum(file.num_bytes for file in files)
         written += num_bytes

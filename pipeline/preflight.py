@@ -65,7 +65,8 @@ def check_groups(config: RunConfig, possible: list[int]) -> None:
         if "stock" in config.export.formats and count not in possible:
             raise InputError(
                 f"clustering.num_experts is {count} but the router of {config.model} first picks groups of experts, which must "
-                f"stay equally large in a stock export; use one of {', '.join(map(str, possible))}, or set export.formats to [tied]"
+                f"stay equally large in a stock export; use one of {', '.join(map(str, possible))}, "
+                f"or set export.formats to [tied]"
             )
 
 

@@ -14,13 +14,15 @@ from stages.common.tied import MODELING_FILE, modeling_source
 from stages.common.unit import Job, UnitResult
 
 CARD_FILE = "README.md"
+SOURCE_CARD_FILE = "SOURCE_README.md"
 
 
 def assemble_unit(job: Job) -> UnitResult:
     """Make the target's folder complete and check that transformers would load it.
 
     args: model (folder), merge_dir (relative to the run directory), files (names and digests), num_merged (layer -> r),
-    architecture (transformers' class), format, value_dtype (of what was quantised, as torch names it), card (facts for the model card). Raises InputError when the written checkpoint does not fill its model.
+    architecture (transformers' class), format, value_dtype (of what was quantised, as torch names it), card (facts for the
+    model card). Raises InputError when the written checkpoint does not fill its model.
     """
     args = job.args
     source = Checkpoint(args["model"])
@@ -36,8 +38,8 @@ def assemble_unit(job: Job) -> UnitResult:
     if args["format"] == "tied":
         written.append(write_bytes(folder / MODELING_FILE, modeling_source(config).encode()))
     for path in source.side_files():
-        if path.name not in (CARD_FILE, MODELING_FILE):
-            written.append(copy_file(path, folder / path.name))
+        if path.name not in (SOURCE_CARD_FILE, MODELING_FILE):
+            written.append(copy_file(path, folder / (SOURCE_CARD_FILE if path.name == CARD_FILE else path.name)))
     tensors = [entry for name in args["files"] for entry in read_header(folder / name).entries]
     if list(args["files"]) != [SINGLE_FILE]:
         written.append(write_json(folder / INDEX_FILE, _index(source, tensors)))

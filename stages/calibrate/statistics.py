@@ -94,11 +94,11 @@ class LayerStatistics:
 
     def _activation(self, x: Tensor, expert: int) -> Tensor:
         if self.layout.has_gate:
-            return self._apply_gate(self._linear(x, "gate_up_proj", expert))  # type: ignore[no-any-return]
+            return self._apply_gate(self._linear(x, "gate_up_proj", expert))
         return self.experts.act_fn(self._linear(x, "up_proj", expert))  # type: ignore[no-any-return]
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        return self.experts._apply_gate(gate_up)
+        return self.experts._apply_gate(gate_up)  # type: ignore[no-any-return]
 
     def _forward_routed(self, hidden_TD: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> Tensor:
         """The experts' forward, [T, D]; routing is what the model passes.

@@ -82,7 +82,7 @@ def _check_conversion(adapted: AdaptedModel) -> None:
     tensors = adapted.checkpoint.tensors
     names = [name for name, target in adapted.targets.items() if target.parameter]
     empty = {name: torch.empty(tensors[name].shape, dtype=TORCH_DTYPES[tensors[name].dtype], device="meta") for name in names}
-    config = LoadStateDictConfig(dtype=adapted.model.dtype, device_map={"": "meta"}, weight_mapping=adapted.weight_mapping)
+    config = LoadStateDictConfig(dtype=adapted.model.dtype, device_map={"": "meta"}, weight_mapping=adapted.weight_mapping)  # type: ignore[arg-type]
     info, _ = convert_and_load_state_dict_in_model(adapted.model, empty, config)
     problems = [*info.conversion_errors.items(), *((found[0], f"shape {found[1:]}") for found in info.mismatched_keys)]
     for parameter, problem in problems:

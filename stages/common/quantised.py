@@ -74,14 +74,18 @@ def _num_blocks(size: int, block: int) -> int:
 def _join_fp8(raw: Mapping[str, TensorEntry], section: Mapping[str, Any], place: str) -> dict[str, TensorEntry]:
     block = section.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        raise InputError(f"{place}: config.json: quantization_config.weight_block_size is {block!r}; two positive integers are due")
+        raise InputError(
+            f"{place}: config.json: quantization_config.weight_block_size is {block!r}; two positive integers are due"
+        )
     rows, columns = block
     entries: dict[str, TensorEntry] = {}
     for name, entry in raw.items():
         if name.endswith(_FP8_SCALES):
             weight = raw.get(name.removesuffix(_FP8_SCALES))
             if weight is None or weight.dtype not in FP8_DTYPES:
-                raise InputError(f"{place}/{entry.file}: tensor {name} holds scales but {name.removesuffix(_FP8_SCALES)} is not FP8")
+                raise InputError(
+                    f"{place}/{entry.file}: tensor {name} holds scales but {name.removesuffix(_FP8_SCALES)} is not FP8"
+                )
             continue
         if entry.dtype not in FP8_DTYPES:
             entries[name] = entry

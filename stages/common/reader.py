@@ -34,7 +34,7 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 class PackedView:
-    """A quantised tensor that dequantises what is indexed: everything, or a range of axis 0 of a tensor with an expert axis."""
+    """A quantised tensor that dequantises what is indexed: everything, or a range of experts of a fused tensor."""
 
     def __init__(self, packing: Packing, weight: Any, scales: Any, ndim: int) -> None:
         self._packing, self._weight, self._scales, self._ndim = packing, weight, scales, ndim

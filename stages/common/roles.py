@@ -80,8 +80,8 @@ def _is_mtp(adapted: AdaptedModel, entry: TensorEntry, target: Target) -> bool:
         ignored = adapted.model._keys_to_ignore_on_load_unexpected or ()
         if not mtp_fields(adapted.checkpoint.config) and not any(re.search(pattern, entry.name) for pattern in ignored):
             raise InputError(
-                f"{place} belongs to layer {layer} but config.json has {num_layers} layers and none of {', '.join(MTP_FIELDS)}; "
-                f"config and weights do not belong together"
+                f"{place} belongs to layer {layer} but config.json has {num_layers} layers and none of "
+                f"{', '.join(MTP_FIELDS)}; config and weights do not belong together"
             )
         return True
     if ".experts." in entry.name or layer is not None:
@@ -125,7 +125,8 @@ def _per_expert_names(adapted: AdaptedModel, axes: Mapping[str, int], num_expert
         dtypes = {adapted.checkpoint.tensors[name].dtype for name in names}
         if len(shapes) > 1 or len(dtypes) > 1:
             raise InputError(
-                f"{adapted.checkpoint.folder}: the experts of {parameter} differ in shape {sorted(shapes)} or dtype {sorted(dtypes)}"
+                f"{adapted.checkpoint.folder}: the experts of {parameter} differ in shape {sorted(shapes)} "
+                f"or dtype {sorted(dtypes)}"
             )
         for name, part in zip(names, parts, strict=True):
             template = ".".join([*part[: places[0]], "{}", *part[places[0] + 1 :]])

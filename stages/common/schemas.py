@@ -33,11 +33,11 @@ TENSORS = pa.schema(
         "table": "tensors of a checkpoint, in the order of their bytes",
         "parameter": "name of the transformers parameter that this tensor becomes part of",
         "layer": "decoder layer, null outside of the layers",
-        "role": "copy | expert (one expert's) | fused_expert (all experts') | router (rows by expert) | mtp (predicts further tokens)",
+        "role": "copy | expert (one expert's) | fused_expert (all experts') | router (rows by expert) | mtp (further tokens)",
         "expert": "index of the expert for role expert",
         "expert_axis": "axis of the experts for roles fused_expert and router",
         "template": "for role expert: the name with {} in place of the expert's index",
-        "scheme": "fp8 | mxfp4 for a tensor that is quantised on disk, whose dtype, shape and num_bytes are those of its values",
+        "scheme": "fp8 | mxfp4 for a tensor quantised on disk, whose dtype, shape and num_bytes are those of its values",
     },
 )
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.common.errors import InputError
 from stages.common.schemas import read_table
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -44,7 +45,7 @@ def statistics(path: Path) -> Statistics:
         column = table[name].combine_chunks()
         return column.flatten().to_numpy().reshape(len(column), -1)  # type: ignore[no-any-return]
 
-    return Statistics(
+    found = Statistics(
         layer=table["layer"][0].as_py(),
         num_tokens=table["num_tokens"][0].as_py(),
         num_routed_E=table["num_routed_tokens"].to_numpy(),
@@ -54,6 +55,11 @@ def statistics(path: Path) -> Statistics:
         router_probability_sum_E=table["router_probability_sum"].to_numpy(),
         router_logit_gram_EE=matrix("router_logit_gram"),
     )
+    for name, column in vars(found).items():
+        if isinstance(column, np.ndarray) and not np.isfinite(column).all():
+            expert = int(np.argwhere(~np.isfinite(column))[0, 0])
+            raise InputError(f"{path}: {name} of expert {expert} is not finite; delete the file and calibrate again")
+    return found
 
 
 def labels(path: Path, num_clusters: int) -> Array:

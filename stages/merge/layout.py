@@ -93,7 +93,8 @@ def output_files(
     """The target's files, none empty, in the order of the source's.
 
     num_merged: merged experts r of each MoE layer. value_dtype: torch's name of the dtype in which the values of a
-    quantised tensor are written. MTP layers are kept only where every layer keeps all of its experts. Tensors of wider dtypes come first in a file, so that all are aligned.
+    quantised tensor are written. MTP layers are kept only where every layer keeps all of its experts. Tensors of wider dtypes
+    come first in a file, so that all are aligned.
     """
     groups: dict[str, list[OutputTensor]] = {}
     mapped: set[int] = set()

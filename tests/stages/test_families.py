@@ -10,24 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.config import RunConfig
-from pipeline.executors.local import LocalExecutor
-from pipeline.progress import Reporter
-from pipeline.run_state import RunOptions
-from pipeline.runner import run
 from stages.common import tables
 from stages.common.checkpoint import Checkpoint
 from stages.common.families import SUPPORTED, expert_count_fields, groups_in, mtp_fields, stock_targets, text_config
-from stages.common.layer_shard import LayerShard
 from stages.common.paths import labels_file, statistics_file
+from tests.stages.runs import load, logits, run_all, streamed_logits, tensor_bytes, token_ids
 from tests.stages.tiny import FAMILIES, NUM_EXPERTS, build, save
 
-NUM_SEQUENCES, NUM_TOKENS = 4, 16
 MERGED = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [pytest.param(family, dtype, id=f"{family}-{dtype}") for family in sorted(SUPPORTED) for dtype in DTYPES]
@@ -75,27 +67,7 @@ class Case:
         return found
 
     def logits(self, model: PreTrainedModel) -> Tensor:
-        with torch.inference_mode():
-            return model(self.ids, use_cache=False).logits
-
-
-def load(folder: Path, **options: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
-
-
-def run_all(source: Path, run_dir: Path, ids: Path, targets: list[Any], formats: list[str]) -> None:
-    settings = {
-        "model": str(source),
-        "run_dir": str(run_dir),
-        "calibration": {
-            "data": str(ids), "num_sequences": NUM_SEQUENCES, "sequence_length": NUM_TOKENS,
-            "tokens_per_micro_batch": NUM_SEQUENCES * NUM_TOKENS,
-        },
-        "clustering": {"num_experts": targets},
-        "export": {"formats": formats, "max_file_bytes": "200 kB"},
-        "resources": {"layers_per_shard": 2},
-    }  # fmt: skip
-    run(RunConfig.model_validate(settings), LocalExecutor, Reporter(Console(quiet=True)), RunOptions())
+        return logits(model, self.ids)
 
 
 @pytest.fixture(scope="session")
@@ -105,13 +77,12 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
         torch.set_num_threads(1)
         root = tmp_path_factory.mktemp(f"{family}-{dtype}")
         source = save(build(family, DTYPES[dtype]), root / "tiny")
-        ids = np.random.default_rng(1).integers(3, 128, (NUM_SEQUENCES, NUM_TOKENS))
-        np.save(root / "ids.npy", ids)
-        run_all(source, root / "run", root / "ids.npy", [NUM_EXPERTS, MERGED], ["stock"])
-        case = Case(family, dtype, source, root / "run", (), torch.from_numpy(ids))
+        path, ids = token_ids(root)
+        run_all(source, root / "run", path, [NUM_EXPERTS, MERGED], ["stock"])
+        case = Case(family, dtype, source, root / "run", (), ids)
         by_layer = tuple(NUM_EXPERTS - 1 - index for index in range(len(case.plan["moe_layers"])))
         targets = [MERGED, by_layer] if len(set(by_layer)) > 1 else [MERGED]
-        run_all(source, root / "run", root / "ids.npy", targets, ["tied"])
+        run_all(source, root / "run", path, targets, ["tied"])
         return Case(family, dtype, source, root / "run", by_layer, case.ids)
 
     return make
@@ -132,14 +103,8 @@ def test_family(family: str, dtype: str, make_case: Callable[[str, str], Case], 
 
 def check_streaming(case: Case) -> None:
     """1. Layer shards of two layers give the whole model's logits, bit for bit."""
-    checkpoint, num_layers = Checkpoint(case.source), case.plan["num_layers"]
-    hidden = None
-    for first in range(0, num_layers, 2):
-        shard = LayerShard(checkpoint, first, min(first + 2, num_layers), num_threads=1)
-        hidden = shard.embed(case.ids) if hidden is None else hidden
-        for layer in range(shard.first, shard.stop):
-            hidden = shard.run_layer(layer, hidden)
-    assert torch.equal(shard.logits(hidden), case.logits(case.model))
+    streamed = streamed_logits(Checkpoint(case.source), case.plan["num_layers"], case.ids)
+    assert torch.equal(streamed, case.logits(case.model))
 
 
 def routing(case: Case) -> Iterator[tuple[int, Any, Tensor, Tensor, Tensor]]:
@@ -214,19 +179,10 @@ def check_router_scores(case: Case, layer: int, x_TD: Tensor, gates_TE: Tensor, 
     torch.testing.assert_close(gates / gates.sum(1, keepdim=True), scores / scores.sum(1, keepdim=True), rtol=1e-3, atol=1e-6)
 
 
-def tensors_of(folder: Path) -> dict[str, bytes]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                found[name] = file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return found
-
-
 def check_all_experts_kept(case: Case) -> None:
     """3. With r = E every tensor keeps its bytes and the config its values."""
     folder = case.export(f"{NUM_EXPERTS}e-stock")
-    assert tensors_of(folder) == tensors_of(case.source)
+    assert tensor_bytes(folder) == tensor_bytes(case.source)
     assert json.loads((folder / "config.json").read_text()) == json.loads((case.source / "config.json").read_text())
 
 
@@ -257,12 +213,14 @@ def check_tied(case: Case, target: str, targets: dict[int, int], again: Path) ->
     folder = case.export(target)
     tied, reference = load(folder, trust_remote_code=True), expanded(case, targets)
     assert {layer: module.down_proj.shape[0] for layer, module in case.experts(tied).items()} == targets
-    logits, due = case.logits(tied), case.logits(reference)
+    found, due = case.logits(tied), case.logits(reference)
     for layer, module in case.experts(tied).items():
         assert module.expert_map.tolist() == case.labels(layer, targets[layer]).tolist()
         for ours, theirs in zip(parameters(module), parameters(case.experts(reference)[layer]), strict=True):
-            torch.testing.assert_close(ours[module.expert_map], theirs, rtol=2**-7 if case.dtype == "bfloat16" else 1e-6, atol=1e-6)
-    error_BT = (logits.double() - due.double()).abs().amax(-1) / due.abs().max()
+            torch.testing.assert_close(
+                ours[module.expert_map], theirs, rtol=2**-7 if case.dtype == "bfloat16" else 1e-6, atol=1e-6
+            )
+    error_BT = (found.double() - due.double()).abs().amax(-1) / due.abs().max()
     if case.dtype == "float32":
         assert error_BT.max() < 1e-5
     else:  # rounding may send a token whose two experts are close to another one
@@ -275,7 +233,7 @@ def check_tied(case: Case, target: str, targets: dict[int, int], again: Path) ->
     loaded = load(again, trust_remote_code=True)
     state = tied.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-    torch.testing.assert_close(case.logits(loaded), logits)
+    torch.testing.assert_close(case.logits(loaded), found)
 
 
 def check_stock(case: Case) -> None:
