@@ -115,7 +115,7 @@ def expert_axes(checkpoint: Checkpoint) -> dict[str, int]:
         if differing:
             if len(differing) > 1 or shape[differing[0]] != num_experts:
                 raise InputError(
-                    f"{checkpoint.folder}: {name} has shape {list(shape)}; none of its axes is that of the {num_experts} experts"
+                    f"{checkpoint.folder}: {name} has shape {list(shape)}; no axis is that of the {num_experts} experts"
                 )
             axes[name] = differing[0]
     return axes

@@ -1,7 +1,7 @@
 """Whether a checkpoint fills its model, from headers alone: nothing missing, nothing of another shape or kind."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
 from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
@@ -9,6 +9,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from stages.common.adapter import AdaptedModel
 from stages.common.errors import InputError
+from stages.common.headers import TensorEntry
 from stages.common.reader import TORCH_DTYPES
 
 _REMEDY = "config and weights do not belong together, or a file is missing"
@@ -17,6 +18,7 @@ _REMEDY = "config and weights do not belong together, or a file is missing"
 def check_complete(adapted: AdaptedModel) -> None:
     """Raise InputError, naming file and tensor, where the checkpoint does not fill its model."""
     _check_kinds(adapted)
+    _check_alike(adapted)
     _check_counts(adapted)
     _check_conversion(adapted)
 
@@ -36,6 +38,22 @@ def _check_kinds(adapted: AdaptedModel) -> None:
         dtype = TORCH_DTYPES.get(entry.dtype)
         if dtype is None or dtype.is_floating_point != parameter.dtype.is_floating_point:
             raise InputError(f"{place} is {entry.dtype} where the model has {parameter.dtype}; download the checkpoint again")
+
+
+def _check_alike(adapted: AdaptedModel) -> None:
+    """Shapes of tensors that are joined to one parameter in the same way, as those of its experts."""
+    groups: dict[tuple[str, str], list[TensorEntry]] = defaultdict(list)
+    for name, target in adapted.targets.items():
+        if target.parameter and target.pattern is not None and "*" in target.pattern:
+            groups[target.parameter, target.pattern].append(adapted.checkpoint.tensors[name])
+    for entries in groups.values():
+        usual = Counter(entry.shape for entry in entries).most_common(1)[0][0]
+        odd = next((entry for entry in entries if entry.shape != usual), None)
+        if odd is not None:
+            raise InputError(
+                f"{adapted.checkpoint.folder / odd.file}: tensor {odd.name} has shape {list(odd.shape)} where its likes have "
+                f"{list(usual)}; download the checkpoint again"
+            )
 
 
 def _check_counts(adapted: AdaptedModel) -> None:
@@ -88,7 +106,8 @@ def _check_conversion(adapted: AdaptedModel) -> None:
     for parameter, problem in problems:
         sources = [name for name, target in adapted.targets.items() if target.parameter == parameter] or names[:1]
         shape = list(tensors[sources[0]].shape)
+        reason = str(problem).strip().splitlines()[-1]
         raise InputError(
             f"{adapted.checkpoint.folder / tensors[sources[0]].file}: tensor {sources[0]} of shape {shape} (and "
-            f"{len(sources) - 1} more) cannot become {parameter}: {' '.join(str(problem).split())}; {_REMEDY}"
+            f"{len(sources) - 1} more) cannot become {parameter}: {reason}; {_REMEDY}"
         )

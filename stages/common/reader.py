@@ -87,7 +87,7 @@ class TensorReader:
         return self.slices(name)[:]  # type: ignore[no-any-return]
 
     def copy(self, name: str, out: DigestingFile) -> None:
-        """Write the bytes of a tensor that is not quantised as they are. Raises InputError where the file has become shorter."""
+        """Write the bytes of a tensor that is not quantised as they are. Raises InputError for a shortened file."""
         entry = self.checkpoint.tensors[name]
         assert entry.packing is None, name
         with open(self.checkpoint.folder / entry.file, "rb") as raw:
