@@ -1,7 +1,7 @@
 """Models of the hub: which commit a name means, and its files in a folder. Called by the driver alone, so once per cluster."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelInfo, snapshot_download
@@ -66,9 +66,9 @@ def fetch_headers(model: str, revision: str | None, folder: Path) -> Path:
     try:
         api = HfApi()
         info = api.model_info(model, revision=revision)
-        present = _files(info, place)
+        _files(info, place)
         snapshot = Path(snapshot_download(model, revision=info.sha, local_dir=folder, allow_patterns=[CONFIG_FILE, INDEX_FILE]))
-        for file in _weight_files(snapshot, present, place):
+        for file in _weight_files(snapshot, place):
             header = api.parse_safetensors_file_metadata(model, file, revision=info.sha)
             _write_hole(snapshot / file, header)
         return snapshot
@@ -98,49 +98,61 @@ def _files(info: ModelInfo, place: str) -> set[str]:
     return present
 
 
-def _download(model: str, revision: str | None, cache_dir: Path, place: str) -> Path:
-    info = HfApi().model_info(model, revision=revision)
-    present = _files(info, place)
-
-    def fetch(allow: Iterable[str], ignore: Iterable[str] | None = None) -> Path:
-        allowed, ignored = list(allow), list(ignore) if ignore else None
-        folder = snapshot_download(
-            model, revision=info.sha, cache_dir=cache_dir, allow_patterns=allowed, ignore_patterns=ignored
+def _fetch(
+    model: str,
+    revision: str | None,
+    cache_dir: Path,
+    allow: Sequence[str],
+    ignore: Sequence[str] = (),
+    is_offline: bool = False,
+) -> Path:
+    return Path(
+        snapshot_download(
+            model,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=list(allow),
+            ignore_patterns=list(ignore) or None,
+            local_files_only=is_offline,
         )
-        return Path(folder)
+    )
 
-    folder = fetch(_SMALL, _NOT_NEEDED)
+
+def _download(model: str, revision: str | None, cache_dir: Path, place: str) -> Path:
+    folder = _fetch(model, revision, cache_dir, _SMALL, _NOT_NEEDED)  # by name: the cache then knows what commit it means
+    commit = folder.name
+    present = _files(HfApi().model_info(model, revision=commit), place)
     if INDEX_FILE in present:
-        fetch([INDEX_FILE])
-    checkpoint = Checkpoint(folder)
-    family_of(checkpoint.config, place)
-    num_experts_in(checkpoint.config, place)
-    fetch(_weight_files(folder, present, place))
+        _fetch(model, commit, cache_dir, [INDEX_FILE])
+    config = Checkpoint(folder).config
+    family_of(config, place)
+    num_experts_in(config, place)
+    files = _weight_files(folder, place)
+    missing = sorted(set(files) - present)
+    if missing:
+        raise InputError(f"model: {place}: {INDEX_FILE} names {', '.join(missing)}, which the hub does not have")
+    _fetch(model, commit, cache_dir, files)
     return folder
 
 
-def _weight_files(folder: Path, present: set[str], place: str) -> list[str]:
-    if INDEX_FILE not in present:
+def _weight_files(folder: Path, place: str) -> list[str]:
+    if not (folder / INDEX_FILE).exists():
         return [SINGLE_FILE]
     index = read_json(folder / INDEX_FILE)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     files = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
-    if any("/" in file or "\\" in file or not file.endswith(".safetensors") for file in files):
+    if not files or any("/" in file or "\\" in file or not file.endswith(".safetensors") for file in files):
         raise InputError(f"model: {place}: {INDEX_FILE} names {files}; only safetensors files beside it are read")
-    missing = [file for file in files if file not in present]
-    if missing or not files:
-        raise InputError(f"model: {place}: {INDEX_FILE} names {missing or 'no files'}, which the hub does not have")
     return files
 
 
 def _cached(model: str, revision: str | None, cache_dir: Path, place: str, reason: Exception) -> Path:
     """The snapshot that an earlier run has fetched, when the hub cannot be reached."""
     try:
-        folder = Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        folder = _fetch(model, revision, cache_dir, _SMALL, _NOT_NEEDED, is_offline=True)
+        _fetch(model, folder.name, cache_dir, _weight_files(folder, place), is_offline=True)
     except LocalEntryNotFoundError:
         raise InputError(
-            f"model: {place} is no folder, is not in {cache_dir}, and the hub cannot be reached: {_one_line(reason)}"
+            f"model: {place} is no folder, is not complete in {cache_dir}, and the hub cannot be reached: {_one_line(reason)}"
         ) from reason
-    if not (folder / CONFIG_FILE).exists():
-        raise InputError(f"model: {folder} is incomplete and the hub cannot be reached: {_one_line(reason)}") from reason
     return folder

@@ -46,7 +46,8 @@ def wrapper_config(family: str) -> Any:
         "qwen3_5_moe": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
                         "patch_size": 4, "num_position_embeddings": 16},
         "llama4": {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
-                   "image_size": 16, "patch_size": 4, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+                   "image_size": 16, "patch_size": 4, "vision_output_dim": 32, "projector_input_dim": 32,
+                   "projector_output_dim": 32},
     }[family]  # fmt: skip
     return AutoConfig.for_model(family, text_config=text, vision_config=vision)
 

@@ -1,4 +1,4 @@
-"""Layers that predict further tokens: transformers does not load them, so they are dropped with the config's count, or refused."""
+"""Layers that predict further tokens: transformers does not load them; they are dropped with their count, or refused."""
 
 from pathlib import Path
 
