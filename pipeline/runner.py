@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
 
 from pipeline import preflight
 from pipeline.config import RunConfig
@@ -29,6 +31,8 @@ def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: R
     """Drive checked runs on one executor, each under the lock of its run directory."""
     with ExitStack() as stack:
         for state in states:
+            if warning := transient_run_dir(state.run_dir):
+                reporter.line(warning)
             lock = stack.enter_context(RunLock(state.run_dir))
             if lock.took_over:
                 reporter.line(f"took over the stale lock of {lock.took_over}")
@@ -38,3 +42,13 @@ def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: R
             state.begin(executor.num_workers)
             stack.callback(state.close)
         Driver(states, executor, reporter.line).drive()
+
+
+def transient_run_dir(run_dir: Path) -> str | None:
+    """A warning if a run directory lies in the copy of `--working-dir` that Ray makes for a job, else None."""
+    if ("runtime_resources", "working_dir_files") not in pairwise(run_dir.parts):
+        return None
+    return (
+        f"warning: run_dir is {run_dir}, in Ray's temporary copy of the job's working directory: results are lost with it and "
+        f"other nodes cannot reach them; use --set run_dir=/shared/... on storage that every node reaches"
+    )

@@ -113,6 +113,8 @@ class RayExecutor:
         busy = {slot.id for slot, unit in self._running.values() if unit is not None}
         slots = [actor.slot for actor in self._actors.values() if actor.is_ready and actor.slot.id not in busy]
         room = int(self._total("CPU")) - len(self._actors) * self._resources.num_cpus
+        if not self._actors:
+            room = max(room, 1)  # an autoscaler adds a first node only for work that waits for it
         num_tasks = sum(1 for slot, unit in self._running.values() if unit is not None and not slot.is_worker)
         return slots + [Slot(f"task-{next(self._numbers)}", is_worker=False) for _ in range(room - num_tasks)]
 
