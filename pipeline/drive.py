@@ -11,6 +11,7 @@ from pipeline.executors.base import Executor, Slot
 from pipeline.run_state import RunState, UnitFailure
 from pipeline.scheduler import Schedule
 from pipeline.units import Failure, Outcome, Unit
+from stages.common.errors import InputError
 
 _WAIT_S = 1.0
 _IDLE_WARNING_S = 60.0
@@ -72,8 +73,10 @@ class Driver:
         is_any_active = False
         for run_dir, run in self._runs.items():
             if run.is_active and not self._schedule.num_unfinished(run_dir):
-                units = run.advance()
-                self._schedule.add(units)
+                try:
+                    self._schedule.add(run.advance())
+                except InputError as e:
+                    run.refuse(e)
                 self._executor.want(list(self._schedule.unfinished()))
             is_any_active |= run.is_active or bool(self._schedule.num_unfinished(run_dir))
         return is_any_active

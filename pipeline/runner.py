@@ -12,6 +12,7 @@ from pipeline.executors.base import Executor
 from pipeline.lock import RunLock
 from pipeline.progress import Reporter
 from pipeline.run_state import RunOptions, RunResult, RunState
+from stages.common.errors import InputError
 
 MakeExecutor = Callable[[], Executor]
 
@@ -33,15 +34,22 @@ def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: R
         for state in states:
             if warning := transient_run_dir(state.run_dir):
                 reporter.line(warning)
-            lock = stack.enter_context(RunLock(state.run_dir))
+            try:
+                lock = stack.enter_context(RunLock(state.run_dir))
+            except InputError as e:
+                state.refuse(e)
+                continue
             if lock.took_over:
                 reporter.line(f"took over the stale lock of {lock.took_over}")
+        active = [state for state in states if state.is_active]
+        if not active:
+            return
         executor = make_executor()
         stack.callback(executor.close)
-        for state in states:
+        for state in active:
             state.begin(executor.num_workers)
             stack.callback(state.close)
-        Driver(states, executor, reporter.line).drive()
+        Driver(active, executor, reporter.line).drive()
 
 
 def transient_run_dir(run_dir: Path) -> str | None:
