@@ -183,5 +183,4 @@ def main() -> None:
         errors.print(f"failed: {e}\nWhat was finished is kept; mend this and the same command continues from there.")
         sys.exit(1)
     except KeyboardInterrupt:
-        errors.print("interrupted; what was finished is kept, and the same command continues from there")
         sys.exit(130)

@@ -30,7 +30,7 @@ def run(config: RunConfig, make_executor: MakeExecutor, reporter: Reporter, opti
 
 def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: Reporter) -> None:
     """Drive checked runs on one executor, each under the lock of its run directory."""
-    with ExitStack() as stack:
+    with ExitStack() as connection, ExitStack() as stack:
         for state in states:
             if warning := transient_run_dir(state.run_dir):
                 reporter.line(warning)
@@ -45,11 +45,17 @@ def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: R
         if not active:
             return
         executor = make_executor()
+        connection.callback(executor.disconnect)
         stack.callback(executor.close)
+        reporter.line(executor.describe())
         for state in active:
             state.begin(executor.num_workers)
             stack.callback(state.close)
-        Driver(active, executor, reporter.line).drive()
+        try:
+            Driver(active, executor, reporter.line).drive()
+        except KeyboardInterrupt:  # said at once: who interrupts may not wait for processes to end
+            reporter.line("interrupted; what was finished is kept, and the same command continues from there")
+            raise
 
 
 def transient_run_dir(run_dir: Path) -> str | None:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+import ray
+
 from pipeline.config import Resources
 from pipeline.executors.base import Slot
 from pipeline.executors.ray import RayExecutor
@@ -39,8 +41,9 @@ def faulty_unit(job: Job) -> UnitResult:
         raise MemoryError("cannot allocate what the unit needs")
     if strikes and fault == "always error":
         raise ZeroDivisionError("a unit that cannot work")
-    if strikes and fault == "slow":
-        time.sleep(5)
+    if strikes and fault == "on a node to be killed":
+        marker.write_text(ray.get_runtime_context().get_node_id())
+        time.sleep(60)
     result: UnitResult = resolve(job.args["call"])(replace(job, args=job.args["args"]))
     if strikes and fault == "kill before seal":
         os.kill(os.getpid(), signal.SIGKILL)
