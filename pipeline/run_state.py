@@ -146,6 +146,7 @@ class RunState:
         if stage is None or (self.options.only_stage not in (None, stage)):
             return
         self._reporter.end()
+        sweep(self.run_dir, [part.dir for part in self.stages.all() if part.stage == stage])
         if stage == "prepare":
             preflight.check_layers(self.config, len(self.graph.plan["moe_layers"]))
         elif stage == "assemble":
