@@ -15,10 +15,13 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ray.util import get_node_ip_address
 
 BIN_DIR = Path(sys.executable).parent
 START_TIMEOUT_S = 60
-JOB_TIMEOUT_S = 120
+JOB_TIMEOUT_S = 200
 END_TIMEOUT_S = 15
 GRACE_S = 3
 
@@ -78,8 +81,12 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def ray_head(token: str | None = None) -> Iterator[RayHead]:
-    """Start `ray start --head --block` on free ports, wait until it takes jobs, and end all its processes."""
+def ray_head(token: str | None = None, node_types: Mapping[str, Any] | None = None) -> Iterator[RayHead]:
+    """Start `ray start --head --block` on free ports, wait until it takes jobs, and end all its processes.
+
+    token: turns token authentication on. node_types: starts a head without CPUs, and the autoscaler with Ray's fake provider,
+    which adds nodes of these types on this machine.
+    """
     temp_dir = Path(tempfile.mkdtemp(prefix="ray-head-", dir="/tmp"))  # short: sockets lie in it
     head_port, dashboard_port, agent_port, agent_grpc_port, metrics_port, client_port = free_ports(6)
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -91,13 +98,19 @@ def ray_head(token: str | None = None) -> Iterator[RayHead]:
     }
     if token:
         env["RAY_AUTH_TOKEN"] = token
+    size = ["--num-cpus=2", "--num-gpus=0"]
+    if node_types is not None:
+        config_path = temp_dir / "autoscaling.json"
+        config_path.write_text(json.dumps(_fake_cluster(node_types, f"{get_node_ip_address()}:{head_port}")))
+        size = ["--num-cpus=0", "--num-gpus=0", f"--autoscaling-config={config_path}"]
+        env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     command = [
         str(BIN_DIR / "ray"), "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={head_port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
         f"--dashboard-agent-listen-port={agent_port}", f"--dashboard-agent-grpc-port={agent_grpc_port}",
         f"--metrics-export-port={metrics_port}", f"--ray-client-server-port={client_port}",
-        "--num-cpus=2", "--num-gpus=0", "--object-store-memory=100000000", f"--temp-dir={temp_dir / 'ray'}",
+        *size, "--object-store-memory=100000000", f"--temp-dir={temp_dir / 'ray'}",
     ]  # fmt: skip
     log_path = temp_dir / "head.log"
     with log_path.open("w") as log:
@@ -110,6 +123,33 @@ def ray_head(token: str | None = None) -> Iterator[RayHead]:
         yield head
     finally:
         _end(process, temp_dir)
+
+
+def _fake_cluster(node_types: Mapping[str, Any], gcs_address: str) -> dict[str, Any]:
+    """What `ray start --autoscaling-config` reads: the types, of which "head" is the head, on Ray's fake provider."""
+    names = {"head": "ray.head.default"}  # the fake provider knows its head by this name
+    commands = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
+    lists = ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")
+    return {
+        "cluster_name": "fake",
+        "max_workers": sum(node["max_workers"] for node in node_types.values()),
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": gcs_address,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "foreground_node_launch": True,
+        },
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "available_node_types": {names.get(name, name): {**node, "node_config": {}} for name, node in node_types.items()},
+        "head_node_type": names["head"],
+        **{name: [] for name in (*commands, *lists)},
+    }
 
 
 def _wait_until_up(head: RayHead, process: subprocess.Popen[bytes], log_path: Path) -> None:

@@ -1,41 +1,17 @@
 """`ray job submit` from a clean clone to a real head on this machine, as README and docs/cluster.md say."""
 
-import json
-import shutil
-import subprocess
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.runner import transient_run_dir
+from tests.deploy.example_run import RUN, SMALL, assert_complete
 from tests.deploy.ray_head import RayHead, Submission, ray_head
 
-REPOSITORY = Path(__file__).parents[2]
-RUN = ("python", "-m", "pipeline", "run", "examples/tiny-mixtral.yaml")
-SMALL = (
-    "--set", "calibration.num_sequences=8", "--set", "evaluation.num_sequences=8", "--set", "clustering.num_experts=[4]",
-)  # fmt: skip
-MODELS = {"tiny-mixtral-4e-tied", "tiny-mixtral-4e-stock"}
+STAGES = ["prepare", "calibrate", "cluster", "merge", "assemble", "evaluate", "report"]
 TOKEN = "5f3a9c0e7b1d48a2965e0c7f31b8d46a"
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that a commit of this tree has, and what a user may have left beside them."""
-    folder = tmp_path_factory.mktemp("clone") / "hcsmoe"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=30,
-    )  # fmt: skip
-    for name in filter(None, listed.stdout.split("\0")):
-        if (REPOSITORY / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(REPOSITORY / name, folder / name)
-    for ignored in ("runs/earlier/statistics.arrow", "docker/.env"):
-        (folder / ignored).parent.mkdir(parents=True, exist_ok=True)
-        (folder / ignored).write_text("not for upload")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +26,8 @@ def finished(head: RayHead, clone: Path, tmp_path_factory: pytest.TempPathFactor
     return head.submit(*RUN, "--set", f"run_dir={run_dir}", *SMALL, working_dir=clone), run_dir
 
 
-def assert_complete(run_dir: Path) -> None:
-    assert {path.name for path in (run_dir / "models").iterdir()} == MODELS
-    for name in MODELS:
-        assert (run_dir / "models" / name / "config.json").is_file()
-        assert (run_dir / "models" / name / "model.safetensors").stat().st_size > 5_000_000
-    report = json.loads((run_dir / "report.json").read_text())
-    assert {model["name"] for model in report["models"]} == {*MODELS, "tiny-mixtral"}
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_job_leaves_complete_models(finished: tuple[Submission, Path]) -> None:
     submission, run_dir = finished
     assert (submission.exit_code, submission.status) == (0, "SUCCEEDED"), submission.log
@@ -68,13 +35,12 @@ def test_job_leaves_complete_models(finished: tuple[Submission, Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_job_log_is_readable(finished: tuple[Submission, Path]) -> None:
     submission, run_dir = finished
     log = submission.log
     assert "connected to the Ray cluster at" in log  # the job's own cluster, not one more
-    places = [log.index(f"{stage}: done in") for stage in ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate")]
-    assert places == sorted(places)
+    assert re.findall(r"^(\w+): \d+ units in [0-9.]+ s$", log, re.MULTILINE) == STAGES
     assert "experts a layer" in log
     assert f"checkpoints  {run_dir}/models" in log
     assert "Traceback" not in log
@@ -82,7 +48,7 @@ def test_job_log_is_readable(finished: tuple[Submission, Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_upload_holds_the_code_only(head: RayHead, finished: tuple[Submission, Path]) -> None:
     copies = list(head.temp_dir.glob("ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
     assert len(copies) == 1, copies
@@ -94,7 +60,7 @@ def test_upload_holds_the_code_only(head: RayHead, finished: tuple[Submission, P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_bad_setting_makes_a_failed_job(head: RayHead, clone: Path, tmp_path: Path) -> None:
     submission = head.submit(
         *RUN, "--set", f"run_dir={tmp_path / 'run'}", "--set", "clustering.num_experts=[9]", working_dir=clone
@@ -107,7 +73,7 @@ def test_bad_setting_makes_a_failed_job(head: RayHead, clone: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_token_authentication(clone: Path, tmp_path: Path) -> None:
     with ray_head(TOKEN) as head:
         refused = head.ray("job", "list", "--address", head.address, cwd=tmp_path, env={"RAY_AUTH_TOKEN": TOKEN[::-1]})
