@@ -5,13 +5,19 @@ import sys
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from pipeline.names import StageName
 from stages.common.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.config import Resources
+    from pipeline.executors.base import Executor
+    from pipeline.progress import Reporter
+    from pipeline.runner import MakeExecutor
 
 app = typer.Typer(
     name="hcsmoe",
@@ -35,21 +41,47 @@ Settings = Annotated[
 ]
 
 
+Address = Annotated[
+    str, typer.Option(help="Ray cluster: auto (the running one, else a new one here), local (a new one here), or ADDRESS.")
+]
+ExecutorOption = Annotated[ExecutorName, typer.Option(help="ray, or local: everything in this process.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Check digests of all finished files, not only sizes.")]
+RunDir = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN_DIR")]
+
+
+def _output() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _executor_maker(name: ExecutorName, address: str, resources: "Resources", reporter: "Reporter") -> "MakeExecutor":
+    """Make the executor only once the input is checked: connecting takes seconds."""
+
+    def make() -> "Executor":
+        if name is ExecutorName.LOCAL:
+            from pipeline.executors.local import LocalExecutor
+
+            return LocalExecutor()
+        from pipeline.executors.ray import RayExecutor, connect
+
+        reporter.line(connect(address))
+        signal.signal(signal.SIGTERM, _on_terminate)  # connecting has put Ray's own handler there
+        return RayExecutor(resources)
+
+    return make
+
+
 @app.command()
 def run(
     run_file: RunFile,
     settings: Settings = None,
-    address: Annotated[
-        str, typer.Option(help="Ray cluster: auto (the running one, else a new one here), local (a new one here), or ADDRESS.")
-    ] = "auto",
-    executor: Annotated[ExecutorName, typer.Option(help="ray, or local: everything in this process.")] = ExecutorName.RAY,
+    address: Address = "auto",
+    executor: ExecutorOption = ExecutorName.RAY,
     from_stage: Annotated[StageName | None, typer.Option("--from", help="Redo this stage and what follows.")] = None,
     only: Annotated[StageName | None, typer.Option("--only", help="Run this stage and no other.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Check digests of all finished files, not only sizes.")] = False,
+    verify: Verify = False,
 ) -> None:
     """Run every stage that is not finished; the same command resumes."""
     from pipeline.config import load_config
-    from pipeline.executors.base import Executor
     from pipeline.progress import Reporter
     from pipeline.run_state import RunOptions
     from pipeline.runner import run as run_pipeline
@@ -58,25 +90,54 @@ def run(
     config = load_config(run_file, settings or [])
     reporter = Reporter(Console(stderr=True))
 
-    def make_executor() -> Executor:
-        if executor is ExecutorName.LOCAL:
-            from pipeline.executors.local import LocalExecutor
-
-            return LocalExecutor()
-        from pipeline.executors.ray import RayExecutor, connect
-
-        reporter.line(connect(address))
-        signal.signal(signal.SIGTERM, _on_terminate)  # connecting has put Ray's own handler there
-        return RayExecutor(config.resources)
-
     options = RunOptions(verify, from_stage.value if from_stage else None, only.value if only else None)
-    result = run_pipeline(config, make_executor, reporter, options)
+    result = run_pipeline(config, _executor_maker(executor, address, config.resources, reporter), reporter, options)
     run_dir = result.report_path.parent
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = _output()
     console.print(result_table(result.report))
     console.print(f"report       {result.report_path}", soft_wrap=True, highlight=False)
     console.print(f"checkpoints  {run_dir / 'models'}", soft_wrap=True, highlight=False)
     console.print(f"{result.num_run} units run, {result.num_reused} reused, {result.elapsed_s:.1f} s", highlight=False)
+
+
+@app.command()
+def batch(
+    batch_file: Annotated[Path, typer.Argument(help="Batch file (YAML): batch_dir and runs.", metavar="BATCH.yaml")],
+    address: Address = "auto",
+    executor: ExecutorOption = ExecutorName.RAY,
+    verify: Verify = False,
+) -> None:
+    """Run many run files on one cluster; one run's failure does not stop the others."""
+    from pipeline.batch import load_batch, run_batch
+    from pipeline.progress import Reporter
+    from pipeline.run_state import RunOptions
+
+    config = load_batch(batch_file)
+    errors = Console(stderr=True)
+    make_executor = _executor_maker(executor, address, config.resources, Reporter(errors))
+    result = run_batch(config, make_executor, errors, RunOptions(verify))
+    _output().print(result.table)
+    _output().print(f"summary  {result.path}", soft_wrap=True, highlight=False)
+    if result.num_failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def clean(
+    run_dir: RunDir,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only listed.")] = False,
+) -> None:
+    """List, and with --yes remove, what no setting of the last run uses."""
+    from pipeline.cleaning import remove, size_of, unused
+    from pipeline.table import human_bytes
+
+    folders = unused(run_dir)
+    for folder in folders:
+        _output().print(f"{folder.name}  {human_bytes(size_of(folder))}", highlight=False, soft_wrap=True)
+    if yes:
+        remove(run_dir, folders)
+    verb = "removed" if yes else "not used by the last run; --yes removes them"
+    _output().print(f"{len(folders)} directories {verb}", highlight=False)
 
 
 @app.command()
@@ -86,7 +147,7 @@ def plan(run_file: RunFile, settings: Settings = None) -> None:
     from pipeline.planning import describe_plan
 
     for item in describe_plan(load_config(run_file, settings or [])):
-        Console(width=None if sys.stdout.isatty() else 160).print(item, highlight=False)
+        _output().print(item, highlight=False)
 
 
 @app.command()
@@ -109,13 +170,13 @@ def inspect(
 
 @app.command()
 def status(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN_DIR")],
+    run_dir: RunDir,
 ) -> None:
     """Show how far a run is, from its files alone."""
     from pipeline.status import describe_status
 
     for item in describe_status(run_dir):
-        Console(width=None if sys.stdout.isatty() else 160).print(item, highlight=False)
+        _output().print(item, highlight=False)
 
 
 def _on_terminate(signum: int, _frame: FrameType | None) -> NoReturn:
@@ -136,6 +197,8 @@ def main() -> None:
     except RunFailed as e:
         errors.print(f"failed: {e}")
         sys.exit(1)
+    except OSError as e:
+        errors.print(f"failed: {e}\nWhat was finished is kept; mend this and the same command continues from there.")
+        sys.exit(1)
     except KeyboardInterrupt:
-        errors.print("interrupted; what was finished is kept, and the same command continues from there")
         sys.exit(130)

@@ -178,7 +178,8 @@ class RunConfig(_Section):
         return Path(self.model.rstrip("/")).name
 
 
-def _located(error: ValidationError, path: Path) -> str:
+def located(error: ValidationError, path: Path) -> str:
+    """One line that names the file and every key that is wrong, with the value."""
     lines = []
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "constrained-")))
@@ -228,4 +229,4 @@ def load_config(path: Path, settings: list[str]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as e:
-        raise InputError(_located(e, path)) from e
+        raise InputError(located(e, path)) from e

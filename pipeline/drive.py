@@ -11,6 +11,7 @@ from pipeline.executors.base import Executor, Slot
 from pipeline.run_state import RunState, UnitFailure
 from pipeline.scheduler import Schedule
 from pipeline.units import Failure, Outcome, Unit
+from stages.common.errors import InputError
 
 _WAIT_S = 1.0
 _IDLE_WARNING_S = 60.0
@@ -56,6 +57,7 @@ class Driver:
         self._attempts: dict[str, int] = defaultdict(int)
         self._timeouts = _Timeouts()
         self._alone: str | None = None
+        self._has_made_room = False
         self._idle_since = time.monotonic()
 
     def drive(self) -> None:
@@ -71,8 +73,10 @@ class Driver:
         is_any_active = False
         for run_dir, run in self._runs.items():
             if run.is_active and not self._schedule.num_unfinished(run_dir):
-                units = run.advance()
-                self._schedule.add(units)
+                try:
+                    self._schedule.add(run.advance())
+                except InputError as e:
+                    run.refuse(e)
                 self._executor.want(list(self._schedule.unfinished()))
             is_any_active |= run.is_active or bool(self._schedule.num_unfinished(run_dir))
         return is_any_active
@@ -82,17 +86,22 @@ class Driver:
             return
         if self._schedule.alone:
             if not self._executor.num_running:
-                self._executor.make_room()
-                unit = self._schedule.alone[0]
-                slots = [slot for slot in self._executor.free_slots() if slot.is_worker or not unit.on_worker]
-                if slots:
-                    self._alone = self._schedule.alone.popleft().id
-                    self._submit(slots[0], unit)
+                self._assign_alone(self._schedule.alone[0])
             return
         for slot in self._executor.free_slots():
             taken = self._schedule.take(slot)
             if taken is not None:
                 self._submit(slot, taken)
+
+    def _assign_alone(self, unit: Unit) -> None:
+        """Nothing runs: free all memory once, then give the unit to the first worker that is up again."""
+        if not self._has_made_room:
+            self._executor.make_room()
+            self._has_made_room = True
+        slots = [slot for slot in self._executor.free_slots() if slot.is_worker or not unit.on_worker]
+        if slots:
+            self._alone = self._schedule.alone.popleft().id
+            self._submit(slots[0], unit)
 
     def _submit(self, slot: Slot, unit: Unit) -> None:
         self._attempts[unit.id] += 1
@@ -117,7 +126,7 @@ class Driver:
     def _ended(self, slot: Slot, unit: Unit, outcome: Outcome) -> None:
         self._running.pop(slot.id, None)
         if unit.id == self._alone:
-            self._alone = None
+            self._alone, self._has_made_room = None, False
         run = self._runs[unit.run_dir]
         failure = outcome.failure
         if failure is None:

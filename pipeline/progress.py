@@ -11,8 +11,9 @@ from pipeline.units import Outcome, Unit
 class Reporter:
     """Writes to standard error, so that standard output holds results only."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, prefix: str = "") -> None:
+        """prefix: of every line, for one of several runs; there are no bars then."""
+        self.console, self._prefix = console, prefix
         self._bars: Progress | None = None
         self._bar: TaskID | None = None
         self._stage, self._num_units, self._num_done = "", 0, 0
@@ -22,7 +23,7 @@ class Reporter:
         """A stage begins: units to run, and units that an earlier run has sealed."""
         self._stage, self._num_units, self._num_done, self._started = stage, num_units, 0, time.monotonic()
         reused = f", {num_reused} reused" if num_reused else ""
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self._prefix:
             self._bars = Progress(
                 TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TextColumn("{task.fields[unit]}"), console=self.console,
@@ -56,4 +57,4 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """One line for a log."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(self._prefix + text, highlight=False, markup=False, soft_wrap=True)

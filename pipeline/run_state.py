@@ -69,6 +69,7 @@ class RunState:
         self.stages = Stages(config, checked.identities)
         self.model, self._identities = checked.model, checked.identities
         self.failures: list[UnitFailure] = []
+        self._refusal: InputError | None = None
         self.is_active = True
         self._remaining = list(STAGES)
         self._stage: str | None = None
@@ -146,6 +147,7 @@ class RunState:
         if stage is None or (self.options.only_stage not in (None, stage)):
             return
         self._reporter.end()
+        sweep(self.run_dir, [part.dir for part in self.stages.all() if part.stage == stage])
         if stage == "prepare":
             preflight.check_layers(self.config, len(self.graph.plan["moe_layers"]))
         elif stage == "assemble":
@@ -185,6 +187,11 @@ class RunState:
             message=message,
         )
 
+    def refuse(self, error: InputError) -> None:
+        """The run cannot go on for what the user has to mend."""
+        self._refusal = error
+        self.is_active = False
+
     def close(self) -> None:
         """End bars and the event log, however the run ended."""
         self._reporter.end()
@@ -193,6 +200,8 @@ class RunState:
 
     def result(self) -> RunResult:
         """What the run leaves. Raises InputError or RunFailed if it failed."""
+        if self._refusal is not None:
+            raise self._refusal
         if self.failures:
             raise self._error()
         path = self.run_dir / REPORT_FILE

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
 
 from pipeline import preflight
 from pipeline.config import RunConfig
@@ -10,6 +12,7 @@ from pipeline.executors.base import Executor
 from pipeline.lock import RunLock
 from pipeline.progress import Reporter
 from pipeline.run_state import RunOptions, RunResult, RunState
+from stages.common.errors import InputError
 
 MakeExecutor = Callable[[], Executor]
 
@@ -27,14 +30,39 @@ def run(config: RunConfig, make_executor: MakeExecutor, reporter: Reporter, opti
 
 def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: Reporter) -> None:
     """Drive checked runs on one executor, each under the lock of its run directory."""
-    with ExitStack() as stack:
+    with ExitStack() as connection, ExitStack() as stack:
         for state in states:
-            lock = stack.enter_context(RunLock(state.run_dir))
+            if warning := transient_run_dir(state.run_dir):
+                reporter.line(warning)
+            try:
+                lock = stack.enter_context(RunLock(state.run_dir))
+            except InputError as e:
+                state.refuse(e)
+                continue
             if lock.took_over:
                 reporter.line(f"took over the stale lock of {lock.took_over}")
+        active = [state for state in states if state.is_active]
+        if not active:
+            return
         executor = make_executor()
+        connection.callback(executor.disconnect)
         stack.callback(executor.close)
-        for state in states:
+        reporter.line(executor.describe())
+        for state in active:
             state.begin(executor.num_workers)
             stack.callback(state.close)
-        Driver(states, executor, reporter.line).drive()
+        try:
+            Driver(active, executor, reporter.line).drive()
+        except KeyboardInterrupt:  # said at once: who interrupts may not wait for processes to end
+            reporter.line("interrupted; what was finished is kept, and the same command continues from there")
+            raise
+
+
+def transient_run_dir(run_dir: Path) -> str | None:
+    """A warning if a run directory lies in the copy of `--working-dir` that Ray makes for a job, else None."""
+    if ("runtime_resources", "working_dir_files") not in pairwise(run_dir.parts):
+        return None
+    return (
+        f"warning: run_dir is {run_dir}, in Ray's temporary copy of the job's working directory: results are lost with it and "
+        f"other nodes cannot reach them; use --set run_dir=/shared/... on storage that every node reaches"
+    )

@@ -47,5 +47,11 @@ class Executor(Protocol):
     def why_idle(self) -> str:
         """What is missing while units are ready and none runs."""
 
+    def describe(self) -> str:
+        """One line: what workers there will be, and why."""
+
     def close(self) -> None:
-        """End all processes that this executor started."""
+        """End all workers."""
+
+    def disconnect(self) -> None:
+        """Leave the cluster, and end it if it was started for this run."""

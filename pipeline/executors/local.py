@@ -50,5 +50,12 @@ class LocalExecutor:
         """Only a cycle of units could leave this executor idle."""
         return "no unit can run: their dependencies form a cycle"
 
+    def describe(self) -> str:
+        """That there is one worker."""
+        return "every unit runs in this process"
+
     def close(self) -> None:
         """Nothing was started."""
+
+    def disconnect(self) -> None:
+        """Nothing was connected to."""

@@ -113,6 +113,8 @@ class RayExecutor:
         busy = {slot.id for slot, unit in self._running.values() if unit is not None}
         slots = [actor.slot for actor in self._actors.values() if actor.is_ready and actor.slot.id not in busy]
         room = int(self._total("CPU")) - len(self._actors) * self._resources.num_cpus
+        if not self._actors:
+            room = max(room, 1)  # an autoscaler adds a first node only for work that waits for it
         num_tasks = sum(1 for slot, unit in self._running.values() if unit is not None and not slot.is_worker)
         return slots + [Slot(f"task-{next(self._numbers)}", is_worker=False) for _ in range(room - num_tasks)]
 
@@ -190,10 +192,20 @@ class RayExecutor:
             f"{self._total('CPU'):g} CPUs and {self._total('GPU'):g} GPUs in all: add a node or lower resources"
         )
 
+    def describe(self) -> str:
+        """What a worker gets; that there is no GPU is said, not passed over."""
+        line = f"up to {self.num_workers} workers, each {self._resources.num_cpus} CPUs and {self._num_gpus:g} GPUs"
+        if self._resources.num_gpus is None and not self._num_gpus:
+            line += " (the cluster has no GPU now; set resources.num_gpus to wait for one)"
+        return line
+
     def close(self) -> None:
-        """End the workers, and the cluster if `connect` started it."""
+        """End the workers."""
         for actor in list(self._actors.values()):
             self._forget(actor.slot)
+
+    def disconnect(self) -> None:
+        """Leave the cluster; one that `connect` started ends."""
         ray.shutdown()
 
 

@@ -114,6 +114,7 @@ def link_or_copy(source: Path, path: Path) -> None:
         except OSError:
             shutil.copyfile(source, temporary)
         os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)  # renaming onto another link of the same file does nothing
     _sync_folder(path.parent)
 
 

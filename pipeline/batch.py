@@ -1,0 +1,121 @@
+"""`batch`: many run files on one cluster in one job. Their units interleave; one run's failure does not stop the others."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import preflight
+from pipeline.config import Resources, RunConfig, load_config, located
+from pipeline.errors import RunFailed
+from pipeline.progress import Reporter
+from pipeline.run_state import RunOptions, RunState
+from pipeline.runner import MakeExecutor, run_all
+from pipeline.table import human_bytes
+from stages.common.errors import InputError
+from stages.common.files import write_json
+
+BATCH_FILE = "batch.json"
+
+
+class BatchEntry(BaseModel):
+    """One run of a batch: a run file (relative to where the command is started) and settings on top of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: Path
+    set: dict[str, Any] = {}
+
+
+class BatchConfig(BaseModel):
+    """A batch file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_dir: Path
+    """Where `batch.json` is written."""
+    runs: Annotated[tuple[BatchEntry, ...], Field(min_length=1)]
+    resources: Resources = Resources()
+    """Of the workers, which all runs share; takes the place of the run files' own."""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch leaves. num_failed: runs that were refused or failed."""
+
+    table: Table
+    path: Path
+    num_failed: int
+
+
+def load_batch(path: Path) -> BatchConfig:
+    """Read a batch file. Raises InputError naming the file, the key and what is allowed."""
+    try:
+        return BatchConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as e:
+        raise InputError(f"batch file {path} cannot be read: {e.strerror}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise InputError(f"batch file {path} is not YAML: {e}") from e
+    except ValidationError as e:
+        raise InputError(located(e, path)) from e
+
+
+def _config(batch: BatchConfig, entry: BatchEntry) -> RunConfig:
+    settings = [f"{key}={json.dumps(value)}" for key, value in entry.set.items()]
+    return load_config(entry.run, settings).model_copy(update={"resources": batch.resources})
+
+
+def run_batch(batch: BatchConfig, make_executor: MakeExecutor, console: Console, options: RunOptions) -> BatchResult:
+    """Run a batch; what is finished already is reused. Raises InputError when nothing of it can start."""
+    refused: dict[int, str] = {}
+    states: dict[int, RunState] = {}
+    for number, entry in enumerate(batch.runs):
+        try:
+            config = _config(batch, entry)
+            state = RunState(config, preflight.check(config), Reporter(console, f"[{number + 1}] "), options)
+        except InputError as e:
+            refused[number] = str(e)
+            continue
+        for other, earlier in states.items():
+            if earlier.run_dir == state.run_dir:
+                raise InputError(f"runs {other + 1} and {number + 1} have the same run_dir {state.run_dir}; give each its own")
+        states[number] = state
+    if not states:
+        raise InputError("\n".join(refused.values()))
+    for number, message in refused.items():
+        console.print(f"[{number + 1}] refused: {message}", markup=False, highlight=False, soft_wrap=True)
+    run_all(list(states.values()), make_executor, Reporter(console))
+    records = [_record(batch.runs[number], states.get(number), refused.get(number)) for number in range(len(batch.runs))]
+    path = write_json(batch.batch_dir / BATCH_FILE, {"runs": records}).path
+    return BatchResult(_summary(records), path, sum(record["error"] is not None for record in records))
+
+
+def _record(entry: BatchEntry, state: RunState | None, refusal: str | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"run": str(entry.run), "set": entry.set, "run_dir": None, "error": refusal, "models": []}
+    if state is not None:
+        record["run_dir"] = str(state.run_dir)
+        try:
+            result = state.result()
+            record |= {"models": result.report["models"], "num_run": result.num_run, "num_reused": result.num_reused}
+        except (InputError, RunFailed) as e:
+            record["error"] = str(e)
+    return record
+
+
+def _summary(records: Sequence[dict[str, Any]]) -> Table:
+    table = Table("run", "model", "experts a layer", "bytes", "perplexity", "result", title=None)
+    for number, record in enumerate(records, 1):
+        if record["error"] is not None:
+            table.add_row(str(number), record["run"], "", "", "", f"failed: {record['error'].splitlines()[0]}")
+        for model in record["models"]:
+            perplexity = f"{model['perplexity']:.3f}" if "perplexity" in model else "-"
+            table.add_row(
+                str(number), model["name"], str(model["num_experts"]), human_bytes(model["bytes"]), perplexity, model["path"]
+            )
+    return table

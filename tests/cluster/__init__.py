@@ -1,0 +1,1 @@
+"""What a cluster does to a run: killed workers, nodes and drivers, on real processes."""

@@ -1,0 +1,71 @@
+"""Faults that strike a unit once. Workers import this module, so it imports nothing heavy."""
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import ray
+
+from pipeline.config import Resources
+from pipeline.executors.base import Slot
+from pipeline.executors.ray import RayExecutor
+from pipeline.units import Unit
+from pipeline.worker import resolve
+from stages.common.unit import Job, UnitResult
+
+
+def _is_first(marker: Path) -> bool:
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def faulty_unit(job: Job) -> UnitResult:
+    """Run the unit's own function, with a fault before it or after its last write (before the seal).
+
+    args: call, args (of the real unit), fault, marker (a file that exists once the fault has struck).
+    """
+    fault, marker = job.args["fault"], Path(job.args["marker"])
+    strikes = fault.startswith("always") or _is_first(marker)
+    if strikes and fault == "kill before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if strikes and fault == "hang":
+        time.sleep(3600)
+    if strikes and fault in ("memory", "always memory"):
+        raise MemoryError("cannot allocate what the unit needs")
+    if strikes and fault == "always error":
+        raise ZeroDivisionError("a unit that cannot work")
+    if strikes and fault == "on a node to be killed":
+        marker.write_text(ray.get_runtime_context().get_node_id())
+        time.sleep(60)
+    result: UnitResult = resolve(job.args["call"])(replace(job, args=job.args["args"]))
+    if strikes and fault == "kill before seal":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+
+class FaultyExecutor(RayExecutor):
+    """A Ray executor whose units are struck: `faults` maps a pattern of stage/unit names to a fault of `faulty_unit`."""
+
+    def __init__(self, resources: Resources, faults: Mapping[str, str], marker_dir: Path) -> None:
+        super().__init__(resources)
+        self._faults, self._marker_dir = faults, marker_dir
+        self.submitted: list[str] = []
+
+    def submit(self, slot: Slot, unit: Unit) -> None:
+        """Submit the unit, or its faulty twin."""
+        name = f"{unit.stage}/{unit.name}"
+        self.submitted.append(unit.id)
+        for number, (pattern, fault) in enumerate(self._faults.items()):
+            if fnmatch(name, pattern):
+                marker = self._marker_dir / f"{number}-{'once' if 'kill' in fault else unit.name.replace('/', '-')}"
+                args = {"call": unit.call, "args": unit.args, "fault": fault, "marker": str(marker)}
+                unit = replace(unit, call="tests.cluster.faults:faulty_unit", args=args)
+                break
+        super().submit(slot, unit)

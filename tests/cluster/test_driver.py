@@ -1,0 +1,115 @@
+"""Drivers that are killed, interrupted or doubled; real processes of the command line."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.cluster.conftest import REPOSITORY, results_of
+
+pytestmark = pytest.mark.slow
+RunFile = Callable[[dict[str, Any]], Path]
+NUM_KILLS = 20
+_LIMIT_S = 300
+
+
+def start(run_file: Path, *options: str) -> subprocess.Popen[str]:
+    """Start a driver in a session of its own."""
+    command = [sys.executable, "-m", "pipeline", "run", str(run_file), *options]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def events_of(run_file: Path) -> list[dict[str, Any]]:
+    path = run_file.parent / "run" / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_units(run_file: Path, num_units: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many units are sealed, or the driver has ended."""
+    deadline = time.monotonic() + _LIMIT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if sum(event["event"] == "sealed" for event in events_of(run_file)) >= num_units:
+            return
+        time.sleep(0.05)
+
+
+def test_a_driver_killed_at_random_moments_repeats_no_sealed_unit(
+    run_file: RunFile, undisturbed: dict[str, dict[str, str]]
+) -> None:
+    """SIGKILL at 20 moments, the same command each time. The driver computes too (local executor), so units die with it."""
+    path = run_file({"resources.num_gpus": None})
+    rng = random.Random(0)
+    num_killed = 0
+    for _ in range(NUM_KILLS):
+        process = start(path, "--executor", "local")
+        already = sum(event["event"] == "sealed" for event in events_of(path))
+        wait_for_units(path, already + rng.randrange(1, 4), process)
+        time.sleep(rng.uniform(0, 0.05))
+        num_killed += process.poll() is None
+        process.kill()
+        process.communicate(timeout=_LIMIT_S)
+    assert num_killed >= NUM_KILLS // 2, "most of the kills struck a running driver"
+    process = start(path, "--executor", "local")
+    output, _ = process.communicate(timeout=_LIMIT_S)
+    assert process.returncode == 0, output
+    assert "took over the stale lock" in output
+    sealed = [event["unit"] for event in events_of(path) if event["event"] == "sealed"]
+    assert len(sealed) == len(set(sealed)), "no sealed unit ran twice"
+    assert results_of(path) == undisturbed
+    assert not list((path.parent / "run").rglob(".tmp-*"))
+
+
+def test_a_killed_driver_of_a_cluster_leaves_work_that_the_next_one_uses(
+    cluster: Cluster, run_file: RunFile, undisturbed: dict[str, dict[str, str]]
+) -> None:
+    path = run_file({})
+    for num_units in (8, 30):
+        process = start(path, "--address", cluster.address)
+        wait_for_units(path, num_units, process)
+        assert process.poll() is None
+        process.kill()
+        process.communicate(timeout=_LIMIT_S)
+    process = start(path, "--address", cluster.address)
+    output, _ = process.communicate(timeout=_LIMIT_S)
+    assert process.returncode == 0, output
+    assert results_of(path) == undisturbed
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_driver_says_how_to_resume_and_releases_the_lock(
+    cluster: Cluster, run_file: RunFile, signum: signal.Signals
+) -> None:
+    path = run_file({})
+    process = start(path, "--address", cluster.address)
+    wait_for_units(path, 6, process)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "interrupted; what was finished is kept, and the same command continues from there" in output
+    assert "Traceback" not in output
+    assert not (path.parent / "run" / "driver.lock").exists()
+
+
+def test_a_second_driver_is_refused_by_name(run_file: RunFile) -> None:
+    path = run_file({"resources.num_gpus": None})
+    first = start(path, "--executor", "local")
+    wait_for_units(path, 3, first)
+    os.kill(first.pid, signal.SIGSTOP)  # alive, and in the middle of it
+    second = start(path, "--executor", "local")
+    output, _ = second.communicate(timeout=_LIMIT_S)
+    os.kill(first.pid, signal.SIGCONT)
+    rest, _ = first.communicate(timeout=_LIMIT_S)
+    assert second.returncode == 2
+    assert f"pid {first.pid}" in output and "is in use by another driver" in output
+    assert first.returncode == 0, rest
