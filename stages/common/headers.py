@@ -85,7 +85,7 @@ def read_header(path: Path) -> SafetensorsHeader:
         raise InputError(f"{path} does not exist; download the checkpoint's missing file") from e
     try:
         fields = json.loads(text.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number or a nesting without end
         raise InputError(f"{path}: the safetensors header is not JSON: {e}; download the file again") from e
     if not isinstance(fields, dict):
         raise InputError(f"{path}: the safetensors header is not a JSON object; download the file again")
@@ -119,7 +119,7 @@ def _entry(path: Path, name: str, value: Any, data_begin: int) -> TensorEntry:
         raise InputError(f"{path}: tensor {name} lacks dtype, shape or two data_offsets") from e
     if not well_formed:
         raise InputError(f"{path}: tensor {name} has shape {shape} and offsets [{begin}, {end}]; all must be integers >= 0")
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InputError(f"{path}: tensor {name} has the unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
     due_bytes = (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8
     if end - begin != due_bytes:

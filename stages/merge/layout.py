@@ -98,7 +98,7 @@ def output_files(
     """
     groups: dict[str, list[OutputTensor]] = {}
     mapped: set[int] = set()
-    keeps_mtp = min(num_merged.values()) == num_experts
+    keeps_mtp = all(count == num_experts for count in num_merged.values())
     for row in rows:
         group = groups.setdefault(row["file"], [])
         group.extend(_output_tensors(row, num_merged, export_format, value_dtype, keeps_mtp))
