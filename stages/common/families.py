@@ -42,6 +42,7 @@ SUPPORTED: dict[str, Family] = {
     "axk1": _GROUPS,
     "axk2": _GROUPS,
     "bailing_hybrid": _GROUPS,
+    "beam": _GROUPS,
     "cohere2_moe": _SOFTMAX,
     "deepseek_v2": Family(group_scores=1),
     "deepseek_v3": _GROUPS,

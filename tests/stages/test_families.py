@@ -214,6 +214,7 @@ def check_tied(case: Case, target: str, targets: dict[int, int], again: Path) ->
     tied, reference = load(folder, trust_remote_code=True), expanded(case, targets)
     assert {layer: module.down_proj.shape[0] for layer, module in case.experts(tied).items()} == targets
     found, due = case.logits(tied), case.logits(reference)
+    assert torch.equal(streamed_logits(Checkpoint(folder), case.plan["num_layers"], case.ids), found)
     for layer, module in case.experts(tied).items():
         assert module.expert_map.tolist() == case.labels(layer, targets[layer]).tolist()
         for ours, theirs in zip(parameters(module), parameters(case.experts(reference)[layer]), strict=True):
