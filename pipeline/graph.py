@@ -56,9 +56,8 @@ class Graph:
     # prepare
 
     def _prepare(self) -> list[Unit]:
-        survey = {"model": str(self.model), "mtp": self.config.export.mtp}
         units = [
-            self._unit(self.stages.survey, "survey", "survey_unit", survey, "checkpoint"),
+            self._unit(self.stages.survey, "survey", "survey_unit", {"model": str(self.model)}, "checkpoint"),
             self._tokens_unit(self.stages.calibration, "calibration", self.config.calibration),
         ]
         if self.stages.evaluation and self.config.evaluation:

@@ -8,7 +8,7 @@ from rich.table import Table
 from pipeline.config import RunConfig
 from pipeline.graph import tokens_args
 from pipeline.partition import held_bytes, layer_shards
-from pipeline.preflight import check, check_layers
+from pipeline.preflight import check, check_layers, check_mtp
 from pipeline.stage_keys import Stages
 from pipeline.table import human_bytes
 from pipeline.worker import resolve
@@ -19,8 +19,9 @@ def describe_plan(config: RunConfig) -> Iterator[Table | str]:
     """Lines and tables for the terminal. Raises InputError for anything that would stop a run."""
     checked = check(config)
     stages, run_dir, model = Stages(config, checked.identities), Path(config.run_dir).resolve(), checked.model
-    plan, columns = resolve("stages.prepare.stage:survey_tables")(str(model), config.export.mtp)
+    plan, columns = resolve("stages.prepare.stage:survey_tables")(str(model))
     check_layers(config, len(plan["moe_layers"]))
+    check_mtp(config, plan)
     texts = {"calibration": config.calibration, "evaluation": config.evaluation}
     for place, data in texts.items():
         if data is not None:

@@ -78,3 +78,12 @@ def check_layers(config: RunConfig, num_moe_layers: int) -> None:
                 f"clustering.num_experts has a target with {len(target)} numbers but {config.model} has {num_moe_layers} "
                 f"MoE layers; give one number for each"
             )
+
+
+def check_mtp(config: RunConfig, plan: Mapping[str, Any]) -> None:
+    """Raise InputError for a checkpoint with layers that predict further tokens, if the run file refuses them."""
+    if plan["mtp_tensors"] and config.export.mtp == "error":
+        raise InputError(
+            f"{plan['first_mtp_tensor']} (and {plan['mtp_tensors'] - 1} more) predicts further tokens (MTP), and export.mtp is "
+            f"error; set it to drop to leave these layers out"
+        )

@@ -150,6 +150,7 @@ class RunState:
         sweep(self.run_dir, [part.dir for part in self.stages.all() if part.stage == stage])
         if stage == "prepare":
             preflight.check_layers(self.config, len(self.graph.plan["moe_layers"]))
+            preflight.check_mtp(self.config, self.graph.plan)
         elif stage == "assemble":
             for target in self.stages.targets:
                 publish_model(self.run_dir, target.name, self.graph.checkpoint_dir(target))

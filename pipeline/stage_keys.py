@@ -62,7 +62,7 @@ class Stages:
     def __init__(self, config: RunConfig, identities: Mapping[str, Mapping[str, Any]]) -> None:
         self.config = config
         self.identities = identities
-        self.survey = _stage("prepare", "model", {"model": identities["model"], "mtp": config.export.mtp})
+        self.survey = _stage("prepare", "model", {"model": identities["model"]})
         self.calibration = self._tokens("calibration", config.calibration)
         self.evaluation = self._tokens("evaluation", config.evaluation) if config.evaluation else None
         self.calibrate = _stage("calibrate", "", {}, model=self.survey.key, tokens=self.calibration.key)

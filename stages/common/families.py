@@ -103,7 +103,7 @@ REFUSED: dict[str, str] = {
     "inkling2_text": "its layers read the outputs of several earlier layers",
     "jetmoe": "it routes attention heads as well as feed-forward experts",
     "longcat_flash": "its router has rows for experts that compute nothing among those of the others",
-    "qwen4_exp_text": "it cannot be built small from its config class, and so is not tested",
+    "qwen4_exp_text": "its layers pass several streams on and look n-grams of token ids up",
     "zaya": "its router has a row that skips all experts, and hands its state on from layer to layer",
 }
 

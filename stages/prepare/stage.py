@@ -16,24 +16,15 @@ from stages.prepare.tokens import ID_SUFFIXES, check_ids, crop_ids, draw_sequenc
 
 
 def survey_unit(job: Job) -> UnitResult:
-    """Write `plan.json` and `tensors.arrow` (schema TENSORS) of a checkpoint. args: model (folder), mtp ("drop" or "error")."""
-    plan, columns = survey_tables(job.args["model"], job.args["mtp"])
+    """Write `plan.json` and `tensors.arrow` (schema TENSORS) of a checkpoint. args: model (folder)."""
+    plan, columns = survey_tables(job.args["model"])
     tensors = write_table(job.stage_dir / TENSORS_FILE, columns, TENSORS)
     return UnitResult((tensors, write_json(job.stage_dir / PLAN_FILE, plan)), facts={"num_tensors": len(columns["name"])})
 
 
-def survey_tables(model: str, mtp: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """The plan of a checkpoint folder and the columns of schema TENSORS.
-
-    mtp: "drop", or "error" to refuse a checkpoint with layers that predict further tokens. Raises InputError as `survey` does.
-    """
+def survey_tables(model: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The plan of a checkpoint folder and the columns of schema TENSORS. Raises InputError as `survey` does."""
     plan, roles = survey(Checkpoint(model))
-    refused = [role.entry for role in roles if role.role == "mtp" and mtp == "error"]
-    if refused:
-        raise InputError(
-            f"{model}/{refused[0].file}: tensor {refused[0].name} (and {len(refused) - 1} more) predicts further tokens (MTP), "
-            f"and export.mtp is error; set it to drop to leave these layers out"
-        )
     columns: dict[str, list[Any]] = {
         "name": [role.entry.name for role in roles],
         "file": [role.entry.file for role in roles],

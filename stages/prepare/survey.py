@@ -50,6 +50,7 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
         if role.role in ("expert", "fused_expert"):
             expert_bytes[role.layer] += role.entry.num_bytes
     text = text_config(checkpoint.config)
+    mtp = [f"{checkpoint.folder / role.entry.file}: tensor {role.entry.name}" for role in roles if role.role == "mtp"]
     plan = {
         "family": family_name(checkpoint.config),
         "architecture": type(adapted.model).__name__,
@@ -64,6 +65,8 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
         "dtype": str(checkpoint_dtype(checkpoint)).removeprefix("torch."),
         "num_parameters": sum(role.entry.num_elements for role in roles),
         "total_bytes": checkpoint.total_bytes,
+        "mtp_tensors": len(mtp),
+        "first_mtp_tensor": mtp[0] if mtp else None,
         "outside_bytes": layer_bytes[None],
         "layer_bytes": [layer_bytes[layer] for layer in range(len(adapted.layers))],
         "layer_expert_bytes": [expert_bytes[layer] for layer in range(len(adapted.layers))],

@@ -15,9 +15,11 @@ from pipeline.errors import RunFailed
 from stages.common import tables
 from stages.common.errors import InputError
 from stages.common.schemas import read_table
+from stages.prepare.stage import sequences
 from tests.stages.runs import read_config, read_tensors, rewrite, run_all, token_ids
 from tests.stages.tiny import build, save
 
+REPOSITORY = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
 EXPERT = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
 ROUTER = "model.layers.2.block_sparse_moe.gate.weight"
@@ -202,3 +204,27 @@ def test_a_tied_export_is_no_source(source: Path, tmp_path: Path) -> None:
     tied = run_all(source, tmp_path / "run", path, [4], ["tied"])["4e-tied"]
     with pytest.raises((InputError, RunFailed), match="tied export"):
         run_all(Path(shutil.copytree(tied, tmp_path / "copy")), tmp_path / "again", path, [2], ["tied"])
+
+
+@pytest.mark.parametrize("is_trusted", [False, True])
+def test_code_that_comes_with_a_tokenizer_is_run_only_if_trusted(is_trusted: bool, source: Path, tmp_path: Path) -> None:
+    flag = tmp_path / "was-run"
+    (source / "tokenization_own.py").write_text(
+        "from pathlib import Path\n\n"
+        "from transformers import PreTrainedTokenizerFast\n\n"
+        f"Path({str(flag)!r}).touch()\n\n\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n"
+        "    pass\n"
+    )
+    shutil.copy(REPOSITORY / "examples" / "tiny-mixtral" / "tokenizer.json", source / "tokenizer.json")
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h " * 20)
+    args = {
+        "place": "calibration", "model": str(source), "trust_remote_code": is_trusted, "data": [str(text)],
+        "text_field": "text", "revision": None, "num_sequences": 1, "sequence_length": 2, "seed": 0,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="vocabulary is 0 to 127"):  # of tiny-mixtral's tokenizer, by either class
+        sequences(args)
+    assert flag.exists() == is_trusted
