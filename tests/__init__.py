@@ -1,0 +1,1 @@
+"""Tests of hcsmoe; the folders mirror the packages."""

@@ -1,0 +1,86 @@
+"""Fixtures: tiny checkpoints of real transformers configs, and runs of the whole pipeline over them."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Before transformers, datasets and ray are imported: no network, no file outside of this folder, no Ray token file.
+_HOME = Path(tempfile.mkdtemp(prefix="hcsmoe-tests-"))
+os.environ.update(
+    HF_HOME=str(_HOME),
+    HF_MODULES_CACHE=str(_HOME / "modules"),
+    HF_DATASETS_CACHE=str(_HOME / "datasets"),
+    HF_HUB_OFFLINE="1",
+    RAY_AUTH_MODE="disabled",
+)
+
+import pytest
+import torch
+
+from tests.runs import FinishedRun, write_run_file
+from tests.tiny import FAMILIES, save_checkpoint, save_token_ids
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home_removed() -> Iterator[None]:
+    yield
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """As a worker computes by default: bits depend on the number of threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny random checkpoint of a family, in float32, over several weight files. Not to be written to."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(family: str) -> Path:
+        folder = root / f"tiny-{family}"
+        if not folder.exists():
+            save_checkpoint(folder, family)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def token_ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token ids [8, 32] of the tiny checkpoints' vocabulary."""
+    return save_token_ids(tmp_path_factory.mktemp("tokens") / "ids.npy")
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path], token_ids: Path
+) -> Callable[[str], FinishedRun]:
+    """The whole pipeline, done once a family: to all experts and to half of them, tied and stock. Not to be written to."""
+    runs: dict[str, FinishedRun] = {}
+
+    def get(family: str) -> FinishedRun:
+        if family not in runs:
+            folder = tmp_path_factory.mktemp(f"run-{family}")
+            num_experts = FAMILIES[family].num_experts
+            run_file = write_run_file(
+                folder, tiny_checkpoint(family), token_ids, {"clustering.num_experts": [num_experts, num_experts // 2]}
+            )
+            runs[family] = FinishedRun.of(run_file)
+        return runs[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference results and larger models, which is not part of the repository."""
+    folder = Path(os.environ.get("HCSMOE_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; set HCSMOE_SHARED to the folder with golden/")
+    return folder
