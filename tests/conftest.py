@@ -2,23 +2,13 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-# Before transformers, datasets and ray are imported: no network, no file outside of this folder, no Ray token file.
-_HOME = Path(tempfile.mkdtemp(prefix="hcsmoe-tests-"))
-os.environ.update(
-    HF_HOME=str(_HOME),
-    HF_MODULES_CACHE=str(_HOME / "modules"),
-    HF_DATASETS_CACHE=str(_HOME / "datasets"),
-    HF_HUB_OFFLINE="1",
-    RAY_AUTH_MODE="disabled",
-)
 
 import pytest
 import torch
 
+from tests import HOME
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import FAMILIES, save_checkpoint, save_token_ids
 
@@ -28,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.fixture(scope="session", autouse=True)
 def _home_removed() -> Iterator[None]:
     yield
-    shutil.rmtree(_HOME, ignore_errors=True)
+    shutil.rmtree(HOME, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
