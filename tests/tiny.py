@@ -78,7 +78,7 @@ def save_token_ids(path: Path, num_sequences: int = 8, sequence_length: int = 32
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:
     """The checkpoint as any user loads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval().requires_grad_(False)
 
 
 def logits(model: PreTrainedModel, ids_ST: np.ndarray) -> torch.Tensor:

@@ -171,7 +171,7 @@ def test_a_folder_whose_index_and_files_disagree_is_refused(tmp_path: Path, case
 
 def test_pickled_weights_are_refused_and_not_read(tmp_path: Path) -> None:
     (folder_with(tmp_path, None, {}) / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    with pytest.raises(InputError, match="pytorch_model.bin.*can run code when read; convert them to safetensors"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin.*can run code when read; convert them to safetensors"):
         _ = Checkpoint(tmp_path).tensors
 
 
