@@ -17,6 +17,7 @@ from pipeline.runner import RunResult, prepare_run, run
 from pipeline.stage_keys import Stages
 from pipeline.units import Outcome, Unit
 from stages.common.files import sha256_of
+from stages.common.paths import CHECKPOINT_DIR
 
 
 class Recorder(Reporter):
@@ -103,8 +104,9 @@ class FinishedRun:
         return self.run_dir / self.stages.cluster.dir
 
     def model(self, target: str) -> Path:
-        """Folder of a finished checkpoint, such as `3e-tied`."""
-        return self.run_dir / "models" / f"{self.config.model_name}-{target}"
+        """Folder of a finished checkpoint, such as `3e-tied`: the one of this run, where a later one has taken the name."""
+        (found,) = [one for one in self.stages.targets if one.name == f"{self.config.model_name}-{target}"]
+        return self.run_dir / found.assemble.dir / CHECKPOINT_DIR
 
     def results(self) -> dict[str, dict[str, str]]:
         """Digests of statistics, dendrograms and labels, and of every finished checkpoint."""
@@ -113,6 +115,6 @@ class FinishedRun:
             "clusters": digests(self.cluster_dir, "*.arrow"),
         }
         for target in self.stages.targets:
-            found[target.name] = digests(self.run_dir / "models" / target.name)
+            found[target.name] = digests(self.model(f"{target.target}-{target.format}"))
         assert all(found.values())
         return found
