@@ -94,7 +94,8 @@ class Graph:
                     Unit(
                         stage.stage,
                         stage.dir,
-                        f"layers-{first:04d}-{stop:04d}/tokens-{shard:04d}",
+                        # what is sealed for good is not named after the cut: another cut does not make it again
+                        f"layers-{first:04d}-{stop:04d}/tokens-{shard:04d}" if writes else f"tokens-{shard:04d}",
                         unit_call,
                         {"tokens_dir": tokens.dir, "shard": shard, "micro_batch": data.micro_batch, "is_last": is_last},
                         label=f"{what}layers {first}-{stop - 1}, tokens {shard + 1}/{data.num_shards}",
