@@ -50,7 +50,13 @@ def golden_runs(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """Every linkage and merge method of the reference, in one run directory: one calibration."""
     folder = tmp_path_factory.mktemp("golden")
     settings = {
-        "calibration": {"data": str(golden / "calib_tokens.npy"), "num_sequences": 16, "sequence_length": 128},
+        "calibration": {
+            "data": str(golden / "calib_tokens.npy"),
+            "num_sequences": 16,
+            "sequence_length": 128,
+            "tokens_per_shard": 1024,
+            "tokens_per_micro_batch": 512,
+        },
         "clustering.num_experts": [6, 5, 4, 3, 2],
         "export.formats": ["tied"],
         "export.max_file_bytes": "1 GB",

@@ -82,6 +82,23 @@ def test_a_second_worker_does_not_open_a_layer_shard_that_one_has() -> None:
     assert schedule.take(two) is not None, "what the first token shard left opens the next layer shard"
 
 
+def test_a_worker_waits_for_its_own_layer_shard_rather_than_open_a_later_one() -> None:
+    schedule = Schedule(chain(num_shards=3, num_tokens=2))
+    slots = {0: Slot("one", True), 1: Slot("two", True)}
+
+    def take(slot: int) -> Unit:
+        taken = schedule.take(slots[slot])
+        assert taken is not None
+        return taken
+
+    schedule.finish(take(0))
+    slow = take(0)
+    schedule.finish(take(1))
+    assert schedule.take(slots[1]) is None, "shard-2-tokens-0 is ready, but its own shard-1-tokens-1 is to come"
+    schedule.finish(slow)
+    assert take(1).name == "shard-1-tokens-1"
+
+
 def test_a_task_slot_gets_no_unit_that_needs_a_worker() -> None:
     schedule = Schedule([unit("merge", on_worker=True), unit("held", on_worker=True, hold="h"), unit("cpu")])
     task = Slot("task", False)
