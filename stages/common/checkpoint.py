@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist") from e
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number or a nesting without end
         raise InputError(f"{path} is not valid JSON: {e}") from e
 
 
@@ -83,7 +83,7 @@ def read_header(path: Path) -> SafetensorsHeader:
         raise InputError(f"{path} does not exist; download the checkpoint's missing file") from e
     try:
         fields = json.loads(text.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number or a nesting without end
         raise InputError(f"{path}: the safetensors header is not JSON: {e}; download the file again") from e
     if not isinstance(fields, dict):
         raise InputError(f"{path}: the safetensors header is not a JSON object; download the file again")
@@ -117,7 +117,7 @@ def _entry(path: Path, name: str, value: Any, data_begin: int) -> TensorEntry:
         raise InputError(f"{path}: tensor {name} lacks dtype, shape or two data_offsets") from e
     if not well_formed:
         raise InputError(f"{path}: tensor {name} has shape {shape} and offsets [{begin}, {end}]; all must be integers >= 0")
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InputError(f"{path}: tensor {name} has the unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
     due_bytes = (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8
     if end - begin != due_bytes:
@@ -184,6 +184,8 @@ class Checkpoint:
         headers = {file: read_header(self.folder / file) for file in self.files}
         found = {entry.name: file for file, header in headers.items() for entry in header.entries}
         total = sum(len(header.entries) for header in headers.values())
+        if not total:
+            raise InputError(f"{self.folder} holds no tensor: {', '.join(self.files)} describes none; download it again")
         if total != len(found):
             raise InputError(f"{self.folder}: the same tensor name stands in several weight files")
         for name, file in self._weight_map.items():
