@@ -112,7 +112,8 @@ class Graph:
                     writes += [paths.partial_statistics_file(stage_dir, layer, shard) for layer in layers]
                 unit = self._unit(
                     stage,
-                    f"layers-{first:04d}-{stop:04d}/tokens-{shard:04d}",
+                    # what is sealed for good is not named after the cut: another cut does not make it again
+                    f"layers-{first:04d}-{stop:04d}/tokens-{shard:04d}" if writes else f"tokens-{shard:04d}",
                     call,
                     {"tokens_dir": tokens.dir, "shard": shard, "micro_batch": data.micro_batch, "is_last": is_last},
                     f"{what}layers {first}-{stop - 1}, tokens {shard + 1}/{data.num_shards}",

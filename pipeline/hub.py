@@ -75,7 +75,7 @@ def fetch_headers(model: str, revision: str | None, folder: Path) -> Path:
     except (HfHubHTTPError, HFValidationError, SafetensorsParsingError) as e:
         raise InputError(f"model: {place} cannot be read from the hub: {_one_line(e)}") from e
     except (TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError) as e:
-        raise InputError(f"model: {place} is no folder and the hub cannot be reached: {_one_line(e)}") from e
+        raise InputError(f"model: {place} is not a folder and the hub cannot be reached: {_one_line(e)}") from e
 
 
 def _write_hole(path: Path, header: SafetensorsFileMetadata) -> None:
@@ -153,6 +153,7 @@ def _cached(model: str, revision: str | None, cache_dir: Path, place: str, reaso
         _fetch(model, folder.name, cache_dir, _weight_files(folder, place), is_offline=True)
     except LocalEntryNotFoundError:
         raise InputError(
-            f"model: {place} is no folder, is not complete in {cache_dir}, and the hub cannot be reached: {_one_line(reason)}"
+            f"model: {place} is not a folder, is not complete in {cache_dir}, and the hub cannot be reached: "
+            f"{_one_line(reason)}"
         ) from reason
     return folder

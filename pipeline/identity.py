@@ -47,12 +47,15 @@ def _ends(path: Path) -> str:
 
 
 def data_identity(data: tuple[str, ...], revision: str | None, place: str) -> dict[str, str]:
-    """Content of the files of a text, or name and revision of a hub dataset. Raises InputError for a missing file."""
+    """Content of the files of a text, in their order, or name and revision of a hub dataset.
+
+    Raises InputError for a missing file.
+    """
     identity = {}
-    for name in data:
+    for number, name in enumerate(data, 1):
         path = Path(name)
         if path.is_file():
-            identity[path.name] = sha256_of(path)
+            identity[f"{number} {path.name}"] = sha256_of(path)
         elif path.suffix or name.count("/") != 1:
             raise InputError(f"{place}.data: {name} does not exist; give a file, or a dataset of the hub as org/name[:split]")
         else:

@@ -22,7 +22,7 @@ from pipeline.table import human_bytes
 from pipeline.units import Outcome, Unit
 from stages.common.errors import InputError
 from stages.common.files import write_json
-from stages.common.paths import REPORT_FILE
+from stages.common.paths import REPORT_FILE, TRANSIENT_DIRS
 
 RUN_FILE = "run.json"
 IDENTITY_FILE = "identity.json"
@@ -72,6 +72,7 @@ class RunState:
         self._refusal: InputError | None = None
         self.is_active = True
         self._remaining = list(STAGES)
+        self._wanted: set[str] = set()
         self._stage: str | None = None
         self._started = time.monotonic()
         self._events: EventLog | None = None
@@ -137,6 +138,7 @@ class RunState:
                 )
             return []
         delete(self.run_dir, leftovers(units, selected))
+        self._wanted = {path for unit in selected for path in unit.reads}
         self._num_run += len(selected)
         self._num_reused += len(units) - len(selected)
         self._reporter.begin(stage, len(selected), len(units) - len(selected))
@@ -147,7 +149,7 @@ class RunState:
         if stage is None or (self.options.only_stage not in (None, stage)):
             return
         self._reporter.end()
-        sweep(self.run_dir, [part.dir for part in self.stages.all() if part.stage == stage])
+        sweep(self.run_dir, [part.dir for part in self.stages.all() if part.stage == stage], TRANSIENT_DIRS)
         if stage == "prepare":
             preflight.check_layers(self.config, len(self.graph.plan["moe_layers"]))
             preflight.check_mtp(self.config, self.graph.plan)
@@ -158,8 +160,9 @@ class RunState:
             publish_report(self.run_dir, self.run_dir / self.stages.report.dir / REPORT_FILE)
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
-        """A unit is sealed: what only it read is deleted."""
+        """A unit is sealed: what it alone read is deleted, and what it wrote (again) for units that are sealed."""
         delete(self.run_dir, unit.reads)
+        delete(self.run_dir, set(unit.writes) - self._wanted)
         self._reporter.done(unit, outcome)
         self._write_event("sealed", unit, outcome)
 

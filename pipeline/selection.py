@@ -1,5 +1,6 @@
 """Which units must run, read from manifests and files alone."""
 
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -43,8 +44,10 @@ def delete(run_dir: Path, paths: Iterable[str]) -> None:
         (run_dir / path).unlink(missing_ok=True)
 
 
-def sweep(run_dir: Path, stage_dirs: Iterable[str]) -> None:
-    """Delete the temporary files that killed workers have left in the stages' directories."""
+def sweep(run_dir: Path, stage_dirs: Iterable[str], folders: Sequence[str] = ()) -> None:
+    """Delete the temporary files that killed workers have left in the stages' directories, and these folders of them."""
     for stage_dir in stage_dirs:
+        for folder in folders:
+            shutil.rmtree(run_dir / stage_dir / folder, ignore_errors=True)
         for path in (run_dir / stage_dir).rglob(f"{TEMPORARY_PREFIX}*"):
             path.unlink(missing_ok=True)

@@ -50,10 +50,17 @@ FAMILIES = {
 
 
 def random_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A model with random weights; the wide initialisation makes experts differ and routing vary."""
+    """A model with random weights; the wide initialisation makes experts differ and routing vary.
+
+    Every expert has negative zeros, which arithmetic turns to zeros: a copy keeps them. settings: of the config, on top.
+    """
     config = getattr(transformers, FAMILIES[family].config_class)(**{**_COMMON, **FAMILIES[family].settings, **settings})
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.data[:, 0, 0] = -0.0
+    return model
 
 
 def save_checkpoint(

@@ -6,6 +6,7 @@ outcome, and the driver gives the unit to another worker.
 
 import contextlib
 import itertools
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import ray
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from pipeline.config import Resources
+from pipeline.errors import RunFailed
 from pipeline.executors.base import Slot
 from pipeline.units import Failure, Outcome, Unit
 from pipeline.worker import Worker
@@ -22,6 +24,8 @@ from stages.common.errors import InputError
 
 _OBJECT_STORE_BYTES = 100_000_000  # units pass file names, not data
 _RESOURCES_TTL_S = 2.0
+_PROBE_S = 10.0
+_MAX_FAILED_STARTS = 3
 
 
 def connect(address: str) -> str:
@@ -39,11 +43,23 @@ def connect(address: str) -> str:
     if address == "local":
         ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **options)
         return "started a Ray cluster on this machine for this run"
+    _probe(address)
     try:
         ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise InputError(f"--address {address}: no Ray cluster answers there ({e}); start one, or use --address local") from e
     return f"connected to the Ray cluster at {address}"
+
+
+def _probe(address: str) -> None:
+    """Fail at once where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        raise InputError(f"--address {address}: write HOST:PORT of a Ray head, auto, or local")
+    try:
+        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
+    except (OSError, OverflowError) as e:
+        raise InputError(f"--address {address}: nobody listens there ({e}); start a cluster, or use --address local") from e
 
 
 @dataclass
@@ -71,6 +87,7 @@ class RayExecutor:
         self._cancelled: dict[str, str] = {}
         self._numbers = itertools.count()
         self._num_wanted = 0
+        self._num_failed_starts = 0
 
     def _total(self, name: str) -> float:
         """What the cluster has in all of a resource; asked for anew every few seconds, since nodes come and go."""
@@ -143,14 +160,30 @@ class RayExecutor:
                 value = ray.get(ref)
             except RayTaskError as e:
                 value = Outcome("", 0.0, {}, Failure("error", str(e.cause or e), str(e)))
+                if unit is None:
+                    self._forget(slot)
             except RayError as e:
                 value = Outcome("", 0.0, {}, self._failure(slot, e))
                 self._forget(slot)
             if unit is not None:
                 ended.append((slot, unit, value))
-            elif slot.id in self._actors:
-                self._actors[slot.id].is_ready = True
+            else:
+                self._started(slot, value)
         return ended
+
+    def _started(self, slot: Slot, value: Any) -> None:
+        """A worker is up, or could not be started. Raises RunFailed when that happens again and again."""
+        if not isinstance(value, Outcome):
+            self._num_failed_starts = 0
+            if slot.id in self._actors:
+                self._actors[slot.id].is_ready = True
+            return
+        self._num_failed_starts += 1
+        if self._num_failed_starts >= _MAX_FAILED_STARTS and value.failure is not None:
+            raise RunFailed(
+                f"workers cannot start ({self._num_failed_starts} tries): {value.failure.message}\n{value.failure.detail}\n"
+                "every node needs hcsmoe and what it depends on: by image, by ray job submit --working-dir, or by runtime_env"
+            )
 
     def _failure(self, slot: Slot, error: RayError) -> Failure:
         text = str(error).strip()

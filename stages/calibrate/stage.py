@@ -81,7 +81,7 @@ def reduce_unit(job: Job) -> UnitResult:
 
 def _write_statistics(path: Path, statistics: Statistics) -> WrittenFile:
     num_experts, hidden_size = statistics.output_sum_ED.shape
-    schema = statistics_schema(hidden_size, num_experts)
+    schema = statistics_schema(statistics.layer, hidden_size, num_experts)
     columns = {
         "layer": np.full(num_experts, statistics.layer, dtype=np.int32),
         "expert": np.arange(num_experts, dtype=np.int32),

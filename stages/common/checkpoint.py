@@ -21,7 +21,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist") from e
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number or a nesting without end
         raise InputError(f"{path} is not valid JSON: {e}") from e
 
 
@@ -82,6 +82,8 @@ class Checkpoint:
         headers = {file: read_header(self.folder / file) for file in self.files}
         found = {entry.name: file for file, header in headers.items() for entry in header.entries}
         total = sum(len(header.entries) for header in headers.values())
+        if not total:
+            raise InputError(f"{self.folder} holds no tensor: {', '.join(self.files)} describes none; download it again")
         if total != len(found):
             raise InputError(f"{self.folder}: the same tensor name stands in several weight files")
         for name, file in self._weight_map.items():

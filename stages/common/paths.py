@@ -7,6 +7,7 @@ TENSORS_FILE = "tensors.arrow"
 CHECKPOINT_DIR = "checkpoint"
 SCORES_FILE = "scores.json"
 REPORT_FILE = "report.json"
+TRANSIENT_DIRS = ("hidden", "partial")
 
 
 def tokens_file(shard: int) -> str:
@@ -16,12 +17,12 @@ def tokens_file(shard: int) -> str:
 
 def hidden_file(stage_dir: Path, layer: int, shard: int) -> Path:
     """Hidden states of a token shard as they enter a layer; transient."""
-    return stage_dir / "hidden" / f"layer-{layer:04d}" / f"tokens-{shard:04d}.safetensors"
+    return stage_dir / TRANSIENT_DIRS[0] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.safetensors"
 
 
 def partial_statistics_file(stage_dir: Path, layer: int, shard: int) -> Path:
     """Statistics of one layer over one token shard; transient."""
-    return stage_dir / "partial" / f"layer-{layer:04d}" / f"tokens-{shard:04d}.arrow"
+    return stage_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.arrow"
 
 
 def statistics_file(stage_dir: Path, layer: int) -> Path:

@@ -82,7 +82,7 @@ LABELS = pa.schema(
 )
 
 
-def statistics_schema(hidden_size: int, num_experts: int) -> pa.Schema:
+def statistics_schema(layer: int, hidden_size: int, num_experts: int) -> pa.Schema:
     """Statistics of one layer, a row an expert; all sums run over the calibration tokens and add up over shards."""
     return pa.schema(
         [
@@ -98,8 +98,12 @@ def statistics_schema(hidden_size: int, num_experts: int) -> pa.Schema:
         ],
         metadata={
             "table": "statistics of one MoE layer, one expert a row",
-            "hidden_size": str(hidden_size),
+            "layer": str(layer),
             "num_experts": str(num_experts),
+            "hidden_size": str(hidden_size),
+            "shapes": f"output_sum [{hidden_size}], router_logit_gram [{num_experts}], all else a scalar",
+            "dtype": "float64 sums, int64 counts",
+            "units": "the model's own: outputs as the MoE block adds them up, logits as the router gives them",
             "num_tokens": "calibration tokens, T",
             "num_routed_tokens": "tokens whose top-k holds the expert, f_e",
             "gate_sum": "sum over routed tokens of the weight that the model gave the expert",

@@ -78,7 +78,7 @@ def sequences(args: Mapping[str, Any]) -> Array:
             )
         except (OSError, ValueError) as e:
             raise InputError(f"{checkpoint.folder} has no tokenizer that transformers can load: {e}") from e
-        texts = read_texts(data, args["text_field"], args["seed"], args["revision"])
+        texts = read_texts(data, args["text_field"], args["seed"], args["revision"], place)
         documents = (tokenizer(document, verbose=False)["input_ids"] for document in texts)
         ids = draw_sequences(documents, num_sequences, sequence_length, args["seed"], place)
     check_ids(ids, int(text["vocab_size"]), place)

@@ -23,12 +23,16 @@ def read_token_ids(path: Path) -> "np.ndarray[Any, Any]":
     if path.suffix == ".npy":
         try:
             ids = np.load(path, allow_pickle=False)
-        except ValueError as e:
+        except (ValueError, EOFError) as e:
             raise InputError(f"{path} is not a plain numeric .npy file: {e}") from e
     else:
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as e:
+            raise InputError(f"{path} is not a whole safetensors file: {e}") from e
         if len(tensors) != 1:
             raise InputError(f"{path} holds {len(tensors)} tensors; token ids are the only tensor of their file")
         (ids,) = tensors.values()
@@ -39,26 +43,39 @@ def read_token_ids(path: Path) -> "np.ndarray[Any, Any]":
     return np.asarray(ids)
 
 
-def read_texts(data: Sequence[str], text_field: str, seed: int, revision: str | None) -> Iterator[str]:
-    """Documents in a seeded order, from text/jsonl/parquet files, or from one dataset of the hub (`org/name[:split]`)."""
+def read_texts(data: Sequence[str], text_field: str, seed: int, revision: str | None, place: str) -> Iterator[str]:
+    """Documents in a seeded order, from text/jsonl/parquet files, or from one dataset of the hub (`org/name[:split]`).
+
+    Raises InputError for files that are damaged, of an unknown kind, or without text in text_field.
+    """
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises, and what it raises is told below
     suffixes = {Path(name).suffix for name in data}
-    if suffixes <= set(LOADERS) and len({LOADERS[suffix] for suffix in suffixes}) == 1:
-        loader = LOADERS[next(iter(suffixes))]
-        options = {"sample_by": "document"} if loader == "text" else {}
-        dataset = datasets.load_dataset(loader, data_files=list(data), split="train", **options)
-    elif len(data) == 1 and not Path(data[0]).exists():
-        name, _, split = data[0].partition(":")
-        dataset = datasets.load_dataset(name, split=split or "train", revision=revision)
-    else:
-        raise InputError(f"data: {', '.join(data)}: files must be of one kind; known: {', '.join([*LOADERS, *ID_SUFFIXES])}")
+    try:
+        if suffixes <= set(LOADERS) and len({LOADERS[suffix] for suffix in suffixes}) == 1:
+            loader = LOADERS[next(iter(suffixes))]
+            options = {"sample_by": "document"} if loader == "text" else {}
+            dataset = datasets.load_dataset(loader, data_files=list(data), split="train", **options)
+        elif len(data) == 1 and not Path(data[0]).exists():
+            name, _, split = data[0].partition(":")
+            dataset = datasets.load_dataset(name, split=split or "train", revision=revision)
+        else:
+            kinds = ", ".join([*LOADERS, *ID_SUFFIXES])
+            raise InputError(f"{place}.data: {', '.join(data)}: files must be of one kind; known: {kinds}")
+    except InputError:
+        raise
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration) as e:
+        reason = str(e.__cause__ or e).strip() or "it holds nothing"  # datasets raises StopIteration for an empty file
+        raise InputError(f"{place}.data: {', '.join(data)} cannot be read: {reason.splitlines()[0]}") from e
     if text_field not in dataset.column_names:
-        raise InputError(
-            f"data: {data[0]} has no field {text_field!r}; it has {', '.join(dataset.column_names)}: set text_field"
-        )
+        fields = ", ".join(dataset.column_names)
+        raise InputError(f"{place}.data: {data[0]} has no field {text_field!r}; it has {fields}: set {place}.text_field")
     for row in dataset.shuffle(seed=seed):
+        if not isinstance(row[text_field], str):
+            kind = type(row[text_field]).__name__
+            raise InputError(f"{place}.data: {data[0]}: field {text_field!r} holds a value of type {kind} where text is due")
         yield row[text_field]
 
 

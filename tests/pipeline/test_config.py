@@ -1,0 +1,98 @@
+"""The run file: defaults, sizes, and how settings are cut to shards. What it refuses stands in `test_bad_input.py`."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config import Resources, RunConfig, TextData, apply_setting, load_config
+from pipeline.partition import held_bytes, layer_shards
+from tests.conftest import REPOSITORY
+
+
+def text(**settings: int) -> TextData:
+    return TextData.model_validate({"data": "x.txt", **settings})
+
+
+def test_defaults_are_the_papers() -> None:
+    config = RunConfig.model_validate(
+        {"model": "m", "run_dir": "r", "calibration": {"data": "x.txt"}, "clustering": {"num_experts": 4}}
+    )
+    assert (config.calibration.num_sequences, config.calibration.sequence_length) == (32, 2048)
+    assert config.clustering.model_dump() == {
+        "num_experts": (4,), "feature": "expert_output", "distance": "euclidean", "linkage": "average",
+    }  # fmt: skip
+    assert config.merging.method == "frequency"
+    assert config.export.formats == ("tied", "stock")
+    assert config.evaluation is None
+
+
+def test_the_example_is_a_valid_run_file() -> None:
+    config = load_config(REPOSITORY / "examples" / "tiny-mixtral.yaml", [])
+    assert config.clustering.num_experts == (6, 4)
+    assert all((REPOSITORY / name).is_file() for name in config.calibration.data)
+    assert not set(config.calibration.data) & set(config.evaluation.data if config.evaluation else ())
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        text().num_sequences = 3
+
+
+@pytest.mark.parametrize(
+    ("written", "num_bytes"), [("8 GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("200kb", 200_000), (17, 17), ("17", 17)]
+)
+def test_sizes_are_read_in_decimal_and_binary_units(written: str | int, num_bytes: int) -> None:
+    assert Resources.model_validate({"worker_memory": written}).worker_memory == num_bytes
+
+
+def test_settings_on_the_command_line_reach_any_depth() -> None:
+    values = {"clustering": {"linkage": "average"}}
+    for setting in ("clustering.linkage=single", "clustering.num_experts=[6, [5, 4]]", "resources.num_gpus=0.5", "model=a=b"):
+        apply_setting(values, setting)
+    assert values == {
+        "clustering": {"linkage": "single", "num_experts": [6, [5, 4]]}, "resources": {"num_gpus": 0.5}, "model": "a=b",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("num_sequences", [1, 7, 64])
+@pytest.mark.parametrize("sequence_length", [2, 100, 2048, 10_000])
+@pytest.mark.parametrize("tokens_per_shard", [1, 500, 8192])
+def test_token_shards_are_whole_micro_batches_and_cover_all_sequences(
+    num_sequences: int, sequence_length: int, tokens_per_shard: int
+) -> None:
+    data = text(num_sequences=num_sequences, sequence_length=sequence_length, tokens_per_shard=tokens_per_shard)
+    assert data.micro_batch >= 1
+    assert data.micro_batch == 1 or data.micro_batch * sequence_length <= data.tokens_per_micro_batch
+    assert data.sequences_per_shard % data.micro_batch == 0
+    assert (data.num_shards - 1) * data.sequences_per_shard < num_sequences <= data.num_shards * data.sequences_per_shard
+
+
+PLAN = {
+    "num_layers": 10, "layer_bytes": [100_000_000] * 10, "outside_bytes": 50_000_000, "dtype": "bfloat16", "hidden_size": 8,
+    "vocab_size": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("num_workers", [1, 3, 4, 100])
+@pytest.mark.parametrize("memory", ["1", "350 MB", "500 MB", "8 GB"])
+def test_layer_shards_fit_the_memory_cover_every_layer_once_and_are_never_empty(memory: str, num_workers: int) -> None:
+    resources = Resources.model_validate({"worker_memory": memory})
+    data = text(num_sequences=2, sequence_length=16)
+    shards = layer_shards(PLAN, data, resources, num_workers)
+    assert [layer for first, stop in shards for layer in range(first, stop)] == list(range(10))
+    for first, stop in shards:
+        assert stop - first == 1 or held_bytes(PLAN, (first, stop), data) <= resources.worker_memory
+    assert len(shards) >= min(10, num_workers)
+
+
+def test_layers_per_shard_is_obeyed() -> None:
+    shards = layer_shards(PLAN, text(), Resources(layers_per_shard=4), num_workers=1)
+    assert shards == [(0, 4), (4, 8), (8, 10)]
+
+
+def test_a_run_file_is_read_with_settings_on_top(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\nrun_dir: r\ncalibration: {data: x.txt}\nclustering: {num_experts: 4}\n")
+    assert load_config(path, []).clustering.num_experts == (4,)
+    assert load_config(path, ["clustering.num_experts=[[3, 2]]", "export.formats=tied"]).clustering.num_experts == ((3, 2),)

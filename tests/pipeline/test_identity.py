@@ -1,0 +1,144 @@
+"""Keys: what a result depends on, and nothing else."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.identity import data_identity, differences, key_of
+from pipeline.preflight import check
+from pipeline.stage_keys import Stages
+from stages.common.errors import InputError
+from tests.runs import FinishedRun, write_run_file
+from tests.tiny import save_token_ids
+
+ALL = {
+    "prepare-model", "prepare-calibration", "prepare-evaluation", "calibrate", "cluster", "evaluate-source", "report",
+    "merge-3e-tied", "merge-3e-stock", "assemble-3e-tied", "assemble-3e-stock", "evaluate-3e-tied", "evaluate-3e-stock",
+}  # fmt: skip
+EVALUATES = {"evaluate-source", "evaluate-3e-tied", "evaluate-3e-stock"}
+OF_TARGETS = {name for name in ALL if "-3e-" in name}
+OF_STOCK = {name for name in ALL if name.endswith("-stock")}
+AFTER_CALIBRATION = {"prepare-calibration", "calibrate", "cluster", "report", *OF_TARGETS}
+
+CHANGES: dict[str, set[str]] = {
+    "calibration.seed=1": AFTER_CALIBRATION,
+    "calibration.num_sequences=4": AFTER_CALIBRATION,
+    "calibration.tokens_per_micro_batch=32": AFTER_CALIBRATION,
+    "calibration.tokens_per_shard=64": AFTER_CALIBRATION,
+    "clustering.linkage=single": {"cluster", "report", *OF_TARGETS},
+    "merging.method=average": {"report", *OF_TARGETS},
+    "export.router=dominant": {"report", *OF_STOCK},
+    "export.max_file_bytes=70000": {"report", *OF_TARGETS},
+    "evaluation.num_sequences=4": {"prepare-evaluation", "report", *EVALUATES},
+    "resources.num_workers=2": set(),
+    "resources.layers_per_shard=1": set(),
+    "resources.worker_memory=1 GB": set(),
+    "resources.num_gpus=0.5": set(),
+    "resources.max_attempts=5": set(),
+}
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], token_ids: Path) -> Path:
+    model = shutil.copytree(tiny_checkpoint("mixtral"), tmp_path / "model")
+    data = shutil.copy(token_ids, tmp_path / "ids.npy")
+    return write_run_file(tmp_path, model, Path(data), {})
+
+
+def keys(run_file: Path, *settings: str) -> Mapping[str, str]:
+    config = load_config(run_file, list(settings))
+    stages = Stages(config, check(config).identities)
+    return {stage.name: stage.key for stage in stages.all()}
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_every_stage_of_a_run_has_a_key(run_file: Path) -> None:
+    assert set(keys(run_file)) == ALL
+    assert keys(run_file) == keys(run_file)
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_a_setting_changes_the_stages_that_depend_on_it_and_no_other(run_file: Path, setting: str) -> None:
+    assert changed(keys(run_file), keys(run_file, setting)) == CHANGES[setting]
+
+
+def test_a_new_target_leaves_everything_but_the_report(run_file: Path) -> None:
+    before, after = keys(run_file), keys(run_file, "clustering.num_experts=[4, 3]")
+    assert changed(before, after) == {"report"}
+    assert {name for name in after if name not in before} == {name.replace("-3e-", "-4e-") for name in OF_TARGETS}
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_another_config_or_side_file_is_another_model(run_file: Path, file: str) -> None:
+    before, path = keys(run_file), run_file.parent / "model" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), "remark": 1}))
+    assert changed(before, keys(run_file)) == ALL
+
+
+@pytest.mark.parametrize("position", [-1, 5000])
+def test_other_weights_are_another_model(run_file: Path, position: int) -> None:
+    before, path = keys(run_file), run_file.parent / "model" / "model-00002-of-00010.safetensors"
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    assert changed(before, keys(run_file)) == ALL
+
+
+def test_other_text_is_another_calibration(run_file: Path) -> None:
+    before = keys(run_file)
+    save_token_ids(run_file.parent / "ids.npy", seed=1)
+    assert changed(before, keys(run_file)) == {*AFTER_CALIBRATION, *EVALUATES, "prepare-evaluation"}
+
+
+def test_where_a_model_lies_does_not_matter_to_what_is_computed(run_file: Path) -> None:
+    before = keys(run_file)
+    moved = (run_file.parent / "model").rename(run_file.parent / "elsewhere")
+    after = keys(run_file, f"model={moved}")
+    assert not changed(before, after) & {"prepare-model", "calibrate", "cluster", "merge-3e-tied", "evaluate-source"}
+
+
+def test_texts_of_the_same_name_are_told_apart_and_their_order_counts(tmp_path: Path) -> None:
+    """Files are read in the order given: the seeded draw depends on it."""
+    for folder, text in (("a", "one"), ("b", "two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(text)
+    a, b = str(tmp_path / "a" / "x.txt"), str(tmp_path / "b" / "x.txt")
+    found = [key_of(data_identity(data, None, "calibration")) for data in ((a,), (b,), (a, b), (b, a))]
+    assert len(set(found)) == 4
+
+
+def test_a_missing_text_is_an_error_and_a_hub_name_is_not(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"calibration\.data: .*x\.txt does not exist; give a file, or a dataset of the hub"):
+        data_identity((str(tmp_path / "x.txt"),), None, "calibration")
+    assert data_identity(("org/name:train",), "abc", "calibration") != data_identity(("org/name:train",), None, "calibration")
+
+
+def test_a_key_does_not_depend_on_the_order_of_settings() -> None:
+    assert key_of({"a": 1, "b": {"c": 2, "d": 3}}) == key_of({"b": {"d": 3, "c": 2}, "a": 1})
+    assert key_of({"a": 1}) != key_of({"a": "1"})
+
+
+def test_a_changed_key_is_explained_setting_by_setting() -> None:
+    old = {"version": 1, "settings": {"linkage": "average", "distance": "euclidean"}, "gone": 1}
+    new = {"version": 2, "settings": {"linkage": "single", "distance": "euclidean"}, "new": {"deep": True}}
+    assert list(differences(old, new)) == [
+        "gone: 1 -> None",
+        "new: None -> {'deep': True}",
+        "settings.linkage: average -> single",
+        "version: 1 -> 2",
+    ]
+
+
+def test_the_identity_of_every_stage_is_kept_in_its_folder(run_file: Path) -> None:
+    done = FinishedRun.of(run_file)
+    for stage in done.stages.all():
+        kept = json.loads((done.run_dir / stage.dir / "identity.json").read_text())
+        assert key_of(kept) == stage.key
+        assert stage.dir.endswith(stage.key)

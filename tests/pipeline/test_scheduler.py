@@ -1,0 +1,207 @@
+"""Which unit a slot gets next, and what becomes of a stage when units fail or workers die."""
+
+from collections import defaultdict
+
+import pytest
+
+from pipeline.drive import Driver
+from pipeline.executors.base import Slot
+from pipeline.run_state import UnitFailure
+from pipeline.scheduler import Schedule
+from pipeline.units import Failure, Outcome, Unit
+from tests.pipeline.fake import RUN_DIR, FakeExecutor, ToyRun, chain, unit
+
+LOST = Failure("lost", "ActorDiedError: gone")
+
+
+def drive(units: list[Unit], executor: FakeExecutor, max_attempts: int = 3) -> tuple[list[str], list[UnitFailure], list[str]]:
+    """Names of the units that were done, in order; failures; warnings."""
+    warnings: list[str] = []
+    run = ToyRun(units, max_attempts=max_attempts)
+    Driver([run], executor, warnings.append).drive()
+    return list(run.done_units), run.failures, run.retries + warnings
+
+
+def position_of_dependencies(units: list[Unit], done: list[str]) -> None:
+    """Assert that each unit came after the makers of what it reads and after what it names."""
+    makers = {path: one.name for one in units for path in one.writes}
+    for one in units:
+        before = {makers[path] for path in one.reads} | {identity.rsplit("/", 1)[1] for identity in one.after}
+        assert all(done.index(other) < done.index(one.name) for other in before), one.name
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("tasks", [0, 2])
+def test_all_units_run_once_and_after_what_they_need(workers: int, tasks: int) -> None:
+    units = chain(num_shards=3, num_tokens=4)
+    executor = FakeExecutor(workers, tasks)
+    done, failures, _ = drive(units, executor)
+    assert failures == []
+    assert sorted(done) == sorted(one.name for one in units)
+    position_of_dependencies(units, done)
+    assert executor.num_idle_waits == 0
+
+
+def test_one_worker_runs_units_in_the_order_given() -> None:
+    units = chain(num_shards=2, num_tokens=3)
+    done, _, _ = drive(units, FakeExecutor(workers=1))
+    assert done == [one.name for one in units]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_each_layer_shard_is_loaded_once_by_one_worker(workers: int) -> None:
+    executor = FakeExecutor(workers)
+    drive(chain(num_shards=4, num_tokens=5), executor)
+    workers_of = defaultdict(set)
+    held: dict[str, list[str]] = defaultdict(list)
+    for slot, name in executor.log:
+        if name.startswith("shard-"):
+            hold = name[:7]
+            workers_of[hold].add(slot)
+            if held[slot][-1:] != [hold]:
+                held[slot].append(hold)
+    assert all(len(slots) == 1 for slots in workers_of.values()), dict(workers_of)
+    assert all(len(holds) == len(set(holds)) for holds in held.values()), dict(held)
+
+
+def test_layer_shards_are_worked_on_at_the_same_time() -> None:
+    executor = FakeExecutor(workers=3)
+    drive(chain(num_shards=3, num_tokens=6), executor)
+    assert executor.most_at_once == 3
+
+
+def test_a_second_worker_does_not_open_a_layer_shard_that_one_has() -> None:
+    schedule = Schedule()
+    schedule.add(chain(num_shards=2, num_tokens=3))
+    one, two = Slot("one", True), Slot("two", True)
+    first = schedule.take(one)
+    assert first is not None and first.name == "shard-0-tokens-0"
+    assert schedule.take(two) is None
+    schedule.finish(first)
+    assert schedule.take(two) is not None, "what the first token shard left opens the next layer shard"
+
+
+def test_a_worker_waits_for_its_own_layer_shard_rather_than_open_a_later_one() -> None:
+    schedule = Schedule()
+    schedule.add(chain(num_shards=3, num_tokens=2))
+    slots = {0: Slot("one", True), 1: Slot("two", True)}
+
+    def take(slot: int) -> Unit:
+        taken = schedule.take(slots[slot])
+        assert taken is not None
+        return taken
+
+    schedule.finish(take(0))
+    slow = take(0)
+    schedule.finish(take(1))
+    assert schedule.take(slots[1]) is None, "shard-2-tokens-0 is ready, but its own shard-1-tokens-1 is to come"
+    schedule.finish(slow)
+    assert take(1).name == "shard-1-tokens-1"
+
+
+def test_a_task_slot_gets_no_unit_that_needs_a_worker() -> None:
+    schedule = Schedule()
+    schedule.add([unit("merge", on_worker=True), unit("held", on_worker=True, hold="h"), unit("cpu")])
+    task = Slot("task", False)
+    taken = schedule.take(task)
+    assert taken is not None and taken.name == "cpu"
+    assert schedule.take(task) is None
+
+
+def test_a_worker_helps_with_cpu_units_when_it_has_nothing_of_its_own() -> None:
+    executor = FakeExecutor(workers=1)
+    done, _, _ = drive([unit("cpu-0"), unit("cpu-1"), unit("merge", on_worker=True)], executor)
+    assert done == ["merge", "cpu-0", "cpu-1"]
+
+
+def test_units_follow_those_that_they_name() -> None:
+    a = unit("a")
+    units = [unit("b", after=(a.id, f"{RUN_DIR}/toy-0/of-an-earlier-run")), a]
+    assert drive(units, FakeExecutor(workers=2))[0] == ["a", "b"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("dies", ["shard-0-tokens-0", "shard-0-tokens-2", "shard-1-tokens-1", "shard-2-tokens-3", "sum-1"])
+def test_a_unit_whose_worker_dies_is_given_to_another(workers: int, dies: str) -> None:
+    """Also when the dead worker had an earlier layer shard, for which all others wait: nothing is stuck."""
+    units = chain(num_shards=3, num_tokens=4)
+    died: list[str] = []
+
+    def outcome(slot: Slot, one: Unit) -> Failure | None:
+        if one.name == dies and not died:
+            died.append(slot.id)
+            return LOST
+        return None
+
+    executor = FakeExecutor(workers, outcome=outcome)
+    done, failures, warnings = drive(units, executor)
+    assert failures == []
+    assert sorted(done) == sorted(one.name for one in units)
+    position_of_dependencies(units, done)
+    attempts = [slot for slot, name in executor.log if name == dies]
+    assert len(attempts) == 2
+    assert attempts[1] != died[0]
+    assert warnings == [f"{dies}: {LOST.message}; on another worker"]
+
+
+def test_a_worker_that_waits_for_an_earlier_layer_shard_takes_it_over() -> None:
+    """One of two workers dies and is not replaced; the other gives its layer shard up and comes back to it."""
+    units = chain(num_shards=2, num_tokens=3)
+
+    class Shrinking(FakeExecutor):
+        def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
+            ended = super().wait(timeout_s)
+            self.slots = [slot for slot in self.slots if not slot.id.endswith("'")]
+            return ended
+
+    def outcome(slot: Slot, one: Unit) -> Failure | None:
+        return LOST if slot.id == "w0" and one.name == "shard-0-tokens-1" else None
+
+    executor = Shrinking(2, outcome=outcome)
+    done, failures, _ = drive(units, executor)
+    assert failures == []
+    assert len(done) == len(units)
+    assert ("w1", "shard-0-tokens-1") in executor.log
+
+
+def test_a_unit_that_kills_every_worker_fails_after_max_attempts() -> None:
+    executor = FakeExecutor(2, outcome=lambda slot, one: LOST if one.name == "shard-1-tokens-0" else None)
+    _, failures, warnings = drive(chain(num_shards=3, num_tokens=2), executor, max_attempts=3)
+    assert [(failed.unit.name, failed.attempts) for failed in failures] == [("shard-1-tokens-0", 3)]
+    assert len(warnings) == 2
+
+
+@pytest.mark.parametrize("kind", ["input", "error"])
+def test_after_a_failure_nothing_starts_what_runs_may_end_and_every_failure_is_told(kind: str) -> None:
+    units = [unit(f"unit-{n}") for n in range(8)]
+    bad = {"unit-1", "unit-3"}
+    executor = FakeExecutor(4, outcome=lambda slot, one: Failure(kind, "bad") if one.name in bad else None)
+    done, failures, _ = drive(units, executor)
+    assert [failed.unit.name for failed in failures] == ["unit-1", "unit-3"]
+    assert all(failed.attempts == 1 for failed in failures), "a unit that fails by itself is not tried again"
+    started = [name for _, name in executor.log]
+    assert started == ["unit-0", "unit-1", "unit-2", "unit-3", "unit-4"]
+    assert done == ["unit-0", "unit-2", "unit-4"]
+
+
+def test_waiting_without_a_worker_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.drive._IDLE_WARNING_S", -1)
+    executor = FakeExecutor(0)
+    waits = 0
+
+    class LateWorker(FakeExecutor):
+        def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
+            nonlocal waits
+            waits += 1
+            if waits == 2:
+                self.slots = [Slot("late", True)]
+            return super().wait(timeout_s)
+
+    executor = LateWorker(0)
+    done, failures, warnings = drive([unit("a")], executor)
+    assert (done, failures) == (["a"], [])
+    assert warnings[0] == "no slot"
+
+
+def test_a_stage_without_units_is_over_at_once() -> None:
+    assert drive([], FakeExecutor(0)) == ([], [], [])

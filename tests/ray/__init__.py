@@ -1,0 +1,1 @@
+"""How it is run on a Ray cluster on this machine."""

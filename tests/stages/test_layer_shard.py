@@ -1,0 +1,59 @@
+"""A model run layer shard by layer shard gives the bits of the whole model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stages.common.checkpoint import Checkpoint
+from stages.common.errors import InputError
+from stages.common.layer_shard import LayerShard
+from stages.common.streaming import enter, leave, run_layers
+from tests.tiny import FAMILIES, load, logits, random_ids, save_checkpoint
+
+CUTS = {"one shard": [(0, 3)], "a layer each": [(0, 1), (1, 2), (2, 3)], "uneven": [(0, 2), (2, 3)]}
+
+
+def streamed_logits(checkpoint: Checkpoint, shards: list[tuple[int, int]], ids_ST: np.ndarray, folder: Path) -> torch.Tensor:
+    """Logits [S, T, V] in micro-batches of two sequences; hidden states go from shard to shard by file."""
+    ids = torch.from_numpy(ids_ST)
+    hidden_file: Path | None = None
+    hidden: list[torch.Tensor] = []
+    for first, stop in shards:
+        shard = LayerShard(checkpoint, first, stop, num_threads=1)
+        hidden = run_layers(shard, enter(shard, ids, hidden_file, micro_batch=2))
+        hidden_file = folder / f"hidden-{stop}"
+        leave(hidden_file, hidden)
+    return torch.cat([shard.logits(one) for one in hidden])
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_logits_are_the_whole_models_bit_for_bit(tmp_path: Path, family: str, dtype: torch.dtype, cut: str) -> None:
+    folder = save_checkpoint(tmp_path / "model", family, dtype)
+    ids_ST = random_ids(num_sequences=5)
+    model = load(folder)
+    assert model.dtype == dtype
+    whole = torch.cat([logits(model, ids_ST[start : start + 2]) for start in (0, 2, 4)])
+    assert torch.equal(streamed_logits(Checkpoint(folder), CUTS[cut], ids_ST, tmp_path), whole)
+
+
+def test_a_shard_holds_its_own_layers_and_no_other(tiny_checkpoint: Callable[[str], Path]) -> None:
+    shard = LayerShard(Checkpoint(tiny_checkpoint("mixtral")), 1, 2, num_threads=1)
+    on_meta = [all(parameter.is_meta for parameter in layer.parameters()) for layer in shard.adapted.layers]
+    assert on_meta == [True, False, True]
+    assert not any(parameter.is_meta for parameter in shard.adapted.layers[1].parameters())
+    assert shard.model.get_input_embeddings().weight.is_meta
+
+
+def test_a_layer_without_its_weights_is_an_error_that_names_them(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "model", "mixtral")
+    checkpoint = Checkpoint(folder)
+    lost = [name for name in checkpoint.tensors if name.endswith("layers.1.input_layernorm.weight")]
+    for name in lost:
+        del checkpoint.tensors[name]
+    with pytest.raises(InputError, match=r"lacks tensors for model\.layers\.1\.input_layernorm\.weight"):
+        LayerShard(checkpoint, 1, 2, num_threads=1)

@@ -1,0 +1,61 @@
+"""The rule of the architecture: `stages` is what is computed, `pipeline` is how it is run."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+NUMERIC = {"torch", "transformers", "numpy", "scipy", "safetensors", "datasets", "tokenizers"}
+
+
+def _modules(package: str) -> list[Path]:
+    return sorted((REPOSITORY / package).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of everything a file imports, also inside functions and by `importlib` under a constant name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import; imports here name the whole module"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__"):
+                yield str(node.args[0].value)
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+@pytest.mark.parametrize("path", _modules("stages"), ids=_name)
+def test_stages_import_neither_ray_nor_pipeline_nor_each_other(path: Path) -> None:
+    stage = path.relative_to(REPOSITORY / "stages").parts[0]
+    for name in imported(path):
+        top, *rest = name.split(".")
+        assert top not in ("ray", "pipeline"), f"{_name(path)} imports {name}"
+        if top == "stages" and rest:
+            assert rest[0] in (stage, "common"), f"{_name(path)} imports {name}: stages meet in files only"
+
+
+@pytest.mark.parametrize("path", _modules("pipeline"), ids=_name)
+def test_pipeline_imports_no_numeric_library(path: Path) -> None:
+    for name in imported(path):
+        assert name.split(".")[0] not in NUMERIC, f"{_name(path)} imports {name}: it belongs to a stage"
+
+
+def test_the_walk_finds_imports_of_every_kind(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import ray.util\ndef f():\n    from torch import nn\n    import importlib\n    importlib.import_module('x.y')\n"
+    )
+    assert set(imported(path)) == {"ray.util", "torch.nn", "importlib", "x.y"}
+
+
+def test_both_packages_are_walked() -> None:
+    assert len(_modules("stages")) > 20
+    assert len(_modules("pipeline")) > 15
