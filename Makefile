@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 # Where there is no NVIDIA GPU, torch's CPU build (a tenth of the size) is offered beside PyPI's.
 TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--retries 2 --extra-index-url https://download.pytorch.org/whl/cpu")
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-cluster lint install clean
 
 demo: install  ## compress the example model on a local Ray cluster and print the result table
 	$(BIN)/python -m pipeline run examples/tiny-mixtral.yaml --address local
 
 test: install lint  ## lint, types, tests: what .ci/run calls
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-cluster: install  ## real clusters of several nodes, killed workers, nodes and drivers, submitted jobs
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -15,7 +15,8 @@ from tests.stages.test_families import CASES
 from tests.stages.test_layouts import test_language_model_of_a_multimodal_wrapper as wrapper_test
 from tests.stages.tiny import FAMILIES, build, save, tiny_config
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENT = REPOSITORY / "docs" / "families.md"
 
 
 def table(heading: str) -> dict[str, list[str]]:
@@ -29,6 +30,14 @@ def test_the_document_lists_the_families_that_are_tested() -> None:
     tested = {case.values[0] for case in CASES}
     assert tested == set(SUPPORTED) == set(table("Supported families"))
     assert tested <= set(FAMILIES)
+
+
+def test_the_readme_lists_the_same_families() -> None:
+    rows = [line.split("|") for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith("| ")]
+    listed = {row[1].strip(): set(re.findall(r"`(\w+)`", row[2])) for row in rows}
+    assert listed["supported"] == set(SUPPORTED)
+    assert listed["supported inside a multimodal wrapper"] == set(WRAPPERS)
+    assert listed["refused by name, with the reason"] == set(REFUSED)
 
 
 @pytest.mark.parametrize("family", sorted(SUPPORTED))
