@@ -1,4 +1,4 @@
-"""Quantised checkpoints: which tensors belong together, checked from headers alone. `dequantise.py` does the arithmetic.
+"""Quantised checkpoints: which tensors belong together, checked from headers alone. `reader.py` does the arithmetic.
 
 A quantised tensor and its scales become one entry that stands for the values. What cannot be paired is refused, so that
 packed bytes are never taken for numbers.
