@@ -48,7 +48,8 @@ class Reporter:
     def end(self) -> None:
         """The stage is over."""
         if self._bars is not None and self._bar is not None:
-            self._bars.update(self._bar, unit="")
+            if self._num_units:
+                self._bars.update(self._bar, unit="")
             self._bars.stop()
             self._bars = None
         elif self._num_units:

@@ -16,15 +16,14 @@ def human_bytes(num_bytes: float) -> str:
 
 
 def result_table(report: Mapping[str, Any]) -> Table:
-    """One row a model of `report.json`."""
+    """One row a model of `report.json`; a model's name is that of its folder. Fits into 80 columns."""
     table = Table(title=None)
-    table.add_column("model", overflow="fold")
+    table.add_column("model", no_wrap=True)
     for column in ("experts a layer", "parameters", "bytes on disk", "perplexity"):
         table.add_column(column, justify="right")
-    table.add_column("path", overflow="fold")
     for model in report["models"]:
         perplexity = f"{model['perplexity']:.3f}" if "perplexity" in model else "-"
         count = model["num_experts"]
         experts = str(count) if isinstance(count, int) else f"{min(count)}-{max(count)}"
-        table.add_row(model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity, model["path"])
+        table.add_row(model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity)
     return table
