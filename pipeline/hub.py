@@ -1,8 +1,10 @@
 """Models of the hub: which commit a name means, and its files in a folder. Called by the driver alone, so once per cluster."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, ModelInfo, snapshot_download
 from huggingface_hub.errors import (
@@ -15,7 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # httpx's, by whatever name
 from huggingface_hub.utils import SafetensorsFileMetadata, disable_progress_bars  # type: ignore[attr-defined]
 
-from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, Checkpoint, read_json
+from stages.common.checkpoint import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, Checkpoint, read_json
 from stages.common.errors import InputError
 from stages.common.families import family_of, num_experts_in
 from stages.common.files import DigestingFile
@@ -56,8 +58,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+@contextmanager
+def headers_of(model: str, revision: str | None) -> Iterator[Path]:
+    """The folder of a model to look at: itself, or a temporary one as `fetch_headers` makes for a hub model."""
+    if not is_hub_name(model):
+        yield Path(model).expanduser()
+        return
+    with TemporaryDirectory(prefix="hcsmoe-headers-") as folder:
+        yield fetch_headers(model, revision, Path(folder))
+
+
 def fetch_headers(model: str, revision: str | None, folder: Path) -> Path:
-    """A folder that has config and headers of a hub model: its weight files are holes of the right size, which take no room.
+    """A folder that has config, tokenizer and headers of a hub model: its weight files are holes of the right size, which take
+    no room.
 
     Raises InputError as `resolve_model` does.
     """
@@ -67,7 +80,10 @@ def fetch_headers(model: str, revision: str | None, folder: Path) -> Path:
         api = HfApi()
         info = api.model_info(model, revision=revision)
         _files(info, place)
-        snapshot = Path(snapshot_download(model, revision=info.sha, local_dir=folder, allow_patterns=[CONFIG_FILE, INDEX_FILE]))
+        small = [*_SMALL, INDEX_FILE]
+        snapshot = Path(
+            snapshot_download(model, revision=info.sha, local_dir=folder, allow_patterns=small, ignore_patterns="*/*")
+        )
         for file in _weight_files(snapshot, place):
             header = api.parse_safetensors_file_metadata(model, file, revision=info.sha)
             _write_hole(snapshot / file, header)

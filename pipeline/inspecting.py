@@ -1,13 +1,11 @@
 """`inspect`: what a checkpoint is and what its merged versions would weigh, from config and headers alone."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.table import Table
 
-from pipeline.hub import fetch_headers, is_hub_name
+from pipeline.hub import headers_of
 from pipeline.table import human_bytes
 from pipeline.worker import resolve
 
@@ -15,10 +13,8 @@ from pipeline.worker import resolve
 def inspect_model(model: str, revision: str | None) -> dict[str, Any]:
     """Facts of a folder or a hub model (`stages.prepare.inspect`). Of a hub model only headers and small files are fetched."""
     describe = resolve("stages.prepare.inspect:inspect_checkpoint")
-    if not is_hub_name(model):
-        return describe(str(Path(model).expanduser()))  # type: ignore[no-any-return]
-    with TemporaryDirectory(prefix="hcsmoe-inspect-") as folder:
-        return describe(str(fetch_headers(model, revision, Path(folder))))  # type: ignore[no-any-return]
+    with headers_of(model, revision) as folder:
+        return describe(str(folder))  # type: ignore[no-any-return]
 
 
 def describe_model(facts: Mapping[str, Any]) -> Iterator[Table | str]:

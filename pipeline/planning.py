@@ -7,6 +7,7 @@ from rich.table import Table
 
 from pipeline.config import RunConfig
 from pipeline.graph import tokens_args
+from pipeline.hub import headers_of
 from pipeline.partition import held_bytes, layer_shards
 from pipeline.preflight import check, check_layers, check_mtp
 from pipeline.stage_keys import Stages
@@ -16,8 +17,16 @@ from stages.merge.layout import output_files
 
 
 def describe_plan(config: RunConfig) -> Iterator[Table | str]:
-    """Lines and tables for the terminal. Raises InputError for anything that would stop a run."""
-    checked = check(config)
+    """Lines and tables for the terminal; of a hub model only headers and small files are fetched, to a temporary folder.
+
+    Raises InputError for anything that would stop a run.
+    """
+    with headers_of(config.model, config.revision) as folder:
+        yield from _describe(config, folder)
+
+
+def _describe(config: RunConfig, folder: Path) -> Iterator[Table | str]:
+    checked = check(config, folder)
     stages, run_dir, model = Stages(config, checked.identities), Path(config.run_dir).resolve(), checked.model
     plan, columns = resolve("stages.prepare.stage:survey_tables")(str(model))
     check_layers(config, len(plan["moe_layers"]))

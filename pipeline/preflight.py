@@ -21,13 +21,15 @@ class Checked:
     identities: Mapping[str, Mapping[str, Any]]
 
 
-def check(config: RunConfig) -> Checked:
-    """Check a run.
+def check(config: RunConfig, folder: Path | None = None) -> Checked:
+    """Check a run. folder: of the checkpoint where it is known; otherwise a hub model is fetched now.
 
     Raises InputError for a checkpoint that is missing, damaged or not MoE, for a target out of bounds, for a missing text.
     """
-    cache_dir = Path(config.cache_dir or Path(config.run_dir) / "source").resolve()
-    checkpoint = Checkpoint(resolve_model(config.model, config.revision, cache_dir))
+    if folder is None:
+        cache_dir = Path(config.cache_dir or Path(config.run_dir) / "source").resolve()
+        folder = resolve_model(config.model, config.revision, cache_dir)
+    checkpoint = Checkpoint(folder)
     place = str(checkpoint.folder)
     num_experts = num_experts_in(checkpoint.config, place)
     family_of(checkpoint.config, place)

@@ -75,6 +75,15 @@ def test_a_run_fetches_what_it_needs_once_and_states_the_commit(model: Path, tmp
     assert offline.returncode == 0, offline.stderr
 
 
+def test_plan_keeps_no_weights_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    with serve(Hub({"org/tiny": model})) as hub:
+        done = hcsmoe(hub, tmp_path, "plan", str(write_run_file(tmp_path)))
+        assert done.returncode == 0, done.stderr
+        assert "org/tiny: MixtralForCausalLM" in done.stdout and "tiny-4e-stock" in done.stdout
+        assert not (tmp_path / "run").exists()
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_inspect_reads_headers_alone(model: Path, tmp_path: Path) -> None:
     with serve(Hub({"org/tiny": model})) as hub:
         found = hcsmoe(hub, tmp_path, "inspect", "org/tiny", "--json")
