@@ -70,6 +70,16 @@ class {class_name}(_Base):
             if name.endswith(".experts") and hasattr(module, "num_experts"):
                 layer = name.split("layers.")[1].split(".")[0]
                 _merge(module, config.hcsmoe_num_experts[layer])
+
+    # transformers looks for these in the source text of a class's module, and this is not the base's: ask for the base.
+    # Otherwise experts would run in another implementation, depending on what the process has loaded before.
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return _Base._can_set_experts_implementation()
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return _Base._can_set_attn_implementation()
 '''
 
 

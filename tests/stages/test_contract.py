@@ -138,3 +138,8 @@ def test_packed_experts_become_values() -> None:
     scales = torch.full((2, 6, 1), 127, dtype=torch.uint8)
     values = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     assert values.shape == (2, 32, 6) and values.dtype == torch.float32
+
+
+def test_a_class_is_asked_how_its_experts_and_attention_may_run() -> None:
+    assert MixtralForCausalLM._can_set_experts_implementation() is True
+    assert MixtralForCausalLM._can_set_attn_implementation() is True

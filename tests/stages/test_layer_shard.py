@@ -1,5 +1,7 @@
 """A model run layer shard by layer shard gives the bits of the whole model."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
 from stages.common.layer_shard import LayerShard
 from stages.common.streaming import enter, leave, run_layers
+from tests.conftest import REPOSITORY
+from tests.runs import FinishedRun
 from tests.tiny import FAMILIES, load, logits, random_ids, save_checkpoint
 
 CUTS = {"one shard": [(0, 3)], "a layer each": [(0, 1), (1, 2), (2, 3)], "uneven": [(0, 2), (2, 3)]}
@@ -39,6 +43,26 @@ def test_streamed_logits_are_the_whole_models_bit_for_bit(tmp_path: Path, family
     assert model.dtype == dtype
     whole = torch.cat([logits(model, ids_ST[start : start + 2]) for start in (0, 2, 4)])
     assert torch.equal(streamed_logits(Checkpoint(folder), CUTS[cut], ids_ST, tmp_path), whole)
+
+
+_HOW_EXPERTS_RUN = """
+import sys
+from stages.common.checkpoint import Checkpoint
+from stages.common.layer_shard import LayerShard
+print(LayerShard(Checkpoint(sys.argv[1]), 0, 1, num_threads=1).model.config._experts_implementation)
+"""
+
+
+def test_a_tied_checkpoint_runs_as_its_base_does_in_a_process_that_has_run_nothing_before(
+    finished_run: Callable[[str], FinishedRun],
+) -> None:
+    """transformers guesses from a class's source text how its experts may run, and remembers it for the base: in bfloat16,
+    perplexities changed with the order in which a worker got its models."""
+    done = finished_run("mixtral")
+    command = [sys.executable, "-c", _HOW_EXPERTS_RUN, str(done.model("3e-tied"))]
+    fresh = subprocess.run(command, check=True, timeout=300, cwd=REPOSITORY, capture_output=True, text=True)
+    base = LayerShard(Checkpoint(done.source), 0, 1, num_threads=1)
+    assert fresh.stdout.split()[-1] == base.model.config._experts_implementation
 
 
 def test_a_shard_holds_its_own_layers_and_no_other(tiny_checkpoint: Callable[[str], Path]) -> None:
