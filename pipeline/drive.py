@@ -97,6 +97,7 @@ class Driver:
         """Nothing runs: free all memory once, then give the unit to the first worker that is up again."""
         if not self._has_made_room:
             self._executor.make_room()
+            self._schedule.release_all()
             self._has_made_room = True
         slots = [slot for slot in self._executor.free_slots() if slot.is_worker or not unit.on_worker]
         if slots:

@@ -114,6 +114,11 @@ class Schedule:
         if key is not None and key in self._groups:
             self._groups[key].claimed_by = None
 
+    def release_all(self) -> None:
+        """All workers are gone."""
+        for slot_id in list(self._claims):
+            self.release(slot_id)
+
     def finish(self, unit: Unit) -> None:
         """A unit is sealed: its followers may become ready."""
         self._forget(unit)

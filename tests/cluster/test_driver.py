@@ -41,25 +41,23 @@ def wait_for_units(run_file: Path, num_units: int, process: subprocess.Popen[str
     while time.monotonic() < deadline and process.poll() is None:
         if sum(event["event"] == "sealed" for event in events_of(run_file)) >= num_units:
             return
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def test_a_driver_killed_at_random_moments_repeats_no_sealed_unit(
     run_file: RunFile, undisturbed: dict[str, dict[str, str]]
 ) -> None:
     """SIGKILL at 20 moments, the same command each time. The driver computes too (local executor), so units die with it."""
-    path = run_file({"resources.num_gpus": None})
+    path = run_file({"resources.num_gpus": None, "resources.layers_per_shard": 1})  # enough units to be killed in
     rng = random.Random(0)
-    num_killed = 0
     for _ in range(NUM_KILLS):
         process = start(path, "--executor", "local")
         already = sum(event["event"] == "sealed" for event in events_of(path))
         wait_for_units(path, already + rng.randrange(1, 4), process)
         time.sleep(rng.uniform(0, 0.05))
-        num_killed += process.poll() is None
+        assert process.poll() is None, "each kill strikes a running driver"
         process.kill()
         process.communicate(timeout=_LIMIT_S)
-    assert num_killed >= NUM_KILLS // 2, "most of the kills struck a running driver"
     process = start(path, "--executor", "local")
     output, _ = process.communicate(timeout=_LIMIT_S)
     assert process.returncode == 0, output

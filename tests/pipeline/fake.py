@@ -137,6 +137,7 @@ class FakeExecutor:
 
     def make_room(self) -> None:
         self.log.append(("all", "make room"))
+        self.slots = [Slot(f"{slot.id}'", True) if slot.is_worker else slot for slot in self.slots]
 
     def cancel(self, slot: Slot, reason: str) -> None:
         raise AssertionError(f"nothing hangs here: {reason}")

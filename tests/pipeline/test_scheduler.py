@@ -164,6 +164,19 @@ def test_a_worker_that_waits_for_an_earlier_layer_shard_takes_it_over() -> None:
     assert ("w1", "shard-0-tokens-1") in executor.log
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_unit_out_of_memory_runs_alone_and_the_layer_shards_of_the_ended_workers_are_taken_up_again(workers: int) -> None:
+    units = chain(num_shards=4, num_tokens=3)
+    short = [Failure("memory", "out of memory")]
+    executor = FakeExecutor(workers, outcome=lambda _, one: short.pop() if one.name == "shard-1-tokens-1" and short else None)
+    done, failures, warnings = drive(units, executor)
+    assert failures == []
+    assert sorted(done) == sorted(one.name for one in units)
+    assert warnings == ["shard-1-tokens-1: out of memory; alone"]
+    again = executor.log.index(("all", "make room"))
+    assert executor.log[again + 1][1] == "shard-1-tokens-1"
+
+
 def test_a_unit_that_kills_every_worker_fails_after_max_attempts() -> None:
     executor = FakeExecutor(2, outcome=lambda slot, one: LOST if one.name == "shard-1-tokens-0" else None)
     _, failures, warnings = drive(chain(num_shards=3, num_tokens=2), executor, max_attempts=3)
