@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ from pipeline.units import Failure, Outcome, Unit
 from stages.common.errors import InputError
 
 _WAIT_S = 1.0
+_LOOK_S = 1.0
+_SHORT_S = 0.1
 _IDLE_WARNING_S = 60.0
 _FIRST_TIMEOUT_S = 7200.0
 _MIN_TIMEOUT_S = 600.0
@@ -31,12 +33,15 @@ class _Timeouts:
     first of its kind."""
 
     def __init__(self) -> None:
-        self._elapsed: dict[str, list[float]] = defaultdict(list)
+        self._elapsed: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=100))
 
     def note(self, unit: Unit, elapsed_s: float) -> None:
+        self._elapsed[unit.call].append(elapsed_s)
+
+    def is_short(self, unit: Unit) -> bool:
+        """Whether units of this kind take so little that waiting behind some does not count."""
         known = self._elapsed[unit.call]
-        known.append(elapsed_s)
-        del known[:-100]
+        return bool(known) and max(known) < _SHORT_S
 
     def limit_s(self, unit: Unit, resources: Resources) -> float:
         if resources.unit_timeout_s is not None:
@@ -59,6 +64,7 @@ class Driver:
         self._alone: str | None = None
         self._has_made_room = False
         self._idle_since = time.monotonic()
+        self._looked_at = 0.0
 
     def drive(self) -> None:
         """Until every run is finished or has failed (see `RunState.failures`)."""
@@ -90,8 +96,13 @@ class Driver:
             return
         for slot in self._executor.free_slots():
             taken = self._schedule.take(slot)
+            if taken is not None and slot.is_queued and not self._timeouts.is_short(taken):
+                self._schedule.requeue(taken)
+                return
             if taken is not None:
                 self._submit(slot, taken)
+            elif not slot.is_worker:
+                return  # the slots that follow would find nothing either
 
     def _assign_alone(self, unit: Unit) -> None:
         """Nothing runs: free all memory once, then give the unit to the first worker that is up again."""
@@ -108,11 +119,15 @@ class Driver:
         self._attempts[unit.id] += 1
         self._running[slot.id] = _Running(unit, time.monotonic())
         self._slots[slot.id] = slot
+        self._runs[unit.run_dir].started(unit)
         self._executor.submit(slot, unit)
 
     def _look_after(self) -> None:
         """End what hangs; say what is missing when nothing can run."""
         now = time.monotonic()
+        if now - self._looked_at < _LOOK_S:
+            return
+        self._looked_at = now
         for slot_id, running in self._running.items():
             limit_s = self._timeouts.limit_s(running.unit, self._runs[running.unit.run_dir].config.resources)
             if now - running.since > limit_s:
@@ -125,7 +140,7 @@ class Driver:
             self._idle_since = now
 
     def _ended(self, slot: Slot, unit: Unit, outcome: Outcome) -> None:
-        self._running.pop(slot.id, None)
+        del self._running[slot.id], self._slots[slot.id]
         if unit.id == self._alone:
             self._alone, self._has_made_room = None, False
         run = self._runs[unit.run_dir]

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import preflight
 from pipeline.config import RunConfig
 from pipeline.errors import RunFailed
-from pipeline.events import EventLog
+from pipeline.events import FAILED, LOST, RUN_BEGINS, RUN_ENDS, SEALED, STAGE_BEGINS, STARTED, EventLog
 from pipeline.graph import Graph
 from pipeline.manifest import MANIFESTS_DIR
 from pipeline.names import STAGES
@@ -92,7 +92,7 @@ class RunState:
         sweep(self.run_dir, [stage.dir for stage in self.stages.all()])
         self._forget_seals()
         self._events = EventLog(self.run_dir)
-        self._events.write("run begins", num_workers=num_workers)
+        self._events.write(RUN_BEGINS, num_workers=num_workers)
 
     def _forget_seals(self) -> None:
         """Under --from, unseal the stages to be redone; what they wrote is replaced file by file."""
@@ -142,6 +142,8 @@ class RunState:
         self._num_run += len(selected)
         self._num_reused += len(units) - len(selected)
         self._reporter.begin(stage, len(selected), len(units) - len(selected))
+        assert self._events is not None
+        self._events.write(STAGE_BEGINS, stage=stage, num_units=len(selected), num_reused=len(units) - len(selected))
         return selected
 
     def _end_stage(self) -> None:
@@ -159,18 +161,23 @@ class RunState:
         elif stage == "report":
             publish_report(self.run_dir, self.run_dir / self.stages.report.dir / REPORT_FILE)
 
+    def started(self, unit: Unit) -> None:
+        """A unit is given to a worker."""
+        assert self._events is not None
+        self._events.write(STARTED, unit=f"{unit.stage_dir}/{unit.name}")
+
     def done(self, unit: Unit, outcome: Outcome) -> None:
         """A unit is sealed: what it alone read is deleted, and what it wrote (again) for units that are sealed."""
         delete(self.run_dir, unit.reads)
         delete(self.run_dir, set(unit.writes) - self._wanted)
         self._reporter.done(unit, outcome)
-        self._write_event("sealed", unit, outcome)
+        self._write_event(SEALED, unit, outcome)
 
     def retried(self, unit: Unit, outcome: Outcome, how: str) -> None:
         """A unit is to be tried again."""
         assert outcome.failure is not None
         self._reporter.line(f"{unit.stage} {unit.label}: {outcome.failure.message}; trying again {how}")
-        self._write_event("lost", unit, outcome)
+        self._write_event(LOST, unit, outcome)
 
     def failed(self, failure: UnitFailure) -> None:
         """A unit failed for good: the run stops once its other running units have ended."""
@@ -178,7 +185,7 @@ class RunState:
             self._reporter.line(f"{failure.unit.stage} {failure.unit.label} failed; waiting for what still runs")
         self.failures.append(failure)
         self.is_active = False
-        self._write_event("failed", failure.unit, failure.outcome)
+        self._write_event(FAILED, failure.unit, failure.outcome)
 
     def _write_event(self, event: str, unit: Unit, outcome: Outcome) -> None:
         assert self._events is not None
@@ -200,7 +207,7 @@ class RunState:
         """End bars and the event log, however the run ended."""
         self._reporter.end()
         if self._events is not None:
-            self._events.write("run ends", num_failed=len(self.failures))
+            self._events.write(RUN_ENDS, num_failed=len(self.failures))
 
     def result(self) -> RunResult:
         """What the run leaves. Raises InputError or RunFailed if it failed."""

@@ -1,12 +1,14 @@
 """`status`: how far a run is, from its files alone."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.table import Table
 
 from pipeline.config import RunConfig
+from pipeline.events import LastRun, last_run
 from pipeline.graph import Graph
 from pipeline.identity import differences
 from pipeline.lock import describe_holder
@@ -18,6 +20,8 @@ from pipeline.stage_keys import StageRun, Stages
 from pipeline.table import human_bytes
 from stages.common.checkpoint import read_json
 from stages.common.errors import InputError
+
+_MAX_LISTED = 20
 
 
 def load_graph(run_dir: Path) -> Graph:
@@ -34,22 +38,47 @@ def describe_status(run_dir: Path) -> Iterator[Table | str]:
     """Lines and tables for the terminal."""
     graph = load_graph(run_dir)
     yield describe_holder(graph.run_dir)
-    table = Table("stage", "units", "sealed", "to run", "bytes", "unit seconds", title=None)
+    last = last_run(graph.run_dir)
+    table = Table("stage", "units", "sealed", "reused", "to run", "bytes", "unit seconds", title=None)
     waits_for = ""
     for stage in STAGES:
         if waits_for:
-            table.add_row(stage, "?", "", f"after {waits_for}", "", "")
+            table.add_row(stage, "?", "", "", f"after {waits_for}", "", "")
             continue
         units = graph.units(stage)
         to_run = select(units, verify=False)
         manifests = [manifest for unit in units if (manifest := read_manifest(unit)) is not None]
         num_bytes = sum(recorded["bytes"] for manifest in manifests for recorded in manifest.files.values())
         seconds = sum(manifest.elapsed_s for manifest in manifests)
-        table.add_row(stage, str(len(units)), str(len(manifests)), str(len(to_run)), human_bytes(num_bytes), f"{seconds:.1f}")
+        counts = (len(units), len(manifests), last.reused.get(stage, 0), len(to_run))
+        table.add_row(stage, *map(str, counts), human_bytes(num_bytes), f"{seconds:.1f}")
         if to_run:
             waits_for = stage
     yield table
+    yield from _running(last)
+    for unit, event in list(last.failed.items())[:_MAX_LISTED]:
+        where = f" on {event['host']}" if event.get("host") else ""
+        yield f"failed{where} at {_clock(event['time'])}: {unit}: {event.get('message', 'no cause is recorded')}"
+    if len(last.failed) > _MAX_LISTED:
+        yield f"failed: {len(last.failed) - _MAX_LISTED} more, in events.jsonl"
+    if last.num_lost:
+        yield f"units given to another worker in the last run: {last.num_lost}"
     yield from _reasons(graph)
+
+
+def _running(last: LastRun) -> Iterator[str]:
+    """Units that were started and have not ended, the oldest first; none if the driver ended as it should."""
+    if last.is_over:
+        return
+    now = time.time()
+    for unit, since in list(last.running.items())[:_MAX_LISTED]:
+        yield f"running since {_clock(since)} ({now - since:.0f} s): {unit}"
+    if len(last.running) > _MAX_LISTED:
+        yield f"running: {len(last.running) - _MAX_LISTED} more"
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _reasons(graph: Graph) -> Iterator[str]:

@@ -7,11 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Hold:
-    """What a worker opens once and keeps while it runs the units that need it: `call` is given `args`."""
+    """What a worker opens once and keeps while it runs the units that need it: `call` is given `args`.
+
+    num_bytes: of weights that opening it reads, for the metrics; 0 where that is not known before.
+    """
 
     key: str
     call: str
     args: Mapping[str, Any]
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a unit, where, and how long it took; `failure` is None for a sealed one."""
+    """What became of a unit, where, and how long it took; `failure` is None for a sealed one.
+
+    bytes_read: of transient files and of weights of a newly opened hold. bytes_written: of all its files.
+    """
 
     host: str
     elapsed_s: float
     facts: Mapping[str, Any]
     failure: Failure | None = None
+    bytes_read: int = 0
+    bytes_written: int = 0

@@ -40,16 +40,20 @@ class Worker:
     def run(self, unit: Unit) -> Outcome:
         """Run and seal one unit. Never raises for what the unit raises: the outcome says why it failed."""
         started = time.time()
-        failure, facts = None, {}
+        failure, facts, bytes_read, bytes_written = None, {}, 0, 0
         try:
-            held = self._hold(unit)
             run_dir = Path(unit.run_dir)
+            if unit.hold is not None and unit.hold.key != self._hold_key:
+                bytes_read += unit.hold.num_bytes
+            held = self._hold(unit)
+            bytes_read += sum((run_dir / path).stat().st_size for path in unit.reads)
             result = resolve(unit.call)(Job(run_dir, run_dir / unit.stage_dir, unit.args, held))
             seal(unit, result, started)
             facts = dict(result.facts)
+            bytes_written = sum(file.num_bytes for file in (*result.files, *result.transient))
         except InputError as e:
             failure = Failure("input", str(e))
         except Exception as e:  # the driver reports it with its traceback and ends the run
             kind = "memory" if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" else "error"
             failure = Failure(kind, f"{type(e).__name__}: {e}", traceback.format_exc())
-        return Outcome(socket.gethostname(), time.time() - started, facts, failure)
+        return Outcome(socket.gethostname(), time.time() - started, facts, failure, bytes_read, bytes_written)

@@ -1,6 +1,6 @@
 """What the scheduler needs of an executor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,10 +9,14 @@ from pipeline.units import Outcome, Unit
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one unit: a worker (which can hold a layer shard, on its GPU), or a CPU task."""
+    """Room for one unit: a worker (which can hold a layer shard, on its GPU), or a CPU task.
+
+    is_queued: a unit put here waits behind others, so that a CPU has its next one at hand: only for units that take no time.
+    """
 
     id: str
     is_worker: bool
+    is_queued: bool = False
 
 
 class Executor(Protocol):
@@ -29,8 +33,8 @@ class Executor(Protocol):
     def want(self, units: Sequence[Unit]) -> None:
         """These units are to be run: make the slots they need."""
 
-    def free_slots(self) -> list[Slot]:
-        """Slots that can take a unit now."""
+    def free_slots(self) -> Iterable[Slot]:
+        """Slots that can take a unit now: workers, then CPU tasks, then CPU tasks that are to wait for a CPU."""
 
     def submit(self, slot: Slot, unit: Unit) -> None:
         """Start a unit in a free slot."""

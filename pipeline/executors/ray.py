@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayE
 from pipeline.config import Resources
 from pipeline.errors import RunFailed
 from pipeline.executors.base import Slot
+from pipeline.metrics import UnitMetrics
 from pipeline.units import Failure, Outcome, Unit
 from pipeline.worker import Worker
 from stages.common.errors import InputError
@@ -26,6 +27,8 @@ _OBJECT_STORE_BYTES = 100_000_000  # units pass file names, not data
 _RESOURCES_TTL_S = 2.0
 _PROBE_S = 10.0
 _MAX_FAILED_STARTS = 3
+_TASKS_PER_CPU = 8
+_MAX_NAMES = 500
 
 
 def connect(address: str) -> str:
@@ -84,6 +87,10 @@ class RayExecutor:
         self._task = ray.remote(num_cpus=1, max_retries=0)(_run_task)
         self._actors: dict[str, _Actor] = {}
         self._running: dict[Any, tuple[Slot, Unit | None]] = {}
+        self._busy: set[str] = set()
+        self._num_tasks = 0
+        self._num_named = 0
+        self._metrics = UnitMetrics()
         self._cancelled: dict[str, str] = {}
         self._numbers = itertools.count()
         self._num_wanted = 0
@@ -107,7 +114,7 @@ class RayExecutor:
     @property
     def num_running(self) -> int:
         """Units in flight."""
-        return sum(1 for _, unit in self._running.values() if unit is not None)
+        return len(self._busy) + self._num_tasks
 
     def want(self, units: Sequence[Unit]) -> None:
         """Want as many workers as can be kept busy. Without GPUs a worker serves CPU units as well as a task does."""
@@ -124,25 +131,34 @@ class RayExecutor:
             self._actors[slot.id] = _Actor(handle, slot)
             self._running[handle.__ray_ready__.remote()] = (slot, None)
 
-    def free_slots(self) -> list[Slot]:
-        """Workers that are up and idle, then room for CPU tasks beside the workers."""
+    def free_slots(self) -> Iterator[Slot]:
+        """Workers that are up and idle, then room for CPU tasks beside the workers, made as they are asked for."""
         self._start_workers()
-        busy = {slot.id for slot, unit in self._running.values() if unit is not None}
-        slots = [actor.slot for actor in self._actors.values() if actor.is_ready and actor.slot.id not in busy]
+        yield from [actor.slot for actor in self._actors.values() if actor.is_ready and actor.slot.id not in self._busy]
         room = int(self._total("CPU")) - len(self._actors) * self._resources.num_cpus
         if not self._actors:
             room = max(room, 1)  # an autoscaler adds a first node only for work that waits for it
-        num_tasks = sum(1 for slot, unit in self._running.values() if unit is not None and not slot.is_worker)
-        return slots + [Slot(f"task-{next(self._numbers)}", is_worker=False) for _ in range(room - num_tasks)]
+        for number in range(self._num_tasks, room * _TASKS_PER_CPU):
+            yield Slot(f"task-{next(self._numbers)}", is_worker=False, is_queued=number >= room)
 
     def submit(self, slot: Slot, unit: Unit) -> None:
-        """Send the unit to its worker, or start a task named after it."""
-        name = f"{unit.stage} {unit.label}"
+        """Send the unit to its worker, or start a task."""
+        name = self._name(unit)
         if slot.is_worker:
+            self._busy.add(slot.id)
             ref = self._actors[slot.id].handle.run.options(name=name).remote(unit)
         else:
+            self._num_tasks += 1
             ref = self._task.options(name=name).remote(unit)
         self._running[ref] = (slot, unit)
+
+    def _name(self, unit: Unit) -> str:
+        """What Ray's dashboard calls the unit. Ray keeps a time series for each name ever used, 15 kB in this process alone
+        and one more in each scrape, so only the first units have one of their own, the rest their stage's."""
+        if self._num_named == _MAX_NAMES:
+            return unit.stage
+        self._num_named += 1
+        return f"{unit.stage} {unit.label}"
 
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
         """Outcomes of what has ended, deaths included."""
@@ -165,10 +181,15 @@ class RayExecutor:
             except RayError as e:
                 value = Outcome("", 0.0, {}, self._failure(slot, e))
                 self._forget(slot)
-            if unit is not None:
-                ended.append((slot, unit, value))
-            else:
+            if unit is None:
                 self._started(slot, value)
+                continue
+            if slot.is_worker:
+                self._busy.discard(slot.id)
+            else:
+                self._num_tasks -= 1
+            self._metrics.note(unit, value)
+            ended.append((slot, unit, value))
         return ended
 
     def _started(self, slot: Slot, value: Any) -> None:

@@ -23,7 +23,9 @@ STAGE_DIR = "toy-0"
 def at(run_dir: Path, units: Sequence[Unit]) -> list[Unit]:
     """The units, in another run directory."""
     return [
-        replace(one, run_dir=str(run_dir), after=tuple(other.replace(one.run_dir, str(run_dir), 1) for other in one.after))
+        one
+        if one.run_dir == str(run_dir)
+        else replace(one, run_dir=str(run_dir), after=tuple(other.replace(one.run_dir, str(run_dir), 1) for other in one.after))
         for one in units
     ]
 
@@ -95,6 +97,9 @@ class ToyRun:
         self.is_active = bool(units)
         return units
 
+    def started(self, unit: Unit) -> None:
+        pass
+
     def done(self, unit: Unit, outcome: Outcome) -> None:
         self.done_units[unit.name] = outcome
         delete(self.run_dir, unit.reads)
@@ -123,6 +128,7 @@ class FakeExecutor:
         self.log: list[tuple[str, str]] = []
         self.most_at_once = 0
         self.num_idle_waits = 0
+        self.elapsed_s = 0.0
 
     @property
     def num_workers(self) -> int:
@@ -162,7 +168,7 @@ class FakeExecutor:
         failure = self.outcome(slot, unit)
         if failure is not None and failure.kind in ("lost", "node"):
             self.slots[self.slots.index(slot)] = Slot(f"{slot.id}'", slot.is_worker)
-        return [(slot, unit, Outcome("host", 0.0, {}, failure))]
+        return [(slot, unit, Outcome("host", self.elapsed_s, {}, failure))]
 
     def why_idle(self) -> str:
         return "no slot"

@@ -114,6 +114,19 @@ def test_a_worker_helps_with_cpu_units_when_it_has_nothing_of_its_own() -> None:
     assert done == ["merge", "cpu-0", "cpu-1"]
 
 
+@pytest.mark.parametrize(("elapsed_s", "most_at_once"), [(0.01, 3), (5.0, 1)])
+def test_only_units_known_to_be_short_wait_behind_others(elapsed_s: float, most_at_once: int) -> None:
+    """Long ones stay in the driver: time spent waiting would count as time spent hanging."""
+    executor = FakeExecutor(workers=0, tasks=1)
+    executor.slots += [Slot(f"queued-{n}", is_worker=False, is_queued=True) for n in range(2)]
+    executor.elapsed_s = elapsed_s
+    units = [unit(f"cpu-{n}") for n in range(8)]
+    done, failures, _ = drive(units, executor)
+    assert (done, failures) == ([one.name for one in units], [])
+    assert executor.most_at_once == most_at_once
+    assert executor.log[0] == ("t0", "cpu-0")
+
+
 def test_units_follow_those_that_they_name() -> None:
     a = unit("a")
     units = [unit("b", after=(a.id, f"{RUN_DIR}/toy-0/of-an-earlier-run")), a]
