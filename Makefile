@@ -1,4 +1,4 @@
-# Both targets set everything up themselves: they need Python 3.11+, make and git.
+# The targets set everything up themselves: they need Python 3.11+, make and git.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Where there is no NVIDIA GPU, torch's CPU build (a tenth of the size) is offered beside PyPI's.
 TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--retries 2 --extra-index-url https://download.pytorch.org/whl/cpu")
 
-.PHONY: demo test test-cluster lint install clean
+.PHONY: demo test test-cluster lint bench install clean
 
 demo: install  ## compress the example model on a local Ray cluster and print the result table
 	$(BIN)/python -m pipeline run examples/tiny-mixtral.yaml --address local
@@ -21,6 +21,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: install  ## measure against a script by hand, the compute limit and the disk; writes docs/benchmarks.md (10 GB of disk)
+	$(BIN)/python -m bench.run
 
 install: $(VENV)/.installed
 

@@ -1,0 +1,130 @@
+"""Benchmark 2: how near calibrate comes to the machine's own matrix multiplication. Run in a process of its own.
+
+Counted, not estimated: torch's own counter gives the operations of a token shard's way through the layers; every
+`torch.mm` in it is then repeated on its own, same shapes, strides, dtype and threads, in turn with the unit itself.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.measure import timed
+from bench.models import IDS_FILE, MODELS
+from stages.calibrate.stage import calibrate_unit, open_shard
+from stages.common.unit import Job
+from stages.prepare.stage import survey_tables, tokens_unit
+
+Operand = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+class MatmulRecorder(TorchDispatchMode):
+    """Counts matrix products by shape, stride and dtype of their two operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[tuple[Operand, Operand]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm"):
+            left, right = args[-2:]
+            self.products[_operand(left), _operand(right)] += 1
+        elif name == "linear":
+            self.products[_operand(args[0].flatten(0, -2)), _operand(args[1].T)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _operand(tensor: torch.Tensor) -> Operand:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+def _random(operand: Operand) -> torch.Tensor:
+    shape, stride, dtype = operand
+    values = torch.randn(shape).to(dtype)
+    return values.T.contiguous().T if stride[0] < stride[1] else values
+
+
+def repeat_products(products: Counter[tuple[Operand, Operand]], least_s: float = 0.2) -> float:
+    """Seconds that all products take, from the median of each kind alone."""
+    total = 0.0
+    with torch.inference_mode():
+        for (left, right), count in products.items():
+            a, b = _random(left), _random(right)
+            torch.mm(a, b)
+            seconds: list[float] = []
+            while sum(seconds) < least_s and len(seconds) < 50:
+                started = time.perf_counter()
+                torch.mm(a, b)
+                seconds.append(time.perf_counter() - started)
+            total += statistics.median(seconds) * count
+    return total
+
+
+def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str, Any]:
+    """Operations, seconds of the unit and of its bare products, and the share of the rate that is reached."""
+    spec = MODELS[name]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        run_dir = Path(temporary)
+        micro_batch = max(1, 2048 // spec.sequence_length)
+        texts = {
+            "place": "calibration", "model": str(folder), "data": [str(folder / IDS_FILE)], "num_sequences": spec.num_sequences,
+            "sequence_length": spec.sequence_length, "sequences_per_shard": spec.num_sequences,
+        }  # fmt: skip
+        tokens_unit(Job(run_dir, run_dir / "tokens", texts))
+        plan, _ = survey_tables(str(folder))
+        opened: list[Any] = []
+        routers = plan["routers"]
+        load_s, load_cpu_s = timed(lambda: opened.append(open_shard(str(folder), 0, plan["num_layers"], num_threads, routers)))
+        args = {"tokens_dir": "tokens", "shard": 0, "micro_batch": micro_batch, "is_last": True}
+        job = Job(run_dir, run_dir / "calibrate", args, opened[0])
+        with FlopCounterMode(display=False) as counter:
+            calibrate_unit(job)
+        with MatmulRecorder() as recorder:
+            calibrate_unit(job)
+        num_products_flops = sum(
+            2 * left[0][0] * left[0][1] * right[0][1] * n for (left, right), n in recorder.products.items()
+        )
+        shares, cpu_shares, unit_s, products_s = [], [], [], []
+        for _ in range(repeats):
+            wall_s, cpu_s = timed(lambda: calibrate_unit(job))
+            bare_s = repeat_products(recorder.products)
+            rate = num_products_flops / bare_s
+            unit_s.append(wall_s)
+            products_s.append(bare_s)
+            shares.append(counter.get_total_flops() / wall_s / rate)
+            cpu_shares.append(counter.get_total_flops() / cpu_s / rate * num_threads)
+    return {
+        "flops": counter.get_total_flops(),
+        "flops_of_products": num_products_flops,
+        "num_tokens": spec.num_sequences * spec.sequence_length,
+        "load_s": load_s,
+        "load_cpu_s": load_cpu_s,
+        "unit_s": unit_s,
+        "products_s": products_s,
+        "share": shares,
+        "share_cpu": cpu_shares,
+    }
+
+
+def main() -> None:
+    """Print one line of JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--repeats", type=int, required=True)
+    args = parser.parse_args()
+    print(json.dumps(measure(args.name, args.folder, args.threads, args.repeats)))
+
+
+if __name__ == "__main__":
+    main()

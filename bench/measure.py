@@ -1,0 +1,142 @@
+"""Time, processor seconds and peak memory of processes, taken from outside by what the kernel keeps of them."""
+
+import contextlib
+import os
+import platform
+import statistics
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+MARK = "HCSMOE_BENCHMARK"
+REPOSITORY = Path(__file__).parents[1]
+_SAMPLE_S = 0.05
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One command: wall and processor seconds, peak resident bytes of its main process, last line of its output.
+
+    peaks: where all processes were watched, peak resident bytes (file-backed pages included) of each by all its titles.
+    """
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int
+    output: str
+    peaks: Mapping[str, int] = field(default_factory=dict)
+
+
+def _field_bytes(status: str, name: str) -> int:
+    for line in status.splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+class _Watch(threading.Thread):
+    """Reads the high-water mark of every process that carries a mark in its environment, wherever it was started from."""
+
+    def __init__(self, mark: str) -> None:
+        super().__init__(daemon=True)
+        self._mark = f"{MARK}={mark}".encode()
+        self._marked: dict[str, bool] = {}
+        self._over = threading.Event()
+        self._titles: dict[str, set[str]] = {}
+        self._peaks: dict[str, int] = {}
+
+    def run(self) -> None:
+        while not self._over.wait(_SAMPLE_S):
+            for folder in Path("/proc").iterdir():
+                if folder.name.isdecimal():
+                    with contextlib.suppress(OSError):
+                        self._look(folder)
+
+    def _look(self, folder: Path) -> None:
+        if folder.name not in self._marked:
+            self._marked[folder.name] = self._mark in (folder / "environ").read_bytes().split(b"\0")
+        if self._marked[folder.name]:
+            title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:100]
+            self._titles.setdefault(folder.name, set()).add(title)
+            peak = _field_bytes((folder / "status").read_text(), "VmHWM:")
+            self._peaks[folder.name] = max(peak, self._peaks.get(folder.name, 0))
+
+    def stop(self) -> dict[str, int]:
+        """Peak of each process under all titles that it has had."""
+        self._over.set()
+        self.join()
+        return {f"{pid}: {' | '.join(sorted(self._titles[pid]))}": peak for pid, peak in self._peaks.items()}
+
+
+def run(command: Sequence[str], watch_all: bool = False, **environment: str) -> Measured:
+    """Run a command to its end in the repository. Raises RuntimeError with its output when it fails.
+
+    watch_all: look at every process that it starts, however far removed; costs a little processor time.
+    """
+    mark = uuid.uuid4().hex
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment, MARK: mark}
+    watch = _Watch(mark) if watch_all else None
+    if watch:
+        watch.start()
+    started = time.perf_counter()
+    process = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall_s = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    peaks = watch.stop() if watch else {}
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output}")
+    last = output.strip().splitlines()[-1] if output.strip() else ""
+    return Measured(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, last, peaks)
+
+
+def forget_pages(folder: Path) -> None:
+    """Let the kernel drop its cache of a folder's files, so that reading them reads the disk."""
+    for path in folder.glob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and processor seconds of one call."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    import torch
+    import transformers
+
+    cpu = Path("/proc/cpuinfo").read_text()
+    model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "unknown")
+    total = _field_bytes(Path("/proc/meminfo").read_text(), "MemTotal:")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit.stdout.strip(),
+        "cpu": model,
+        "num_cpus": os.cpu_count(),
+        "memory_bytes": total,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "bf16": next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpu), "no bf16 instructions"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "load": os.getloadavg()[0],
+    }
