@@ -8,19 +8,23 @@ from pipeline.config import Resources, TextData
 LayerRange = tuple[int, int]
 
 
+def weight_bytes(plan: Mapping[str, Any], layers: LayerRange) -> int:
+    """Bytes of weights of a layer shard; with embedding, norm and head at both ends of the model."""
+    first, stop = layers
+    outside = plan["outside_bytes"] if first == 0 or stop == plan["num_layers"] else 0
+    return int(sum(plan["layer_bytes"][first:stop]) + outside)
+
+
 def held_bytes(plan: Mapping[str, Any], layers: LayerRange, data: TextData) -> int:
     """Memory in bytes that a worker needs for a layer shard: weights, the copy while loading, activations."""
     first, stop = layers
     layer_bytes: Sequence[int] = plan["layer_bytes"]
     hidden_size: int = plan["hidden_size"]
     vocab_size: int = plan["vocab_size"]
-    outside_bytes: int = plan["outside_bytes"]
     itemsize = 4 if plan["dtype"] == "float32" else 2
-    at_an_end = first == 0 or stop == plan["num_layers"]
-    weights = sum(layer_bytes[first:stop]) + (outside_bytes if at_an_end else 0)
     hidden = 2 * data.sequences_per_shard * data.sequence_length * hidden_size * itemsize
     logits = 2 * 4 * data.micro_batch * data.sequence_length * vocab_size if stop == plan["num_layers"] else 0
-    return weights + max(layer_bytes[first:stop]) + hidden + logits
+    return weight_bytes(plan, layers) + max(layer_bytes[first:stop]) + hidden + logits
 
 
 def layer_shards(plan: Mapping[str, Any], data: TextData, resources: Resources, num_workers: int) -> list[LayerRange]:

@@ -59,3 +59,33 @@ def test_the_walk_finds_imports_of_every_kind(tmp_path: Path) -> None:
 def test_both_packages_are_walked() -> None:
     assert len(_modules("stages")) > 20
     assert len(_modules("pipeline")) > 15
+
+
+PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+LOADERS = {("torch", "load"), ("pd", "read_pickle"), ("pandas", "read_pickle"), ("yaml", "load"), ("yaml", "unsafe_load")}
+
+
+def _code_runners(tree: ast.AST) -> Iterator[str]:
+    """Calls that would run code that a file holds."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+            called = (node.func.value.id, node.func.attr)
+            if called in LOADERS:
+                yield ".".join(called)
+        allowed = [keyword.value for keyword in node.keywords if keyword.arg == "allow_pickle"]
+        if any(not isinstance(value, ast.Constant) or value.value is not False for value in allowed):
+            yield "allow_pickle"
+
+
+@pytest.mark.parametrize("path", [*_modules("stages"), *_modules("pipeline")], ids=_name)
+def test_no_pickle_is_read(path: Path) -> None:
+    """Whoever may write to a run directory or a checkpoint must not run code through it."""
+    assert PICKLES.isdisjoint(name.split(".")[0] for name in imported(path))
+    assert list(_code_runners(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def test_the_walk_finds_readers_of_pickles() -> None:
+    text = "torch.load(p)\nnp.load(p, allow_pickle=x)\nnp.load(p, allow_pickle=False)\nyaml.safe_load(t)\nyaml.load(t)"
+    assert sorted(_code_runners(ast.parse(text))) == ["allow_pickle", "torch.load", "yaml.load"]

@@ -37,9 +37,12 @@ class Submission:
 
 @dataclass(frozen=True)
 class RayHead:
-    """A running head: the address for jobs, its temporary folder, and the environment that its commands need."""
+    """A running head: the addresses for jobs, for drivers and for a Prometheus scrape, its temporary folder, and the
+    environment that its commands need."""
 
     address: str
+    gcs_address: str
+    metrics_address: str
     temp_dir: Path
     env: Mapping[str, str]
 
@@ -81,11 +84,13 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def ray_head(token: str | None = None, node_types: Mapping[str, Any] | None = None) -> Iterator[RayHead]:
+def ray_head(
+    token: str | None = None, node_types: Mapping[str, Any] | None = None, more_env: Mapping[str, str] | None = None
+) -> Iterator[RayHead]:
     """Start `ray start --head --block` on free ports, wait until it takes jobs, and end all its processes.
 
     token: turns token authentication on. node_types: starts a head without CPUs, and the autoscaler with Ray's fake provider,
-    which adds nodes of these types on this machine.
+    which adds nodes of these types on this machine. more_env: on top of its environment.
     """
     temp_dir = Path(tempfile.mkdtemp(prefix="ray-head-", dir="/tmp"))  # short: sockets lie in it
     head_port, dashboard_port, agent_port, agent_grpc_port, metrics_port, client_port = free_ports(6)
@@ -98,6 +103,7 @@ def ray_head(token: str | None = None, node_types: Mapping[str, Any] | None = No
     }
     if token:
         env["RAY_AUTH_TOKEN"] = token
+    env |= more_env or {}
     size = ["--num-cpus=2", "--num-gpus=0"]
     if node_types is not None:
         config_path = temp_dir / "autoscaling.json"
@@ -118,7 +124,13 @@ def ray_head(token: str | None = None, node_types: Mapping[str, Any] | None = No
             command, env=env, cwd=temp_dir, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
     try:
-        head = RayHead(f"http://127.0.0.1:{dashboard_port}", temp_dir, env)
+        head = RayHead(
+            f"http://127.0.0.1:{dashboard_port}",
+            f"127.0.0.1:{head_port}",
+            f"http://127.0.0.1:{metrics_port}/metrics",
+            temp_dir,
+            env,
+        )
         _wait_until_up(head, process, log_path)
         yield head
     finally:
