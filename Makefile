@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Where there is no NVIDIA GPU, torch's CPU build (a tenth of the size) is offered beside PyPI's.
 TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--retries 2 --extra-index-url https://download.pytorch.org/whl/cpu")
 
-.PHONY: demo test test-cluster lint bench install clean
+.PHONY: demo test test-cluster lint bench chaos install clean
 
 demo: install  ## compress the example model on a local Ray cluster and print the result table
 	$(BIN)/python -m pipeline run examples/tiny-mixtral.yaml --address local
@@ -24,6 +24,12 @@ lint: install
 
 bench: install  ## measure against a script by hand, the compute limit and the disk; writes docs/benchmarks.md (10 GB of disk)
 	$(BIN)/python -m bench.run
+
+SEED ?= 0
+RUNS ?= 10
+
+chaos: install  ## RUNS runs whose workers, nodes and drivers are killed at random moments; under a minute each
+	$(BIN)/python -m tests.cluster.campaign --seed $(SEED) --runs $(RUNS)
 
 install: $(VENV)/.installed
 

@@ -17,12 +17,30 @@ STALE_S = 60.0
 
 
 def describe_holder(run_dir: Path) -> str:
-    """One line that says which driver works on a run directory."""
+    """One line that says which driver works on a run directory, and if it shows no sign of life."""
+    path = run_dir / LOCK_FILE
     try:
-        holder = json.loads((run_dir / LOCK_FILE).read_text())
+        holder = json.loads(path.read_text())
+        silent_s = time.time() - path.stat().st_mtime  # by this host's clock: good enough to look at
     except FileNotFoundError:
         return f"{run_dir}: no driver is running"
-    return f"{run_dir}: driver on host {holder['host']}, pid {holder['pid']}, since {holder['since']}"
+    line = f"{run_dir}: driver on host {holder['host']}, pid {holder['pid']}, since {holder['since']}"
+    if _is_gone(holder):
+        return f"{line}; that process is gone, and the next run takes over"
+    return line if silent_s < STALE_S else f"{line}; no sign of life for {silent_s:.0f} s, and the next run takes over"
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    """Whether a lock's process, of this host, has ended; other hosts' processes cannot be seen."""
+    if holder["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # somebody else's, and alive
+        pass
+    return False
 
 
 class RunLock:
@@ -85,13 +103,8 @@ class RunLock:
             return None
 
     def _is_alive(self, holder: dict[str, Any]) -> bool:
-        if holder["host"] == socket.gethostname():
-            try:
-                os.kill(holder["pid"], 0)
-            except ProcessLookupError:
-                return False
-            except PermissionError:
-                return True
+        if _is_gone(holder):
+            return False
         try:
             return self._age_s() < STALE_S
         except FileNotFoundError:

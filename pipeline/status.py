@@ -67,7 +67,8 @@ def describe_status(run_dir: Path) -> Iterator[Table | str]:
 
 
 def _running(last: LastRun) -> Iterator[str]:
-    """Units that were started and have not ended, the oldest first; none if the driver ended as it should."""
+    """Units that were started and have not ended, the oldest first; none if the driver ended as it should. Those of a driver
+    that was killed are listed too: the line on the driver says that it is gone."""
     if last.is_over:
         return
     now = time.time()

@@ -1,6 +1,11 @@
 """`status` shows what runs, what failed and what was reused, from the files of a run directory alone."""
 
 import io
+import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +18,7 @@ from pipeline.config import load_config
 from pipeline.events import EVENTS_FILE, last_run
 from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
+from pipeline.lock import LOCK_FILE
 from pipeline.status import describe_status
 from pipeline.units import Unit
 from stages.common.errors import InputError
@@ -76,3 +82,17 @@ def test_a_line_that_a_killed_driver_left_half_written_is_passed_over(run_file: 
     assert "running since" not in shown(done.run_dir)
     path.unlink()
     assert "no driver is running" in shown(done.run_dir)
+
+
+def test_a_driver_that_is_gone_is_said_to_be_gone(run_file: Path) -> None:
+    done = FinishedRun.of(run_file)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(30)
+    path = done.run_dir / LOCK_FILE
+    holder = {"host": socket.gethostname(), "pid": ended.pid, "since": "2026-01-02 03:04:05 UTC", "token": "t"}
+    path.write_text(json.dumps(holder))
+    assert f"pid {ended.pid}, since 2026-01-02 03:04:05 UTC; that process is gone" in shown(done.run_dir)
+    path.write_text(json.dumps({**holder, "host": "elsewhere"}))
+    os.utime(path, (time.time() - 1000, time.time() - 1000))
+    assert "no sign of life for 1000 s" in shown(done.run_dir)
+    path.unlink()
