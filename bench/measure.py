@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-import statistics
 import subprocess
 import threading
 import time
@@ -111,11 +110,6 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     call()
     return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def machine() -> dict[str, Any]:

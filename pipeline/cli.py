@@ -94,9 +94,10 @@ def run(
     result = run_pipeline(config, _executor_maker(executor, address, config.resources, reporter), reporter, options)
     run_dir = result.report_path.parent
     console = _output()
-    console.print(result_table(result.report))
-    console.print(f"report       {result.report_path}", soft_wrap=True, highlight=False)
-    console.print(f"checkpoints  {run_dir / 'models'}", soft_wrap=True, highlight=False)
+    if result.report["models"]:
+        console.print(result_table(result.report))
+        console.print(f"report       {result.report_path}", soft_wrap=True, highlight=False)
+        console.print(f"checkpoints  {run_dir / 'models'}", soft_wrap=True, highlight=False)
     console.print(f"{result.num_run} units run, {result.num_reused} reused, {result.elapsed_s:.1f} s", highlight=False)
 
 

@@ -51,7 +51,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves: the report (as parsed) and how many units it ran."""
+    """What a run leaves: the report (as parsed; no models if --only left it out) and how many units it ran."""
 
     report: Mapping[str, Any]
     report_path: Path
@@ -127,11 +127,13 @@ class RunState:
         return []
 
     def _select(self, stage: str) -> list[Unit]:
+        only = self.options.only_stage
+        if only is not None and STAGES.index(stage) > STAGES.index(only):
+            return []  # its units are not even known where a stage before is not done
         units = self.graph.units(stage)
         selected = select(units, self.options.verify)
-        only = self.options.only_stage
         if only is not None and stage != only:
-            if selected and STAGES.index(stage) < STAGES.index(only):
+            if selected:
                 raise InputError(
                     f"--only {only} needs {stage}, of which {len(selected)} of {len(units)} units are not done; "
                     "run without --only"
@@ -148,14 +150,14 @@ class RunState:
 
     def _end_stage(self) -> None:
         stage, self._stage = self._stage, None
+        if stage == "prepare":
+            preflight.check_layers(self.config, len(self.graph.plan["moe_layers"]))
+            preflight.check_mtp(self.config, self.graph.plan)
         if stage is None or (self.options.only_stage not in (None, stage)):
             return
         self._reporter.end()
         sweep(self.run_dir, [part.dir for part in self.stages.all() if part.stage == stage], TRANSIENT_DIRS)
-        if stage == "prepare":
-            preflight.check_layers(self.config, len(self.graph.plan["moe_layers"]))
-            preflight.check_mtp(self.config, self.graph.plan)
-        elif stage == "assemble":
+        if stage == "assemble":
             for target in self.stages.targets:
                 publish_model(self.run_dir, target.name, self.graph.checkpoint_dir(target))
         elif stage == "report":
@@ -216,7 +218,8 @@ class RunState:
         if self.failures:
             raise self._error()
         path = self.run_dir / REPORT_FILE
-        report = json.loads(path.read_text()) if path.exists() else {"models": []}
+        is_reported = self.options.only_stage in (None, STAGES[-1])
+        report = json.loads(path.read_text()) if is_reported else {"models": []}
         return RunResult(report, path, self._num_run, self._num_reused, time.monotonic() - self._started)
 
     def _error(self) -> InputError | RunFailed:

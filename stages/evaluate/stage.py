@@ -13,8 +13,6 @@ from stages.common.schemas import LOSSES, read_table, write_table
 from stages.common.streaming import enter, leave, micro_batches, run_layers
 from stages.common.unit import Job, UnitResult
 
-METRICS = ("perplexity",)
-
 
 def sequence_losses(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:
     """Next-token negative log-likelihood of each sequence in nats, float64 [B], summed over its T - 1 predictions."""

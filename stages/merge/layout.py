@@ -15,8 +15,6 @@ from stages.common.headers import DTYPE_BITS
 from stages.common.quantised import VALUE_DTYPES
 from stages.common.schemas import read_table
 
-FORMATS = ("tied", "stock")
-
 
 @dataclass(frozen=True)
 class OutputTensor:
