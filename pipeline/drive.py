@@ -62,6 +62,7 @@ class Driver:
         self._attempts: dict[str, int] = defaultdict(int)
         self._timeouts = _Timeouts()
         self._alone: str | None = None
+        self._tried_alone: set[str] = set()
         self._has_made_room = False
         self._idle_since = time.monotonic()
         self._looked_at = 0.0
@@ -113,6 +114,7 @@ class Driver:
         slots = [slot for slot in self._executor.free_slots() if slot.is_worker or not unit.on_worker]
         if slots:
             self._alone = self._schedule.alone.popleft().id
+            self._tried_alone.add(unit.id)
             self._submit(slots[0], unit)
 
     def _submit(self, slot: Slot, unit: Unit) -> None:
@@ -156,7 +158,7 @@ class Driver:
         attempts = self._attempts[unit.id]
         if failure.kind in ("lost", "node", "memory"):
             self._schedule.release(slot.id)
-        if run.is_active and self._may_retry(run, failure, attempts):
+        if run.is_active and self._may_retry(run, unit, failure, attempts):
             alone = failure.kind == "memory"
             run.retried(unit, outcome, "alone" if alone else "on another worker")
             self._schedule.requeue(unit, alone)
@@ -164,7 +166,7 @@ class Driver:
         run.failed(UnitFailure(unit, outcome, max(1, attempts)))
         self._schedule.drop(unit.run_dir, [running.unit for running in self._running.values()])
 
-    def _may_retry(self, run: RunState, failure: Failure, attempts: int) -> bool:
+    def _may_retry(self, run: RunState, unit: Unit, failure: Failure, attempts: int) -> bool:
         if failure.kind == "memory":
-            return attempts < 2
+            return unit.id not in self._tried_alone
         return failure.kind == "node" or (failure.kind == "lost" and attempts < run.config.resources.max_attempts)

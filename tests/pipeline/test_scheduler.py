@@ -231,3 +231,15 @@ def test_waiting_without_a_worker_says_what_is_missing(monkeypatch: pytest.Monke
 
 def test_a_stage_without_units_is_over_at_once() -> None:
     assert drive([], FakeExecutor(0)) == ([], [], [])
+
+
+def test_a_unit_out_of_memory_is_tried_alone_once_however_often_it_was_lost_before() -> None:
+    ends = {"hungry": [LOST, Failure("memory", "no memory left"), None], "glutton": [Failure("memory", "no memory left")] * 2}
+
+    def outcome(slot: Slot, one: Unit) -> Failure | None:
+        return ends[one.name].pop(0) if one.name in ends else None
+
+    done, failures, _ = drive([unit("hungry"), unit("other")], FakeExecutor(2, outcome=outcome))
+    assert (sorted(done), failures) == (["hungry", "other"], [])
+    _, failures, _ = drive([unit("glutton")], FakeExecutor(1, outcome=outcome))
+    assert [(failed.unit.name, failed.attempts) for failed in failures] == [("glutton", 2)]
