@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 TEMPORARY_PREFIX = ".tmp-"
-_READ_BYTES = 1 << 22
+_READ_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,21 @@ def link_or_copy(source: Path, path: Path) -> None:
         os.replace(temporary, path)
         temporary.unlink(missing_ok=True)  # renaming onto another link of the same file does nothing
     _sync_folder(path.parent)
+
+
+def read_into(path: Path, begin: int, view: memoryview) -> None:
+    """Fill a writable buffer of bytes from a file, from byte `begin` on: no copy in between, whatever its size.
+
+    Raises EOFError when the file ends before the buffer is full.
+    """
+    with open(path, "rb", buffering=0) as raw:
+        raw.seek(begin)
+        num_read = 0
+        while num_read < view.nbytes:
+            count = raw.readinto(view[num_read : num_read + _READ_BYTES])
+            if not count:
+                raise EOFError(f"{path} ends at byte {begin + num_read:,} where {begin + view.nbytes:,} is due")
+            num_read += count
 
 
 def sha256_of(path: Path) -> str:
