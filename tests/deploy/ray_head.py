@@ -24,6 +24,7 @@ START_TIMEOUT_S = 60
 JOB_TIMEOUT_S = 200
 END_TIMEOUT_S = 15
 GRACE_S = 3
+_OF_RAY_ITSELF = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::JobSupervisor")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,14 @@ class RayHead:
             request.add_header("Authorization", f"Bearer {self.env['RAY_AUTH_TOKEN']}")
         with urllib.request.urlopen(request, timeout=10) as response:
             return str(json.load(response)["status"])
+
+    def worker_titles(self) -> list[str]:
+        """Titles of the processes in which units run, or may: workers of a driver, not Ray's own idle ones."""
+        titles = []
+        for pid in _descendants(self.temp_dir):
+            with contextlib.suppress(OSError):
+                titles.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
+        return [title for title in titles if title.startswith("ray::") and not title.startswith(_OF_RAY_ITSELF)]
 
 
 def free_ports(count: int) -> list[int]:
