@@ -17,6 +17,19 @@ from pipeline.units import Unit
 from pipeline.worker import resolve
 from stages.common.unit import Job, UnitResult
 
+EATEN_BYTES = 4 * 2**30
+_BITE_BYTES = 2**27
+
+
+def _eat_memory() -> None:
+    """Take memory until somebody puts an end to it. Raises RuntimeError when nobody does."""
+    eaten = []
+    while len(eaten) * _BITE_BYTES < EATEN_BYTES:
+        eaten.append(b"\1" * _BITE_BYTES)
+        time.sleep(0.05)
+    time.sleep(10)
+    raise RuntimeError(f"{len(eaten) * _BITE_BYTES:,} bytes were taken and nothing happened")
+
 
 def _is_first(marker: Path) -> bool:
     try:
@@ -39,6 +52,8 @@ def faulty_unit(job: Job) -> UnitResult:
         time.sleep(3600)
     if strikes and fault in ("memory", "always memory"):
         raise MemoryError("cannot allocate what the unit needs")
+    if strikes and fault == "eat memory":
+        _eat_memory()
     if strikes and fault == "always error":
         raise ZeroDivisionError("a unit that cannot work")
     if strikes and fault == "on a node to be killed":

@@ -94,12 +94,16 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def ray_head(
-    token: str | None = None, node_types: Mapping[str, Any] | None = None, more_env: Mapping[str, str] | None = None
+    token: str | None = None,
+    node_types: Mapping[str, Any] | None = None,
+    more_env: Mapping[str, str] | None = None,
+    num_gpus: int = 0,
 ) -> Iterator[RayHead]:
     """Start `ray start --head --block` on free ports, wait until it takes jobs, and end all its processes.
 
     token: turns token authentication on. node_types: starts a head without CPUs, and the autoscaler with Ray's fake provider,
-    which adds nodes of these types on this machine. more_env: on top of its environment.
+    which adds nodes of these types on this machine. more_env: on top of its environment. num_gpus: that it pretends
+    to have.
     """
     temp_dir = Path(tempfile.mkdtemp(prefix="ray-head-", dir="/tmp"))  # short: sockets lie in it
     head_port, dashboard_port, agent_port, agent_grpc_port, metrics_port, client_port = free_ports(6)
@@ -113,7 +117,7 @@ def ray_head(
     if token:
         env["RAY_AUTH_TOKEN"] = token
     env |= more_env or {}
-    size = ["--num-cpus=2", "--num-gpus=0"]
+    size = ["--num-cpus=2", f"--num-gpus={num_gpus}"]
     if node_types is not None:
         config_path = temp_dir / "autoscaling.json"
         config_path.write_text(json.dumps(_fake_cluster(node_types, f"{get_node_ip_address()}:{head_port}")))
