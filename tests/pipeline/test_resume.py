@@ -80,6 +80,31 @@ def test_no_transient_file_is_left(finished_run: Runs) -> None:
     assert not (done.run_dir / "driver.lock").exists()
 
 
+class Watching(LocalExecutor):
+    """Looks, before each unit, at which layers there are hidden states and of which token shards."""
+
+    seen: list[dict[str, list[str]]]
+
+    def submit(self, slot: Slot, unit: Unit) -> None:
+        found: dict[str, list[str]] = {}
+        for path in (Path(unit.run_dir) / unit.stage_dir / "hidden").glob("*/*"):
+            found.setdefault(path.parent.name, []).append(path.stem)
+        type(self).seen.append(found)
+        super().submit(slot, unit)
+
+
+def test_hidden_states_of_two_boundaries_at_most_are_on_disk(tmp_path: Path, finished_run: Runs) -> None:
+    done = finished_run("mixtral")
+    settings = {"resources.layers_per_shard": 1, "calibration.tokens_per_shard": 64, "evaluation.tokens_per_shard": 64}
+    run_file = write_run_file(tmp_path, done.source, Path(done.config.calibration.data[0]), settings)
+    watching = type("Once", (Watching,), {"seen": []})
+    execute(load_config(run_file, []), watching)
+    assert max(len(found) for found in watching.seen) == 2, "what the layer shard reads and what it writes"
+    for found in watching.seen:
+        shards = [shard for names in found.values() for shard in names]
+        assert len(shards) == len(set(shards)), "what a sealed unit has read is deleted before the next one starts"
+
+
 @pytest.mark.parametrize("layers_per_shard", [1, 2])
 def test_the_size_of_layer_shards_does_not_change_a_byte(tmp_path: Path, finished_run: Runs, layers_per_shard: int) -> None:
     done = finished_run("mixtral")
