@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 # Where there is no NVIDIA GPU, torch's CPU build (a tenth of the size) is offered beside PyPI's.
 TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--retries 2 --extra-index-url https://download.pytorch.org/whl/cpu")
 
-.PHONY: demo test test-cluster lint bench chaos install clean
+.PHONY: demo test test-fast test-cluster lint bench chaos install clean
 
 demo: install  ## compress the example model on a local Ray cluster and print the result table
 	$(BIN)/python -m pipeline run examples/tiny-mixtral.yaml --address local
 
-test: install lint  ## lint, types, tests: what .ci/run calls
+test: test-fast test-cluster  ## everything: what .ci/run calls
+
+test-fast: install lint  ## lint, types, and the tests that need no cluster of several nodes
 	$(BIN)/python -m pytest -m "not slow"
 
 test-cluster: install  ## real clusters of several nodes, killed workers, nodes and drivers, submitted jobs
