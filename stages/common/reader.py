@@ -9,8 +9,6 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
-from stages.common.files import DigestingFile
 from stages.common.headers import Packing
 
 TORCH_DTYPES = {
@@ -18,7 +16,6 @@ TORCH_DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_COPY_BYTES = 1 << 24
 
 
 def dequantise_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
@@ -85,17 +82,3 @@ class TensorReader:
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
         return self.slices(name)[:]  # type: ignore[no-any-return]
-
-    def copy(self, name: str, out: DigestingFile) -> None:
-        """Write the bytes of a tensor that is not quantised as they are. Raises InputError for a shortened file."""
-        entry = self.checkpoint.tensors[name]
-        assert entry.packing is None, name
-        with open(self.checkpoint.folder / entry.file, "rb") as raw:
-            raw.seek(entry.begin)
-            left = entry.num_bytes
-            while left:
-                chunk = raw.read(min(left, _COPY_BYTES))
-                if not chunk:
-                    raise InputError(f"{self.place(name)}: the file ends {left:,} bytes early; it was changed during the run")
-                left -= len(chunk)
-                out.write(chunk)

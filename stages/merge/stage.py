@@ -1,6 +1,6 @@
 """Unit of merge: one output file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +11,14 @@ import torch
 from stages.common import tables
 from stages.common.checkpoint import Checkpoint
 from stages.common.files import DigestingFile, write_file
-from stages.common.headers import write_header
+from stages.common.headers import TensorEntry, write_header
 from stages.common.paths import CHECKPOINT_DIR, TENSORS_FILE, labels_file, statistics_file
 from stages.common.reader import TORCH_DTYPES, TensorReader
 from stages.common.unit import Job, UnitResult
+from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch, write_means
 from stages.merge.layout import OutputTensor, output_files, read_tensor_rows
 from stages.merge.shares import METHODS, ROUTERS, Shares, shares_by_cluster
-from stages.merge.weights import merge_rows, weighted_sum, write_tensor
+from stages.merge.weights import merge_rows
 
 
 @dataclass(frozen=True)
@@ -55,44 +56,55 @@ class LayerMerge:
         return ROUTERS[self.router](self._statistics, self.labels_E)
 
 
-def _copy(name: str, dtype: torch.dtype, source: TensorReader, out: DigestingFile) -> None:
-    """Write a tensor as it is: its bytes, or the values of a quantised one."""
-    if source.checkpoint.tensors[name].packing is None:
-        source.copy(name, out)
-    else:
-        write_tensor(out, source.read(name).to(dtype))
+def _stretch(entry: TensorEntry, source: TensorReader, expert: int | None = None) -> Stretch:
+    """Where a tensor of plain numbers lies, or one expert's slice of it along axis 0."""
+    path = source.checkpoint.folder / entry.file
+    if expert is None:
+        return Stretch(path, entry.begin, entry.num_bytes)
+    num_bytes = entry.num_bytes // entry.shape[0]
+    return Stretch(path, entry.begin + expert * num_bytes, num_bytes)
 
 
-def _write(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, LayerMerge], out: DigestingFile) -> None:
+def _mean(members: list[tuple[str, float]], dtype: torch.dtype, source: TensorReader, place: str) -> Mean:
+    """The weighted sum of tensors, by name."""
+    entries = [source.checkpoint.tensors[name] for name, _ in members]
+    if entries[0].packing is None:
+        stretches = [(_stretch(entry, source), share) for entry, (_, share) in zip(entries, members, strict=True)]
+        return PlainMean(stretches, dtype, place)
+    return ComputedMean(((source.read(name), share) for name, share in members), len(members), dtype, place)
+
+
+def _fused_means(name: str, clusters: list[Shares], dtype: torch.dtype, source: TensorReader, place: str) -> Iterator[Mean]:
+    """The weighted sum of each cluster's experts in a fused tensor, whose first axis is theirs."""
+    entry, view = source.checkpoint.tensors[name], source.slices(name)
+    for cluster in clusters:
+        if entry.packing is None:
+            yield PlainMean([(_stretch(entry, source, expert), share) for expert, share in cluster], dtype, place)
+        else:
+            yield ComputedMean(((view[expert : expert + 1], share) for expert, share in cluster), len(cluster), dtype, place)
+
+
+def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, LayerMerge]) -> Iterator[Mean]:
+    """The bytes of an output tensor, one mean after another."""
     row = tensor.source
-    dtype = TORCH_DTYPES[tensor.dtype]
-    place = source.place(row["name"])
+    dtype, place = TORCH_DTYPES[tensor.dtype], source.place(row["name"])
     if tensor.rule == "copy":
-        _copy(row["name"], dtype, source, out)
+        yield _mean([(row["name"], 1.0)], dtype, source, place)
         return
     assert tensor.layer is not None
     layer = layers[tensor.layer]
     if tensor.rule == "expert_map":
-        write_tensor(out, torch.from_numpy(layer.labels_E.astype("int64")))
+        yield ComputedMean([(torch.from_numpy(layer.labels_E.astype("int64")), 1.0)], 1, dtype, place)
     elif tensor.rule == "expert":
         assert tensor.cluster is not None
         members = [(row["template"].format(member), share) for member, share in layer.experts[tensor.cluster]]
-        if len(members) == 1:
-            _copy(members[0][0], dtype, source, out)
-        else:
-            parts = ((source.read(name), share) for name, share in members)
-            write_tensor(out, weighted_sum(parts, dtype, place))
+        yield _mean(members, dtype, source, place)
     elif tensor.rule == "fused_expert" and row["expert_axis"] == 0:
-        view = source.slices(row["name"])
-        for cluster in layer.experts:
-            if len(cluster) == 1:
-                write_tensor(out, view[cluster[0][0] : cluster[0][0] + 1].to(dtype))
-            else:
-                parts = ((view[member : member + 1], share) for member, share in cluster)
-                write_tensor(out, weighted_sum(parts, dtype, place))
+        yield from _fused_means(row["name"], layer.experts, dtype, source, place)
     else:
         shares = layer.rows if tensor.rule == "router" else layer.experts
-        write_tensor(out, merge_rows(source.read(row["name"]).to(dtype), row["expert_axis"], shares, place))
+        merged = merge_rows(source.read(row["name"]).to(dtype), row["expert_axis"], shares, place)
+        yield ComputedMean([(merged, 1.0)], 1, dtype, place)
 
 
 def merge_unit(job: Job) -> UnitResult:
@@ -125,8 +137,7 @@ def merge_unit(job: Job) -> UnitResult:
 
         def write(out: DigestingFile) -> None:
             write_header(out, ((t.name, t.dtype, t.shape, t.num_bytes) for t in file.tensors), metadata)
-            for tensor in file.tensors:
-                _write(tensor, source, layers, out)
+            write_means(out, (mean for tensor in file.tensors for mean in _means(tensor, source, layers)))
 
         written = write_file(job.stage_dir / CHECKPOINT_DIR / file.name, write)
     touched = sorted({t.layer for t in file.tensors if t.layer is not None and t.rule in ("expert", "fused_expert")})
