@@ -20,6 +20,7 @@ from pipeline.runner import MakeExecutor, run_all
 from pipeline.table import human_bytes
 from stages.common.errors import InputError
 from stages.common.files import write_json
+from stages.common.storage import as_path
 
 BATCH_FILE = "batch.json"
 
@@ -38,7 +39,7 @@ class BatchConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    batch_dir: Path
+    batch_dir: str
     """Where `batch.json` is written."""
     runs: Annotated[tuple[BatchEntry, ...], Field(min_length=1)]
     resources: Resources = Resources()
@@ -92,7 +93,7 @@ def run_batch(batch: BatchConfig, make_executor: MakeExecutor, console: Console,
         console.print(f"[{number + 1}] refused: {message}", markup=False, highlight=False, soft_wrap=True)
     run_all(list(states.values()), make_executor, Reporter(console))
     records = [_record(batch.runs[number], states.get(number), refused.get(number)) for number in range(len(batch.runs))]
-    path = write_json(batch.batch_dir / BATCH_FILE, {"runs": records}).path
+    path = write_json(as_path(batch.batch_dir) / BATCH_FILE, {"runs": records}).path
     return BatchResult(_summary(records), path, sum(record["error"] is not None for record in records))
 
 

@@ -46,7 +46,7 @@ Address = Annotated[
 ]
 ExecutorOption = Annotated[ExecutorName, typer.Option(help="ray, or local: everything in this process.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Check digests of all finished files, not only sizes.")]
-RunDir = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN_DIR")]
+RunDir = Annotated[str, typer.Argument(help="Run directory, or its URL.", metavar="RUN_DIR")]
 
 
 def _output() -> Console:

@@ -1,29 +1,81 @@
-"""`events.jsonl`: what happened in a run directory, one JSON object a line, for people and dashboards."""
+"""`events.jsonl`: what happened in a run directory, one JSON object a line, for people and dashboards.
+
+An object cannot be appended to: on object storage the log is a folder `events/` of such files, in the order of their names.
+"""
 
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.common.files import write_bytes
+from stages.common.storage import is_remote
+
 EVENTS_FILE = "events.jsonl"
+EVENTS_DIR = "events"
+FLUSH_S = 2.0
+PART_CHARACTERS = 1 << 18
 RUN_BEGINS, RUN_ENDS, STAGE_BEGINS = "run begins", "run ends", "stage begins"
 STARTED, SEALED, LOST, FAILED = "started", "sealed", "lost", "failed"
 
 
 class EventLog:
-    """Appends events. It is a log: whether work is done is read from manifests only."""
+    """Appends events. It is a log: whether work is done is read from manifests only.
+
+    On object storage events are sent every FLUSH_S, so a driver that is killed takes the last ones along.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / EVENTS_FILE
+        self._parts = _Parts(run_dir / EVENTS_DIR) if is_remote(run_dir) else None
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with the time in seconds since 1970; fields that are None are left out."""
         record = {"time": round(time.time(), 3), "event": event}
         record |= {name: value for name, value in fields.items() if value is not None}
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        if self._parts is not None:
+            self._parts.append(line, is_urgent=event in (RUN_BEGINS, RUN_ENDS))
+            return
         with open(self._path, "a", encoding="utf-8") as out:
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.write(line)
+
+
+class _Parts:
+    """Objects of a bounded size; the newest is written anew as it grows."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._name = self._new_name()
+        self._lines: list[str] = []
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def _new_name(self) -> str:
+        return f"{time.time_ns():020d}.jsonl"
+
+    def append(self, line: str, is_urgent: bool) -> None:
+        """Keep a line, and see that it is sent."""
+        with self._lock:
+            self._lines.append(line)
+            if self._timer is None and not is_urgent:
+                self._timer = threading.Timer(FLUSH_S, self._send)
+                self._timer.daemon = True
+                self._timer.start()
+        if is_urgent:
+            self._send()
+
+    def _send(self) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            write_bytes(self._folder / self._name, "".join(self._lines).encode())
+            if sum(map(len, self._lines)) > PART_CHARACTERS:
+                self._name, self._lines = self._new_name(), []
 
 
 @dataclass
@@ -43,15 +95,17 @@ class LastRun:
 
 def _events(run_dir: Path) -> Iterator[dict[str, Any]]:
     """All events; a line that a killed driver has left half written is passed over."""
-    try:
-        with open(run_dir / EVENTS_FILE, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-    except FileNotFoundError:
-        return
+    paths = sorted((run_dir / EVENTS_DIR).glob("*.jsonl"), key=str) if is_remote(run_dir) else [run_dir / EVENTS_FILE]
+    for path in paths:
+        try:
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError:
+                        continue
+        except FileNotFoundError:
+            return
 
 
 def last_run(run_dir: Path) -> LastRun:

@@ -22,6 +22,7 @@ from stages.common.errors import InputError
 from stages.common.families import family_of, num_experts_in
 from stages.common.files import DigestingFile
 from stages.common.headers import write_header
+from stages.common.storage import as_path, is_url
 
 _SMALL = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*", "README.md")
 _NOT_NEEDED = ("*/*", "*.index.json")  # other formats live in folders; the index of the weights is asked for by name
@@ -32,6 +33,11 @@ def is_hub_name(model: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).exists()
 
 
+def model_folder(model: str) -> Path:
+    """The folder that a model names, here or on object storage; whether it is there is seen when it is read."""
+    return as_path(model) if is_url(model) else Path(model).expanduser()
+
+
 def resolve_model(model: str, revision: str | None, cache_dir: Path) -> Path:
     """The folder of a model: itself, or a snapshot of the hub's in cache_dir (storage that every node reaches).
 
@@ -40,7 +46,7 @@ def resolve_model(model: str, revision: str | None, cache_dir: Path) -> Path:
     not exist, may not be read, cannot be reached, has only pickled weights or is not supported.
     """
     if not is_hub_name(model):
-        return Path(model).expanduser()
+        return model_folder(model)
     place = f"{model}{f' (revision {revision})' if revision else ''}"
     disable_progress_bars()
     try:
@@ -62,7 +68,7 @@ def _one_line(error: Exception) -> str:
 def headers_of(model: str, revision: str | None) -> Iterator[Path]:
     """The folder of a model to look at: itself, or a temporary one as `fetch_headers` makes for a hub model."""
     if not is_hub_name(model):
-        yield Path(model).expanduser()
+        yield model_folder(model)
         return
     with TemporaryDirectory(prefix="hcsmoe-headers-") as folder:
         yield fetch_headers(model, revision, Path(folder))

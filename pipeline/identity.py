@@ -9,6 +9,7 @@ from typing import Any
 from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from stages.common.errors import InputError
 from stages.common.files import sha256_of
+from stages.common.storage import read_range
 
 KEY_LENGTH = 12
 _END_BYTES = 1 << 16
@@ -38,12 +39,10 @@ def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
 def _ends(path: Path) -> str:
     try:
         size = path.stat().st_size
-        with open(path, "rb") as raw:
-            head = raw.read(_END_BYTES)
-            raw.seek(max(0, size - _END_BYTES))
-            return f"{size}:{hashlib.sha256(head + raw.read()).hexdigest()}"
+        ends = read_range(path, 0, _END_BYTES) + read_range(path, max(0, size - _END_BYTES), _END_BYTES)
+        return f"{size}:{hashlib.sha256(ends).hexdigest()}"
     except OSError as e:
-        raise InputError(f"{path} cannot be read: {e.strerror}; the checkpoint is incomplete") from e
+        raise InputError(f"{path} cannot be read: {e.strerror or e}; the checkpoint is incomplete") from e
 
 
 def data_identity(data: tuple[str, ...], revision: str | None, place: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """One driver a run directory: a lock file that names its holder and is kept fresh while the holder lives."""
 
+import contextlib
 import json
 import os
 import socket
@@ -9,7 +10,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from pipeline.lock_files import LocalLockFile, LockFile, ObjectLockFile
 from stages.common.errors import InputError
+from stages.common.storage import is_remote
 
 LOCK_FILE = "driver.lock"
 HEARTBEAT_S = 10.0
@@ -51,87 +54,51 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / LOCK_FILE
+        self._run_dir = run_dir
         self._token = uuid.uuid4().hex
+        make = ObjectLockFile if is_remote(run_dir) else LocalLockFile
+        self._file: LockFile = make(run_dir / LOCK_FILE, self._token)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self.took_over: str | None = None
 
     def __enter__(self) -> "RunLock":
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        while not self._create():
-            holder = self._read()
-            if holder is None:
-                continue
-            if self._is_alive(holder):
-                raise InputError(
-                    f"{self._path.parent} is in use by another driver: host {holder['host']}, pid {holder['pid']}, since "
-                    f"{holder['since']}; wait for it or end it (its lock is stale {STALE_S:.0f} s after its host dies)"
-                )
-            self._take_away(holder)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        holder = self._read()
-        if holder is not None and holder["token"] == self._token:
-            self._path.unlink(missing_ok=True)
-
-    def _create(self) -> bool:
         content = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
             "token": self._token,
         }
-        whole = self._path.with_name(f".{LOCK_FILE}-{self._token}")
-        whole.write_text(json.dumps(content))
-        try:
-            os.link(whole, self._path)  # fails if the lock exists, and never shows half a file
-        except FileExistsError:
-            return False
-        finally:
-            whole.unlink()
-        return True
+        while not self._file.create(content):
+            holder = self._file.read()
+            if holder is None:
+                continue
+            if self._is_alive(holder):
+                raise InputError(
+                    f"{self._run_dir} is in use by another driver: host {holder['host']}, pid {holder['pid']}, since "
+                    f"{holder['since']}; wait for it or end it (its lock is stale {STALE_S:.0f} s after its host dies)"
+                )
+            if self._file.take_away(holder["token"], STALE_S):
+                self.took_over = f"host {holder['host']}, pid {holder['pid']}, since {holder['since']}"
+        self._thread.start()
+        return self
 
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._path.read_text())  # type: ignore[no-any-return]
-        except FileNotFoundError:
-            return None
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        holder = self._file.read()
+        if holder is not None and holder["token"] == self._token:
+            self._file.remove()
 
     def _is_alive(self, holder: dict[str, Any]) -> bool:
         if _is_gone(holder):
             return False
         try:
-            return self._age_s() < STALE_S
+            return self._file.age_s() < STALE_S
         except FileNotFoundError:
             return False
 
-    def _age_s(self) -> float:
-        """Seconds since the last heartbeat by the file system's own clock, which all hosts share."""
-        probe = self._path.with_name(f".{LOCK_FILE}-{self._token}")
-        probe.touch()
-        try:
-            return probe.stat().st_mtime - self._path.stat().st_mtime
-        finally:
-            probe.unlink()
-
-    def _take_away(self, holder: dict[str, Any]) -> None:
-        stale = self._path.with_name(f".{LOCK_FILE}-stale-{self._token}")
-        try:
-            os.rename(self._path, stale)
-        except FileNotFoundError:
-            return
-        taken = json.loads(stale.read_text())
-        if taken["token"] != holder["token"]:  # another driver was faster: give its lock back
-            os.link(stale, self._path)
-        else:
-            self.took_over = f"host {holder['host']}, pid {holder['pid']}, since {holder['since']}"
-        stale.unlink()
-
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            os.utime(self._path)
+            with contextlib.suppress(OSError):  # a beat that does not arrive is made up for by the next
+                self._file.refresh()

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.units import Unit
 from stages.common.files import WrittenFile, sha256_of, write_json
+from stages.common.storage import as_path
 from stages.common.unit import UnitResult
 
 MANIFESTS_DIR = "manifests"
@@ -29,11 +30,11 @@ class Manifest:
 
     def is_whole(self, unit: Unit, verify: bool) -> bool:
         """Whether the files are there with the recorded sizes, and under `verify` with the recorded digests."""
-        return all(_is_whole(Path(unit.run_dir) / path, recorded, verify) for path, recorded in self.files.items())
+        return all(_is_whole(as_path(unit.run_dir) / path, recorded, verify) for path, recorded in self.files.items())
 
     def has_transient(self, unit: Unit, path: str, verify: bool) -> bool:
         """The same for one transient file."""
-        return path in self.transient and _is_whole(Path(unit.run_dir) / path, self.transient[path], verify)
+        return path in self.transient and _is_whole(as_path(unit.run_dir) / path, self.transient[path], verify)
 
 
 def _is_whole(path: Path, recorded: Mapping[str, Any], verify: bool) -> bool:
@@ -47,7 +48,7 @@ def _is_whole(path: Path, recorded: Mapping[str, Any], verify: bool) -> bool:
 
 def manifest_path(unit: Unit) -> Path:
     """Where a unit's manifest lies."""
-    return Path(unit.run_dir) / unit.stage_dir / MANIFESTS_DIR / f"{unit.name}.json"
+    return as_path(unit.run_dir) / unit.stage_dir / MANIFESTS_DIR / f"{unit.name}.json"
 
 
 def _records(run_dir: Path, files: tuple[WrittenFile, ...]) -> dict[str, dict[str, Any]]:
@@ -56,7 +57,7 @@ def _records(run_dir: Path, files: tuple[WrittenFile, ...]) -> dict[str, dict[st
 
 def seal(unit: Unit, result: UnitResult, started: float) -> None:
     """Write a unit's manifest."""
-    run_dir = Path(unit.run_dir)
+    run_dir = as_path(unit.run_dir)
     manifest = {
         "unit": f"{unit.stage_dir}/{unit.name}",
         "files": _records(run_dir, result.files),

@@ -13,6 +13,7 @@ from pipeline.preflight import check, check_layers, check_mtp
 from pipeline.stage_keys import Stages
 from pipeline.table import human_bytes
 from pipeline.worker import resolve
+from stages.common.storage import absolute
 from stages.merge.layout import output_files
 
 
@@ -27,7 +28,7 @@ def describe_plan(config: RunConfig) -> Iterator[Table | str]:
 
 def _describe(config: RunConfig, folder: Path) -> Iterator[Table | str]:
     checked = check(config, folder)
-    stages, run_dir, model = Stages(config, checked.identities), Path(config.run_dir).resolve(), checked.model
+    stages, run_dir, model = Stages(config, checked.identities), absolute(config.run_dir), checked.model
     plan, columns = resolve("stages.prepare.stage:survey_tables")(str(model))
     check_layers(config, len(plan["moe_layers"]))
     check_mtp(config, plan)

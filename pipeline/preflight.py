@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.hub import resolve_model
+from pipeline.hub import is_hub_name, resolve_model
 from pipeline.identity import data_identity, model_identity
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
 from stages.common.families import family_of, num_experts_in, stock_targets, top_k_in
+from stages.common.storage import absolute, as_path, check_readable, check_writable, is_remote, is_url
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ def check(config: RunConfig, folder: Path | None = None) -> Checked:
     Raises InputError for a checkpoint that is missing, damaged or not MoE, for a target out of bounds, for a missing text.
     """
     if folder is None:
-        cache_dir = Path(config.cache_dir or Path(config.run_dir) / "source").resolve()
-        folder = resolve_model(config.model, config.revision, cache_dir)
+        folder = _model_folder(config)
     checkpoint = Checkpoint(folder)
     place = str(checkpoint.folder)
     num_experts = num_experts_in(checkpoint.config, place)
@@ -41,7 +41,21 @@ def check(config: RunConfig, folder: Path | None = None) -> Checked:
     for name, data in texts.items():
         if data is not None:
             identities[name] = data_identity(data.data, data.revision, name)
-    return Checked(checkpoint.folder.resolve(), identities)
+    return Checked(absolute(checkpoint.folder), identities)
+
+
+def _model_folder(config: RunConfig) -> Path:
+    """The checkpoint folder, fetched if it is a hub model's. Raises InputError when a store does not answer."""
+    run_dir = absolute(config.run_dir)
+    check_writable(run_dir)
+    if is_url(config.model):
+        check_readable(as_path(config.model))
+    elif is_hub_name(config.model) and config.cache_dir is None and is_remote(run_dir):
+        raise InputError(
+            f"cache_dir is missing: {config.model} is downloaded to files, and run_dir {run_dir} is object storage; give a "
+            f"folder that every node reaches, or upload the model and give its URL"
+        )
+    return resolve_model(config.model, config.revision, absolute(config.cache_dir or run_dir / "source"))
 
 
 def check_targets(config: RunConfig, num_experts: int, top_k: int) -> None:

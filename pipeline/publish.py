@@ -4,17 +4,24 @@ import os
 import uuid
 from pathlib import Path
 
-from stages.common.files import copy_file
+from stages.common.checkpoint import CONFIG_FILE
+from stages.common.files import copy_file, link_or_copy, write_bytes
+from stages.common.storage import is_remote, remove_tree
 
 MODELS_DIR = "models"
+PUBLISHED_FILE = ".published"
+"""On object storage: names the folder that a published one is a copy of; written last."""
 
 
 def publish_model(run_dir: Path, name: str, folder: Path) -> Path:
     """Let `models/<name>` lead to a finished folder, by a relative link that replaces an older one in one step.
 
-    The folder itself keeps its key, so a changed setting overwrites nothing.
+    The folder itself keeps its key, so a changed setting overwrites nothing. Object storage has no links: it copies, by itself.
     """
     link = run_dir / MODELS_DIR / name
+    if is_remote(run_dir):
+        _publish_copy(link, folder)
+        return link
     link.parent.mkdir(parents=True, exist_ok=True)
     destination = os.path.relpath(folder, link.parent)
     if link.is_symlink() and os.readlink(link) == destination:
@@ -23,6 +30,38 @@ def publish_model(run_dir: Path, name: str, folder: Path) -> Path:
     temporary.symlink_to(destination, target_is_directory=True)
     os.replace(temporary, link)
     return link
+
+
+def _publish_copy(published: Path, folder: Path) -> None:
+    """Copy a folder. Its config goes first and comes last, so that nothing loads a half of it."""
+    if _published_from(published) == folder.parent.name:
+        return
+    for name in (PUBLISHED_FILE, CONFIG_FILE):
+        (published / name).unlink(missing_ok=True)
+    remove_tree(published)
+    names = [path.name for path in folder.iterdir() if path.name != CONFIG_FILE]
+    for name in (*names, CONFIG_FILE):
+        link_or_copy(folder / name, published / name)
+    write_bytes(published / PUBLISHED_FILE, folder.parent.name.encode())
+
+
+def _published_from(published: Path) -> str | None:
+    """Stage directory of the folder that a published one is a whole copy of."""
+    try:
+        return (published / PUBLISHED_FILE).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def unpublish_lost(run_dir: Path) -> None:
+    """Remove the names under `models/` whose folders are gone."""
+    for path in (run_dir / MODELS_DIR).glob("*"):
+        if is_remote(run_dir):
+            source = _published_from(path)
+            if source is None or not (run_dir / source).exists():
+                remove_tree(path)
+        elif path.is_symlink() and not path.exists():
+            path.unlink()
 
 
 def publish_report(run_dir: Path, report: Path) -> Path:

@@ -23,6 +23,7 @@ from pipeline.units import Outcome, Unit
 from stages.common.errors import InputError
 from stages.common.files import write_json
 from stages.common.paths import REPORT_FILE, TRANSIENT_DIRS
+from stages.common.storage import absolute
 
 RUN_FILE = "run.json"
 IDENTITY_FILE = "identity.json"
@@ -65,7 +66,7 @@ class RunState:
 
     def __init__(self, config: RunConfig, checked: preflight.Checked, reporter: Reporter, options: RunOptions) -> None:
         self.config, self.options, self._reporter = config, options, reporter
-        self.run_dir = Path(config.run_dir).resolve()
+        self.run_dir = absolute(config.run_dir)
         self.stages = Stages(config, checked.identities)
         self.model, self._identities = checked.model, checked.identities
         self.failures: list[UnitFailure] = []

@@ -1,12 +1,12 @@
 """Which units must run, read from manifests and files alone."""
 
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.manifest import read_manifest
 from pipeline.units import Unit
 from stages.common.files import TEMPORARY_PREFIX
+from stages.common.storage import is_remote, remove_tree
 
 
 def select(units: Sequence[Unit], verify: bool) -> list[Unit]:
@@ -48,6 +48,8 @@ def sweep(run_dir: Path, stage_dirs: Iterable[str], folders: Sequence[str] = ())
     """Delete the temporary files that killed workers have left in the stages' directories, and these folders of them."""
     for stage_dir in stage_dirs:
         for folder in folders:
-            shutil.rmtree(run_dir / stage_dir / folder, ignore_errors=True)
+            remove_tree(run_dir / stage_dir / folder)
+        if is_remote(run_dir):
+            continue  # an object is whole or not there
         for path in (run_dir / stage_dir).rglob(f"{TEMPORARY_PREFIX}*"):
             path.unlink(missing_ok=True)

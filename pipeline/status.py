@@ -20,21 +20,23 @@ from pipeline.stage_keys import StageRun, Stages
 from pipeline.table import human_bytes
 from stages.common.checkpoint import read_json
 from stages.common.errors import InputError
+from stages.common.storage import absolute, as_path, check_readable
 
 _MAX_LISTED = 20
 
 
-def load_graph(run_dir: Path) -> Graph:
+def load_graph(where: str | Path) -> Graph:
     """The graph of the last run in a run directory, to look at. Raises InputError when there was none."""
-    run_dir = run_dir.resolve()
+    run_dir = absolute(where)
+    check_readable(run_dir)
     if not (run_dir / RUN_FILE).exists():
         raise InputError(f"{run_dir} is not a run directory: it has no {RUN_FILE}; give the run_dir of a run file")
     recorded = read_json(run_dir / RUN_FILE)
     config = RunConfig.model_validate(recorded["config"])
-    return Graph(config, Stages(config, recorded["identities"]), run_dir, Path(recorded["model"]), num_workers=None)
+    return Graph(config, Stages(config, recorded["identities"]), run_dir, as_path(recorded["model"]), num_workers=None)
 
 
-def describe_status(run_dir: Path) -> Iterator[Table | str]:
+def describe_status(run_dir: str | Path) -> Iterator[Table | str]:
     """Lines and tables for the terminal."""
     graph = load_graph(run_dir)
     yield describe_holder(graph.run_dir)
@@ -99,4 +101,4 @@ def _newest_other(run_dir: Path, stage: StageRun) -> Path | None:
         for path in run_dir.glob(f"{stage.name}-*")
         if path.name != stage.dir and path.name.rsplit("-", 1)[0] == stage.name and (path / IDENTITY_FILE).exists()
     ]
-    return max(others, key=lambda path: path.stat().st_mtime, default=None)
+    return max(others, key=lambda path: (path / IDENTITY_FILE).stat().st_mtime, default=None)

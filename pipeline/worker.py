@@ -5,12 +5,12 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pipeline.manifest import seal
 from pipeline.units import Failure, Outcome, Unit
 from stages.common.errors import InputError
+from stages.common.storage import as_path
 from stages.common.unit import Job
 
 
@@ -42,7 +42,7 @@ class Worker:
         started = time.time()
         failure, facts, bytes_read, bytes_written = None, {}, 0, 0
         try:
-            run_dir = Path(unit.run_dir)
+            run_dir = as_path(unit.run_dir)
             if unit.hold is not None and unit.hold.key != self._hold_key:
                 bytes_read += unit.hold.num_bytes
             held = self._hold(unit)

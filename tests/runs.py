@@ -20,6 +20,7 @@ from pipeline.stage_keys import Stages
 from pipeline.units import Outcome, Unit
 from stages.common.files import sha256_of
 from stages.common.paths import CHECKPOINT_DIR
+from stages.common.storage import absolute
 
 
 class Recorder(Reporter):
@@ -102,7 +103,7 @@ class FinishedRun:
     ) -> "FinishedRun":
         """A run that another process has finished."""
         checked = check(config)
-        stages, run_dir = Stages(config, checked.identities), Path(config.run_dir).resolve()
+        stages, run_dir = Stages(config, checked.identities), absolute(config.run_dir)
         return cls(run_file, config, stages, run_dir, checked.model, report, recorder or Recorder())
 
     @property

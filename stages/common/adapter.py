@@ -56,7 +56,7 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _load_config(checkpoint: Checkpoint) -> Any:
     """The config as transformers' own class reads it; code that comes with a checkpoint (`auto_map`) is never run here."""
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(checkpoint.local_folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as e:
         raise InputError(
             f"{checkpoint.folder}: transformers {transformers.__version__} does not read this config "
@@ -66,7 +66,7 @@ def _load_config(checkpoint: Checkpoint) -> Any:
 
 def _tied_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     """The model class of a tied checkpoint that we wrote. Its file is run only if it is, to the byte, what we write."""
-    path = checkpoint.folder / MODELING_FILE
+    path = checkpoint.local_folder / MODELING_FILE
     if path.read_text() != modeling_source(checkpoint.config):
         raise InputError(f"{path} is not the file that this version writes for a tied checkpoint; it is not run")
     spec = importlib.util.spec_from_file_location("modeling_hcsmoe", path)

@@ -8,6 +8,7 @@ from typing import Any
 from stages.common.errors import InputError
 from stages.common.headers import SafetensorsHeader, TensorEntry, read_header
 from stages.common.quantised import unpacked_entries
+from stages.common.storage import as_path, is_remote, local_copies
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,7 +33,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         if not self.folder.is_dir():
             raise InputError(f"model: {self.folder} is not a folder; give a checkpoint folder with {CONFIG_FILE}")
 
@@ -105,6 +106,13 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(entry.num_bytes for entry in self.raw_tensors.values())
+
+    @cached_property
+    def local_folder(self) -> Path:
+        """A local folder with config and side files, for libraries that read no other: the folder itself, or copies."""
+        if not is_remote(self.folder):
+            return self.folder
+        return local_copies([self.folder / CONFIG_FILE, *self.side_files()], self.folder)
 
     def side_files(self) -> list[Path]:
         """Every other regular file at the top of the folder: tokenizer, templates, generation config, licence."""

@@ -1,4 +1,7 @@
-"""How files come to be: under a temporary name, flushed to disk, then renamed. Nothing else in the project writes a file."""
+"""How files come to be: under a temporary name, flushed to disk, then renamed. Nothing else in the project writes a file.
+
+An object of a remote store is uploaded by parts and made at the end, whole.
+"""
 
 import hashlib
 import json
@@ -11,6 +14,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from stages.common import storage
 
 TEMPORARY_PREFIX = ".tmp-"
 _READ_BYTES = 1 << 24
@@ -36,8 +41,8 @@ class DigestingFile:
     end then finds little to do. `close` ends the thread that hashes, not the file.
     """
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
+    def __init__(self, raw: BinaryIO, is_local: bool = True) -> None:
+        self._raw, self._is_local = raw, is_local
         self._hash = hashlib.sha256()
         self._beside: ThreadPoolExecutor | None = None
         self.num_bytes = 0
@@ -64,8 +69,9 @@ class DigestingFile:
 
     def _send(self) -> None:
         """Start to write what is still in memory only. (The kernel does that on this advice; it keeps the pages it writes.)"""
-        unsent = self.num_bytes - self._num_sent
-        os.posix_fadvise(self._raw.fileno(), self._num_sent, unsent, os.POSIX_FADV_DONTNEED)
+        if self._is_local and hasattr(os, "posix_fadvise"):  # macOS has none, and flushes at the end
+            unsent = self.num_bytes - self._num_sent
+            os.posix_fadvise(self._raw.fileno(), self._num_sent, unsent, os.POSIX_FADV_DONTNEED)
         self._num_sent = self.num_bytes
 
     def close(self) -> None:
@@ -107,6 +113,8 @@ def write_file(path: Path, write: Callable[[DigestingFile], object]) -> WrittenF
 
     Raises OSError as the file system does (disk full, read-only); the temporary file is removed then.
     """
+    if storage.is_remote(path):
+        return _upload(path, write)
     with _temporary(path) as temporary:
         with open(temporary, "wb") as raw:
             with closing(DigestingFile(raw)) as out:
@@ -115,6 +123,21 @@ def write_file(path: Path, write: Callable[[DigestingFile], object]) -> WrittenF
             os.fsync(raw.fileno())
         os.replace(temporary, path)
     _sync_folder(path.parent)
+    return WrittenFile(path, out.num_bytes, out.sha256())
+
+
+def _upload(path: Path, write: Callable[[DigestingFile], object]) -> WrittenFile:
+    """Write an object by parts; it is not there before the last step, and nothing of it is if `write` raises."""
+    system, name = storage.file_system(path)
+    raw = system.open(name, "wb", autocommit=False)
+    try:
+        with closing(DigestingFile(raw, is_local=False)) as out:
+            write(out)
+        raw.close()
+        raw.commit()
+    except BaseException:
+        raw.discard()
+        raise
     return WrittenFile(path, out.num_bytes, out.sha256())
 
 
@@ -132,7 +155,7 @@ def copy_file(source: Path, path: Path) -> WrittenFile:
     """Copy a file byte for byte."""
 
     def copy(out: DigestingFile) -> None:
-        with open(source, "rb") as raw:
+        with source.open("rb") as raw:
             while chunk := raw.read(_READ_BYTES):
                 out.write(chunk)
 
@@ -140,7 +163,11 @@ def copy_file(source: Path, path: Path) -> WrittenFile:
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """Give a finished file a second name by a hard link, or copy it where the file system has no links."""
+    """Give a finished file a second name by a hard link; without links it is copied, on a remote store by the store itself."""
+    if storage.is_remote(path):
+        system, name = storage.file_system(path)
+        system.cp_file(storage.file_system(source)[1], name)
+        return
     with _temporary(path) as temporary:
         try:
             os.link(source, temporary)
@@ -156,6 +183,9 @@ def read_into(path: Path, begin: int, view: memoryview) -> None:
 
     Raises EOFError when the file ends before the buffer is full.
     """
+    if storage.is_remote(path):
+        storage.read_ranges_into(path, begin, view)
+        return
     with open(path, "rb", buffering=0) as raw:
         raw.seek(begin)
         num_read = 0
@@ -168,5 +198,8 @@ def read_into(path: Path, begin: int, view: memoryview) -> None:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hex."""
-    with open(path, "rb") as raw:
-        return hashlib.file_digest(raw, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as raw:
+        while chunk := raw.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ from typing import Any
 
 from stages.common.errors import InputError
 from stages.common.files import DigestingFile
+from stages.common.storage import read_range
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -72,15 +73,14 @@ def read_header(path: Path) -> SafetensorsHeader:
     """
     try:
         file_bytes = path.stat().st_size
-        with open(path, "rb") as raw:
-            prefix = raw.read(8)
-            header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise InputError(
-                    f"{path} is not a whole safetensors file: it has {file_bytes:,} bytes and its header says it is "
-                    f"{header_bytes:,} bytes long; download it again"
-                )
-            text = raw.read(header_bytes)
+        prefix = read_range(path, 0, 8)
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+            raise InputError(
+                f"{path} is not a whole safetensors file: it has {file_bytes:,} bytes and its header says it is "
+                f"{header_bytes:,} bytes long; download it again"
+            )
+        text = read_range(path, 8, header_bytes)
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist; download the checkpoint's missing file") from e
     try:

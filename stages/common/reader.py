@@ -1,6 +1,7 @@
 """Tensors of a checkpoint as values: plain ones as they lie on disk, quantised ones dequantised as they are read."""
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from stages.common.checkpoint import Checkpoint
-from stages.common.headers import Packing
+from stages.common.files import read_into
+from stages.common.headers import Packing, TensorEntry
+from stages.common.storage import is_remote
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -47,6 +50,32 @@ class PackedView:
         return dequantise_fp8(weight, scales, self._packing.block)
 
 
+class RangeView:
+    """A tensor of plain numbers in a remote file; what is indexed is read by ranges, as `safe_open`'s slices do locally."""
+
+    def __init__(self, path: Path, entry: TensorEntry) -> None:
+        self._path, self._entry = path, entry
+
+    def get_shape(self) -> list[int]:
+        """Sizes of the axes."""
+        return list(self._entry.shape)
+
+    def get_dtype(self) -> str:
+        """Dtype as safetensors names it."""
+        return self._entry.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        shape = self._entry.shape
+        rows = index if isinstance(index, slice) else slice(None)
+        first, stop, step = rows.indices(shape[0]) if shape else (0, 1, 1)
+        assert step == 1, "only neighbouring rows are read by one range"
+        row_bytes = self._entry.num_bytes // shape[0] if shape and shape[0] else self._entry.num_bytes
+        out = torch.empty(max(0, stop - first) * row_bytes, dtype=torch.uint8)
+        read_into(self._path, self._entry.begin + first * row_bytes, out.numpy().data)
+        values = out.view(TORCH_DTYPES[self._entry.dtype]).view((max(0, stop - first), *shape[1:]) if shape else ())
+        return values if isinstance(index, slice) or index is Ellipsis else values[index]
+
+
 class TensorReader:
     """Reads tensors of a checkpoint; each file is opened once. Use as a context manager."""
 
@@ -66,6 +95,8 @@ class TensorReader:
         return f"{self.checkpoint.folder / self.checkpoint.tensors[name].file}: tensor {name}"
 
     def _raw(self, file: str, name: str) -> Any:
+        if is_remote(self.checkpoint.folder):
+            return RangeView(self.checkpoint.folder / file, self.checkpoint.raw_tensors[name])
         if file not in self._files:
             self._files[file] = self._stack.enter_context(safe_open(self.checkpoint.folder / file, "pt"))
         return self._files[file].get_slice(name)

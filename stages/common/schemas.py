@@ -11,6 +11,7 @@ import pyarrow.ipc
 
 from stages.common.errors import InputError
 from stages.common.files import WrittenFile, write_file
+from stages.common.storage import is_remote
 
 VERSION = "2"
 
@@ -130,8 +131,11 @@ def write_table(path: Path, columns: dict[str, Any], schema: pa.Schema) -> Writt
 def read_table(path: Path) -> pa.Table:
     """Read an Arrow file of this version. Raises InputError for a file that another version wrote, or that is damaged."""
     try:
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
+        if is_remote(path):
+            table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
+        else:
+            with pa.memory_map(str(path)) as source:
+                table = pa.ipc.open_file(source).read_all()
     except pa.ArrowInvalid as e:
         raise InputError(f"{path} is not a readable Arrow file ({e}); delete it and run again") from e
     version = (table.schema.metadata or {}).get(b"version", b"").decode()

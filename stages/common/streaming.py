@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from stages.common.files import WrittenFile, write_bytes
 from stages.common.layer_shard import LayerShard
+from stages.common.storage import is_remote
 
 _KEY = "hidden_states"
 
@@ -27,7 +28,7 @@ def enter(shard: LayerShard, token_ids_ST: Tensor, hidden_file: Path | None, mic
     """
     if hidden_file is None:
         return [shard.embed(ids) for ids in micro_batches(token_ids_ST, micro_batch)]
-    hidden_STD = load_file(hidden_file)[_KEY]
+    hidden_STD = (load(hidden_file.read_bytes()) if is_remote(hidden_file) else load_file(hidden_file))[_KEY]
     return [hidden.to(shard.device) for hidden in micro_batches(hidden_STD, micro_batch)]
 
 

@@ -1,7 +1,6 @@
 """What a checkpoint is and what its merged versions would weigh, from config and headers alone."""
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from stages.common.checkpoint import Checkpoint
@@ -24,7 +23,7 @@ def inspect_checkpoint(folder: str) -> dict[str, Any]:
     `reason` is None for a supported one; else it says why not, and only what needs no model class is there.
     Raises InputError for a folder whose config or headers cannot be read.
     """
-    checkpoint = Checkpoint(Path(folder))
+    checkpoint = Checkpoint(folder)
     dtypes: dict[str, int] = defaultdict(int)
     for entry in checkpoint.raw_tensors.values():
         dtypes[entry.dtype] += entry.num_bytes

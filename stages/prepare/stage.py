@@ -74,7 +74,7 @@ def sequences(args: Mapping[str, Any]) -> Array:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.folder, local_files_only=True, trust_remote_code=args["trust_remote_code"]
+                checkpoint.local_folder, local_files_only=True, trust_remote_code=args["trust_remote_code"]
             )
         except (OSError, ValueError) as e:
             raise InputError(f"{checkpoint.folder} has no tokenizer that transformers can load: {e}") from e

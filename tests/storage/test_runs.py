@@ -1,0 +1,136 @@
+"""A whole run on object storage gives the bytes of a local one, reads by ranges and is resumed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+
+from pipeline.cleaning import remove, unused
+from pipeline.status import describe_status
+from stages.common.storage import as_path
+from tests.runs import FinishedRun, execute
+from tests.storage.conftest import results_of
+
+RunFile = Callable[[dict[str, Any]], Path]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None, int | None]]:
+    """What is read of objects: name, first byte, byte after the last; None where no range is asked for."""
+    found: list[tuple[str, int | None, int | None]] = []
+    whole = s3fs.S3FileSystem._cat_file
+
+    async def cat_file(
+        self: Any, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None
+    ) -> bytes:
+        found.append((path, start, end))
+        return bytes(await whole(self, path, version_id=version_id, start=start, end=end))
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", cat_file)
+    return found
+
+
+def test_a_run_on_object_storage_gives_the_bytes_of_a_local_one_and_is_resumed(
+    remote_run_file: RunFile, undisturbed: FinishedRun, reads: list[tuple[str, int | None, int | None]]
+) -> None:
+    path = remote_run_file({})
+    done = FinishedRun.of(path)
+    assert results_of(done) == results_of(undisturbed)
+    weights = [read for read in reads if read[0].endswith(".safetensors") and "/models/tiny-mixtral/" in read[0]]
+    assert weights
+    assert all(start is not None and end is not None for _, start, end in weights), "weights are read by ranges"
+    for model in done.report["models"][1:]:
+        folder = done.run_dir / "models" / model["name"]
+        names = {path.name for path in folder.iterdir()}
+        assert {"config.json", "model.safetensors.index.json", "README.md"} <= names
+    assert not [path for path in done.run_dir.rglob("*") if {"hidden", "partial"} & set(path.parts)]
+    assert not (done.run_dir / "driver.lock").exists()
+    result, recorder = execute(done.config, verify=True)
+    assert (result.num_run, recorder.units) == (0, [])
+    other = FinishedRun.of(path, ["clustering.linkage=single"])
+    assert other.recorder.stages == {"cluster", "merge", "assemble", "evaluate", "report"}
+
+
+def test_a_published_checkpoint_is_loaded_by_transformers(remote_run_file: RunFile, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    done = FinishedRun.of(remote_run_file({"export.formats": ["stock"]}))
+    (name,) = [model["name"] for model in done.report["models"] if model["format"] == "stock"]
+    for path in (done.run_dir / "models" / name).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True)
+    assert model.config.num_local_experts == 3
+
+
+def test_a_model_here_and_a_run_directory_there_and_the_other_way_round(
+    remote_run_file: RunFile, undisturbed: FinishedRun, local_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    there = FinishedRun.of(remote_run_file({"model": str(local_model[0])}))
+    assert results_of(there) == results_of(undisturbed)
+    here = FinishedRun.of(remote_run_file({"run_dir": str(tmp_path / "run")}))
+    assert results_of(here) == results_of(undisturbed)
+
+
+def _damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(bytes(data[: len(data) // 2]))
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+
+
+def test_verify_finds_damage(remote_run_file: RunFile, undisturbed: FinishedRun) -> None:
+    done = FinishedRun.of(remote_run_file({}))
+    for how, pattern, redone in (
+        ("deleted", "calibrate-*/layer-0002.statistics.arrow", {"calibrate"}),
+        ("truncated", "cluster-*/layer-0001.labels.arrow", {"cluster"}),
+        ("bit-flipped", "assemble-*/checkpoint/config.json", {"assemble"}),
+    ):
+        _damage(next(iter(done.run_dir.glob(pattern))), how)
+        _, recorder = execute(done.config, verify=True)
+        assert recorder.stages == redone
+        assert results_of(done) == results_of(undisturbed)
+
+
+def test_status_and_clean_read_the_store(remote_run_file: RunFile) -> None:
+    path = remote_run_file({"evaluation": None})
+    first = FinishedRun.of(path)
+    other = FinishedRun.of(path, ["clustering.num_experts=[4]"])
+    url = str(other.run_dir)
+    lines = [item for item in describe_status(url) if isinstance(item, str)]
+    assert f"{url}: no driver is running" in lines
+    folders = unused(url)
+    assert {folder.name.rsplit("-", 1)[0] for folder in folders} >= {"merge-3e-tied", "assemble-3e-stock"}
+    remove(url, folders)
+    assert unused(url) == []
+    names = {path.name for path in (other.run_dir / "models").iterdir()}
+    assert names == {model["name"] for model in other.report["models"][1:]}
+    assert first.report["models"][1]["name"] not in names
+    assert execute(other.config)[0].num_run == 0
+
+
+def test_an_object_of_a_failing_writer_is_never_there(s3: str) -> None:
+    from stages.common.files import DigestingFile, write_file
+
+    path = as_path(f"{s3}/failing/weights.safetensors")
+    part = b"x" * (1 << 24)
+
+    def fail(out: DigestingFile) -> None:
+        for _ in range(3):
+            out.write(part)
+            assert not path.exists()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_file(path, fail)
+    assert not path.exists()
+    system, name = path.fs, path.path  # type: ignore[attr-defined]
+    uploads = system.call_s3("list_multipart_uploads", Bucket=name.split("/")[0]).get("Uploads", [])
+    assert uploads == [], "the parts are given back"
+    written = write_file(path, lambda out: [out.write(part) for _ in range(3)])
+    assert path.stat().st_size == written.num_bytes == 3 * len(part)
