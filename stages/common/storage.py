@@ -48,7 +48,8 @@ def as_path(text: str | Path) -> Path:
         path = UPath(text.rstrip("/"), use_listings_cache=False, **_OPTIONS.get(scheme, {}))
         _ = path.fs
     except ImportError as e:
-        raise InputError(f"{text}: {scheme}:// needs packages that are not installed ({e}); pip install 'hcsmoe[s3]'") from e
+        extra = "; pip install 'hcsmoe[s3]'" if scheme == "s3" else "; and universal_pathlib"
+        raise InputError(f"{text}: {scheme}:// needs a package that is not installed: {e}{extra}") from e
     except ValueError as e:
         raise InputError(f"{text}: {scheme}:// is not a kind of storage that is known: {e}") from e
     if isinstance(path, Path):

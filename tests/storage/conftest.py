@@ -1,6 +1,5 @@
 """An S3 server in a process of its own, and the eight-layer model uploaded to it."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -40,6 +39,7 @@ def s3() -> Iterator[str]:
         "AWS_ACCESS_KEY_ID": "tests",
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():

@@ -1,0 +1,96 @@
+"""Killed workers and killed drivers of runs on object storage: the bytes are those of an undisturbed local run."""
+
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.executors.ray import connect
+from stages.common.storage import as_path
+from tests.cluster.faults import FaultyExecutor
+from tests.cluster.test_driver import NUM_KILLS, start
+from tests.conftest import REPOSITORY
+from tests.deploy.ray_head import RayHead, ray_head
+from tests.runs import FinishedRun, execute
+from tests.storage.conftest import SECRET, results_of
+
+pytestmark = pytest.mark.slow
+RunFile = Callable[[dict[str, Any]], Path]
+_LIMIT_S = 300
+KILLS = {
+    "calibrate/layers-0000-0002/tokens-0001": "kill before",
+    "calibrate/layers-0002-0004/tokens-0002": "kill before seal",
+    "calibrate/layer-0003": "kill before seal",
+    "cluster/layer-0001": "kill before",
+    "merge/model-00002-of-*": "kill before seal",
+    "assemble/checkpoint": "kill before seal",
+    "evaluate/layers-0000-0002/tokens-0000": "kill before",
+}
+
+
+@pytest.fixture
+def head(s3: str) -> Iterator[RayHead]:
+    """A head with a fake GPU whose workers find the store by its environment."""
+    with ray_head(more_env={"PYTHONPATH": str(REPOSITORY)}, num_gpus=1) as running:
+        yield running
+
+
+@pytest.mark.timeout(400)
+def test_killed_workers_lose_nothing(head: RayHead, remote_run_file: RunFile, undisturbed: FinishedRun, tmp_path: Path) -> None:
+    path = remote_run_file({"resources.num_gpus": 0.5})
+    config = load_config(path, [])
+    (tmp_path / "markers").mkdir()
+
+    def make_executor() -> FaultyExecutor:
+        connect(head.gcs_address)
+        return FaultyExecutor(config.resources, KILLS, tmp_path / "markers")
+
+    result, recorder = execute(config, make_executor)
+    assert len(list((tmp_path / "markers").iterdir())) == len(KILLS), "every fault struck"
+    assert len(recorder.units) == len({unit.id for unit in recorder.units}), "no unit was sealed twice"
+    assert results_of(FinishedRun.found(path, config, result.report)) == results_of(undisturbed)
+
+
+def manifests(run_dir: Path) -> dict[str, bytes]:
+    """Every manifest, as it is now."""
+    return {str(path): path.read_bytes() for path in run_dir.glob("*/manifests/**/*.json")}
+
+
+def _wait_for_more(run_dir: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + _LIMIT_S
+    while process.poll() is None and len(list(run_dir.glob("*/manifests/**/*.json"))) <= count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(600)
+def test_a_driver_killed_at_random_moments_repeats_no_sealed_unit(remote_run_file: RunFile, undisturbed: FinishedRun) -> None:
+    """The driver computes too (local executor), so units die with it. A unit that ran again would have another manifest."""
+    path = remote_run_file({"resources.layers_per_shard": 1, "calibration.tokens_per_shard": 64})
+    config = load_config(path, [])
+    run_dir = as_path(config.run_dir)
+    rng = random.Random(0)
+    sealed: dict[str, bytes] = {}
+    for _ in range(NUM_KILLS):
+        process = start(path, "--executor", "local")
+        _wait_for_more(run_dir, len(sealed), process)
+        time.sleep(rng.uniform(0, 0.5))
+        assert process.poll() is None, "each kill strikes a running driver"
+        process.kill()
+        process.communicate(timeout=_LIMIT_S)
+        sealed = manifests(run_dir)
+    process = start(path, "--executor", "local")
+    output, _ = process.communicate(timeout=_LIMIT_S)
+    assert process.returncode == 0, output
+    assert "took over the stale lock" in output
+    assert SECRET not in output
+    found = manifests(run_dir)
+    assert {name: content for name, content in found.items() if name in sealed} == sealed, "no sealed unit ran twice"
+    done = FinishedRun.found(path, config, {})
+    assert results_of(done) == results_of(undisturbed)
+    assert not [path for path in run_dir.rglob("*") if SECRET.encode() in (path.read_bytes() if path.is_file() else b"")]
