@@ -136,7 +136,7 @@ class RunConfig(_Section):
     """A run file."""
 
     model: str
-    """A checkpoint folder, or a model of the hub, `org/name`."""
+    """A checkpoint folder or its URL on object storage, or a model of the hub, `org/name`."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
@@ -144,7 +144,7 @@ class RunConfig(_Section):
     cache_dir: str | None = None
     """Where hub models are downloaded to, on storage that every node reaches. Default: `source` in `run_dir`."""
     run_dir: str
-    """Everything the run knows and writes; on storage that every node reaches."""
+    """Everything the run knows and writes; a folder on storage that every node reaches, or a URL of object storage."""
     calibration: TextData
     clustering: Clustering
     merging: Merging = Merging()

@@ -13,7 +13,7 @@ from pipeline.config import load_config
 from pipeline.executors.ray import connect
 from stages.common.storage import as_path
 from tests.cluster.faults import FaultyExecutor
-from tests.cluster.test_driver import NUM_KILLS, start
+from tests.cluster.test_driver import start
 from tests.conftest import REPOSITORY
 from tests.deploy.ray_head import RayHead, ray_head
 from tests.runs import FinishedRun, execute
@@ -22,6 +22,7 @@ from tests.storage.conftest import SECRET, results_of
 pytestmark = pytest.mark.slow
 RunFile = Callable[[dict[str, Any]], Path]
 _LIMIT_S = 300
+NUM_KILLS = 10
 KILLS = {
     "calibrate/layers-0000-0002/tokens-0001": "kill before",
     "calibrate/layers-0002-0004/tokens-0002": "kill before seal",
