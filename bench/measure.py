@@ -22,7 +22,8 @@ _SAMPLE_S = 0.05
 class Measured:
     """One command: wall and processor seconds, peak resident bytes of its main process, last line of its output.
 
-    peaks: where all processes were watched, peak resident bytes (file-backed pages included) of each by all its titles.
+    Peaks count pages of mapped files, and are read 20 times a second. peaks: where all processes were watched, that of each of
+    the others by all its titles.
     """
 
     wall_s: float
@@ -40,22 +41,29 @@ def _field_bytes(status: str, name: str) -> int:
 
 
 class _Watch(threading.Thread):
-    """Reads the high-water mark of every process that carries a mark in its environment, wherever it was started from."""
+    """Reads the high-water mark of a process while it lives and, if asked, of every process that carries a mark in its
+    environment, wherever it was started from.
 
-    def __init__(self, mark: str) -> None:
+    (What `wait4` tells of a process would do for one, were it not at least what its parent had when it started it.)
+    """
+
+    def __init__(self, pid: int, mark: str | None) -> None:
         super().__init__(daemon=True)
-        self._mark = f"{MARK}={mark}".encode()
-        self._marked: dict[str, bool] = {}
+        self._pid = str(pid)
+        self._mark = f"{MARK}={mark}".encode() if mark else None
+        self._marked: dict[str, bool] = {self._pid: True}
         self._over = threading.Event()
         self._titles: dict[str, set[str]] = {}
-        self._peaks: dict[str, int] = {}
+        self._peaks: dict[str, int] = {self._pid: 0}
 
     def run(self) -> None:
-        while not self._over.wait(_SAMPLE_S):
-            for folder in Path("/proc").iterdir():
+        while True:
+            for folder in Path("/proc").iterdir() if self._mark else (Path("/proc", self._pid),):
                 if folder.name.isdecimal():
                     with contextlib.suppress(OSError):
                         self._look(folder)
+            if self._over.wait(_SAMPLE_S):
+                return
 
     def _look(self, folder: Path) -> None:
         if folder.name not in self._marked:
@@ -66,11 +74,12 @@ class _Watch(threading.Thread):
             peak = _field_bytes((folder / "status").read_text(), "VmHWM:")
             self._peaks[folder.name] = max(peak, self._peaks.get(folder.name, 0))
 
-    def stop(self) -> dict[str, int]:
-        """Peak of each process under all titles that it has had."""
+    def stop(self) -> tuple[int, dict[str, int]]:
+        """Peak of the process; and of each of the others under all titles that it has had."""
         self._over.set()
         self.join()
-        return {f"{pid}: {' | '.join(sorted(self._titles[pid]))}": peak for pid, peak in self._peaks.items()}
+        main = self._peaks.pop(self._pid)
+        return main, {f"{pid}: {' | '.join(sorted(self._titles[pid]))}": peak for pid, peak in self._peaks.items()}
 
 
 def run(command: Sequence[str], watch_all: bool = False, **environment: str) -> Measured:
@@ -80,21 +89,20 @@ def run(command: Sequence[str], watch_all: bool = False, **environment: str) -> 
     """
     mark = uuid.uuid4().hex
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment, MARK: mark}
-    watch = _Watch(mark) if watch_all else None
-    if watch:
-        watch.start()
     started = time.perf_counter()
     process = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    watch = _Watch(process.pid, mark if watch_all else None)
+    watch.start()
     assert process.stdout is not None
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
-    peaks = watch.stop() if watch else {}
+    peak_bytes, peaks = watch.stop()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output}")
     last = output.strip().splitlines()[-1] if output.strip() else ""
-    return Measured(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, last, peaks)
+    return Measured(wall_s, usage.ru_utime + usage.ru_stime, peak_bytes, last, peaks)
 
 
 def forget_pages(folder: Path) -> None:

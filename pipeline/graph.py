@@ -41,10 +41,6 @@ class Graph:
         """The survey's `plan.json`."""
         return json.loads((self.run_dir / self.stages.survey.dir / paths.PLAN_FILE).read_text())  # type: ignore[no-any-return]
 
-    @cached_property
-    def _tensor_rows(self) -> list[dict[str, Any]]:
-        return read_tensor_rows(self.run_dir / self.stages.survey.dir / paths.TENSORS_FILE)
-
     def units(self, stage: str) -> list[Unit]:
         """All units of a stage, done or not, in the order in which one worker would run them."""
         return getattr(self, f"_{stage}")()  # type: ignore[no-any-return]
@@ -190,14 +186,20 @@ class Graph:
         return {str(layer): count for layer, count in zip(layers, counts, strict=True)}
 
     def _merge(self) -> list[Unit]:
-        return [unit for target in self.stages.targets for unit in self._merge_units(target)]
+        return [unit for target in self.stages.targets for unit in self._merged[target.name]]
 
-    def _merge_units(self, target: TargetRun) -> list[Unit]:
+    @cached_property
+    def _merged(self) -> dict[str, list[Unit]]:
+        """Units of merge by target; what follows asks for them again."""
+        rows = read_tensor_rows(self.run_dir / self.stages.survey.dir / paths.TENSORS_FILE)
+        return {target.name: self._merge_units(target, rows) for target in self.stages.targets}
+
+    def _merge_units(self, target: TargetRun, rows: list[dict[str, Any]]) -> list[Unit]:
         num_merged = self.num_merged(target)
         counts = {int(layer): count for layer, count in num_merged.items()}
         bound = self.config.export.max_file_bytes
         dtype = self.config.export.dtype
-        files = output_files(self._tensor_rows, self.plan["num_experts"], counts, target.format, bound, dtype)
+        files = output_files(rows, self.plan["num_experts"], counts, target.format, bound, dtype)
         args = {
             "model": str(self.model),
             "survey_dir": self.stages.survey.dir,
@@ -229,7 +231,7 @@ class Graph:
 
     def _assemble_unit(self, target: TargetRun) -> Unit:
         files: dict[str, str] = {}
-        for unit in self._merge_units(target):
+        for unit in self._merged[target.name]:
             manifest = read_manifest(unit)
             assert manifest is not None, unit.id
             files |= {Path(path).name: recorded["sha256"] for path, recorded in manifest.files.items()}
@@ -289,7 +291,7 @@ class Graph:
         assembled = read_manifest(self._assemble_unit(target))
         assert assembled is not None
         unweighted: dict[str, set[int]] = {}
-        for unit in self._merge_units(target):
+        for unit in self._merged[target.name]:
             manifest = read_manifest(unit)
             assert manifest is not None
             for layer, clusters in manifest.facts["unweighted_clusters"].items():

@@ -106,11 +106,13 @@ def output_files(
     parts: list[tuple[str, list[OutputTensor]]] = []
     for file, group in groups.items():
         part: list[OutputTensor] = []
+        num_bytes = 0
         for tensor in sorted(group, key=lambda tensor: -DTYPE_BITS[tensor.dtype]):
-            if part and sum(t.num_bytes for t in part) + tensor.num_bytes > max_file_bytes:
+            if part and num_bytes + tensor.num_bytes > max_file_bytes:
                 parts.append((file, part))
-                part = []
+                part, num_bytes = [], 0
             part.append(tensor)
+            num_bytes += tensor.num_bytes
         if part:
             parts.append((file, part))
     return [OutputFile(_file_name(number, len(parts)), file, tuple(tensors)) for number, (file, tensors) in enumerate(parts, 1)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,15 @@ def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, Laye
         yield ComputedMean([(merged, 1.0)], 1, dtype, place)
 
 
+@lru_cache(maxsize=1)
+def _surveyed(model: str, survey_dir: Path) -> tuple[Checkpoint, list[dict[str, Any]]]:
+    """The checkpoint and its `tensors.arrow`, kept for the next file: DeepSeek-V3's 90,000 headers take 1.5 s to read.
+
+    A changed checkpoint has another survey: the name of its directory holds the digest of what it was made from.
+    """
+    return Checkpoint(model), read_tensor_rows(survey_dir / TENSORS_FILE)
+
+
 def merge_unit(job: Job) -> UnitResult:
     """Write one output file under its final name.
 
@@ -116,12 +125,10 @@ def merge_unit(job: Job) -> UnitResult:
     """
     args: Mapping[str, Any] = job.args
     torch.set_num_threads(args["num_threads"])
-    checkpoint = Checkpoint(args["model"])
     num_merged = {int(layer): count for layer, count in args["num_merged"].items()}
-    rows = read_tensor_rows(job.run_dir / args["survey_dir"] / TENSORS_FILE)
+    checkpoint, rows = _surveyed(args["model"], job.run_dir / args["survey_dir"])
     plan = (args["num_experts"], num_merged, args["format"], args["max_file_bytes"], args["value_dtype"])
-    files = output_files(rows, *plan)
-    file = files[args["file"]]
+    file = output_files(rows, *plan)[args["file"]]
     layers = {
         layer: LayerMerge(
             statistics_file(job.run_dir / args["statistics_dir"], layer),

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,24 @@ def test_size_and_digest_are_those_of_the_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "x").read_bytes() == b"abcdefg"
     assert written.num_bytes == 7
     assert written.sha256 == hashlib.sha256(b"abcdefg").hexdigest()
+
+
+def test_a_large_write_may_be_followed_by_a_change_of_its_memory(tmp_path: Path) -> None:
+    """It is hashed in another thread, which must have ended by then; and sent to the disk in between."""
+    pieces = [os.urandom(3 << 20) for _ in range(12)]
+    memory = bytearray(3 << 20)
+
+    def content(out: DigestingFile) -> None:
+        for piece in pieces:
+            memory[:] = piece
+            out.write(memoryview(memory))
+            out.write(b"small")
+
+    written = write_file(tmp_path / "x", content)
+    due = b"".join(piece + b"small" for piece in pieces)
+    assert (tmp_path / "x").read_bytes() == due
+    assert (written.num_bytes, written.sha256) == (len(due), hashlib.sha256(due).hexdigest())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sha256")]
 
 
 def test_the_name_appears_only_when_all_bytes_are_written(tmp_path: Path) -> None:

@@ -121,8 +121,12 @@ def test_tensor_of_another_shape_or_kind(name: str, tensor: torch.Tensor, source
     assert str(source) in message
 
 
-def test_all_experts_transposed(source: Path, tmp_path: Path) -> None:
-    tensors = {name: value.T if name.endswith(".w2.weight") else value for name, value in read_tensors(source).items()}
+@pytest.mark.parametrize("layers", ["model.layers.", "model.layers.2."], ids=["of all layers", "of the last layer"])
+def test_all_experts_transposed(layers: str, source: Path, tmp_path: Path) -> None:
+    tensors = {
+        name: value.T if name.startswith(layers) and name.endswith(".w2.weight") else value
+        for name, value in read_tensors(source).items()
+    }
     rewrite(source, tensors)
     refused(source, tmp_path, "model.safetensors", "experts.", "w2.weight")
 
