@@ -19,7 +19,8 @@ from stages.common.files import DigestingFile, read_into
 from stages.merge.weights import WeightedSum
 
 BLOCK_BYTES = 1 << 22
-DEPTH = 2
+DEPTH = 6
+"""Blocks made in advance. On a machine with six times as many busy threads as cores 6 took 2.8 s where 2 took 3.3 s."""
 BUFFERS = DEPTH + 1
 
 

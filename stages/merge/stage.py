@@ -76,12 +76,13 @@ def _mean(members: list[tuple[str, float]], dtype: torch.dtype, source: TensorRe
 
 def _fused_means(name: str, clusters: list[Shares], dtype: torch.dtype, source: TensorReader, place: str) -> Iterator[Mean]:
     """The weighted sum of each cluster's experts in a fused tensor, whose first axis is theirs."""
-    entry, view = source.checkpoint.tensors[name], source.slices(name)
+    entry = source.checkpoint.tensors[name]
     for cluster in clusters:
         if entry.packing is None:
             yield PlainMean([(_stretch(entry, source, expert), share) for expert, share in cluster], dtype, place)
         else:
-            yield ComputedMean(((view[expert : expert + 1], share) for expert, share in cluster), len(cluster), dtype, place)
+            experts = ((source.slices(name)[expert : expert + 1], share) for expert, share in cluster)
+            yield ComputedMean(experts, len(cluster), dtype, place)
 
 
 def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, LayerMerge]) -> Iterator[Mean]:
