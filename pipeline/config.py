@@ -124,7 +124,8 @@ class Resources(_Section):
     worker_memory: Bytes = 8 * 2**30
     """Memory of a worker for weights and activations (of its GPU, where it has one): decides how many layers it holds."""
     layers_per_shard: Count | None = None
-    """Layers of a layer shard. Default: as many as fit in `worker_memory`, but no more than keeps all workers busy."""
+    """Layers of a layer shard. Default: as many as fit in `worker_memory`, but at most an eighth of a worker's share: a worker
+    reads its next layer shard while it computes, and the fewer layers, the sooner all are busy."""
     max_attempts: Count = 3
     """How often a unit is given to a worker before the workers' deaths count as its failure."""
     unit_timeout_s: Annotated[float, Field(gt=0)] | None = None
