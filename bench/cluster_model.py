@@ -12,7 +12,7 @@ STATISTICS_ITEMSIZE = 8
 HIDDEN_ITEMSIZE = 2
 VALUE_BYTES = 2
 DOWN_PRODUCT_BYTES = VALUE_BYTES + 8 + 8
-"""Memory traffic for a weight of W_down when a token shard's mean output is made: read, written and read as float64."""
+"""Memory traffic for a weight of W_down when the mean outputs of a layer are made: read, written and read as float64."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Hardware:
     compute_flops: operations a second of a GPU in bfloat16. memory_bytes_s: of its memory. gpu_memory_bytes: for
     `resources.worker_memory`. link_bytes_s: a GPU's share of its machine's network port, in each direction.
     storage_bytes_s: that the storage delivers to all workers together. place_bytes_s: from host memory to the GPU, of
-    weights as bfloat16, conversion included. unit_s: what a unit costs beside its work: sending it, sealing it.
+    weights as bfloat16, conversion included. unit_s: what a unit costs beside its work, sending it
+    and sealing it: 2.6 ms by bench/overhead.py on one machine with a disk of its own, as much again for a network.
     """
 
     compute_flops: float = 150e12
@@ -31,7 +32,7 @@ class Hardware:
     link_bytes_s: float = 25e9 / 8
     storage_bytes_s: float = 200e9
     place_bytes_s: float = 20e9
-    unit_s: float = 0.01
+    unit_s: float = 0.005
 
     def read_bytes_s(self, num_workers: int) -> float:
         """What each of num_workers can read when all read at once."""
@@ -137,7 +138,7 @@ class Costs:
         return num_tokens * self.model.token_flops(layer, self.sequence_length) / self.hardware.compute_flops
 
     def mean_outputs_s(self, layer: int) -> float:
-        """W_down with the sums of a token shard, in float64: memory traffic."""
+        """W_down with a layer's sums, in float64: memory traffic."""
         if not self.model.is_moe(layer):
             return 0.0
         values = self.model.num_experts * self.model.hidden_size * self.model.intermediate
@@ -147,10 +148,16 @@ class Costs:
         """Hidden states of some tokens over the link, one way."""
         return num_tokens * self.model.hidden_size * HIDDEN_ITEMSIZE / self.hardware.link_bytes_s
 
-    def statistics_s(self) -> float:
-        """Statistics of one layer over the link, one way."""
-        values = self.model.num_experts * (self.model.hidden_size + self.model.num_experts)
+    def partial_statistics_s(self) -> float:
+        """Statistics of one layer over a token shard, over the link, one way."""
+        values = self.model.num_experts * (self.model.intermediate + self.model.num_experts)
         return values * STATISTICS_ITEMSIZE / self.hardware.link_bytes_s
+
+    def sum_s(self, layer: int, num_shards: int) -> float:
+        """To load the statistics of all token shards, to apply W_down, to store the sums."""
+        values = self.model.num_experts * (self.model.hidden_size + self.model.num_experts)
+        stored = values * STATISTICS_ITEMSIZE / self.hardware.link_bytes_s
+        return num_shards * self.partial_statistics_s() + self.mean_outputs_s(layer) + stored
 
 
 def ideal_s(costs: Costs, micro_batch_tokens: int, most_layers: int) -> float:

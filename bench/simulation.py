@@ -41,7 +41,7 @@ class _Worker:
 
 @dataclass
 class SimulatedExecutor:
-    """Workers with a virtual clock. One CPU task beside each worker sums statistics."""
+    """Workers with a virtual clock."""
 
     costs: Costs
     data: TextData
@@ -49,7 +49,6 @@ class SimulatedExecutor:
     now_s: float = 0.0
     num_reads: int = 0
     _workers: dict[str, _Worker] = field(default_factory=dict)
-    _free_tasks: list[Slot] = field(default_factory=list)
     _running: list[tuple[float, int, float, Slot, Unit]] = field(default_factory=list)
     _num_submitted: int = 0
 
@@ -57,7 +56,6 @@ class SimulatedExecutor:
         for number in range(self.num_workers):
             slot = Slot(f"worker-{number}", is_worker=True)
             self._workers[slot.id] = _Worker(slot)
-            self._free_tasks.append(Slot(f"task-{number}", is_worker=False))
 
     def clock(self) -> float:
         """Virtual seconds."""
@@ -82,9 +80,9 @@ class SimulatedExecutor:
         """All workers are there from the start."""
 
     def free_slots(self) -> list[Slot]:
-        """Idle workers, then tasks."""
+        """Idle workers."""
         busy = {slot.id for _, _, _, slot, _ in self._running}
-        return [worker.slot for worker in self._workers.values() if worker.slot.id not in busy] + self._free_tasks
+        return [worker.slot for worker in self._workers.values() if worker.slot.id not in busy]
 
     def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
         """Read a layer shard to the host's memory beside what the worker computes; an idle worker places it, too."""
@@ -103,35 +101,34 @@ class SimulatedExecutor:
 
     def submit(self, slot: Slot, unit: Unit) -> None:
         """Know when the unit will have ended."""
-        if slot.is_worker:
-            seconds = self._worker_s(self._workers[slot.id], unit)
-            self._workers[slot.id].busy_s += seconds
+        worker = self._workers[slot.id]
+        seconds = self._open_s(worker, unit) + self.costs.hardware.unit_s
+        if "num_shards" in unit.args:
+            seconds += self.costs.sum_s(unit.args["layer"], unit.args["num_shards"])
         else:
-            self._free_tasks.remove(slot)
-            seconds = self._sum_s(unit)
+            seconds += self._pass_s(worker, unit)
+        worker.busy_s += seconds
         heapq.heappush(self._running, (self.now_s + seconds, self._num_submitted, seconds, slot, unit))
         self._num_submitted += 1
 
-    def _sum_s(self, unit: Unit) -> float:
-        return self.costs.hardware.unit_s + (unit.args["num_shards"] + 1) * self.costs.statistics_s()
-
-    def _worker_s(self, worker: _Worker, unit: Unit) -> float:
-        if unit.hold is None:
-            return self._sum_s(unit)
-        seconds = self.costs.hardware.unit_s
+    def _open_s(self, worker: _Worker, unit: Unit) -> float:
+        assert unit.hold is not None
         first, stop = _layers(unit.hold)
         if worker.held != unit.hold.key:
             self._read(worker, unit.hold)
             worker.held = unit.hold.key
             worker.open_at = max(self.now_s, worker.has_come_at) + self.costs.place_s(first, stop)
-        seconds += max(0.0, worker.open_at - self.now_s)
+        return max(0.0, worker.open_at - self.now_s)
+
+    def _pass_s(self, worker: _Worker, unit: Unit) -> float:
+        assert unit.hold is not None
         num_tokens = self._num_tokens(unit.args["shard"])
         read_s = self.costs.hidden_s(num_tokens) if unit.reads else 0.0
         worker.has_come_at += read_s  # the link is shared with what comes ahead
-        seconds += read_s + (0.0 if unit.args["is_last"] else self.costs.hidden_s(num_tokens))
-        for layer in range(first, stop):
-            seconds += self.costs.compute_s(layer, num_tokens) + self.costs.mean_outputs_s(layer)
-            seconds += self.costs.statistics_s() if self.costs.model.is_moe(layer) else 0.0
+        seconds = read_s + (0.0 if unit.args["is_last"] else self.costs.hidden_s(num_tokens))
+        for layer in range(*_layers(unit.hold)):
+            seconds += self.costs.compute_s(layer, num_tokens)
+            seconds += self.costs.partial_statistics_s() if self.costs.model.is_moe(layer) else 0.0
         return seconds
 
     def _num_tokens(self, shard: int) -> int:
@@ -145,8 +142,6 @@ class SimulatedExecutor:
         ended = []
         while self._running and self._running[0][0] <= self.now_s:
             _, _, seconds, slot, unit = heapq.heappop(self._running)
-            if not slot.is_worker:
-                self._free_tasks.append(slot)
             ended.append((slot, unit, Outcome("simulated", seconds, {})))
         return ended
 

@@ -48,8 +48,8 @@ class TextData(_Section):
     sequence_length: Annotated[int, Field(ge=2, strict=True)] = 2048
     """Tokens."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
-    tokens_per_shard: Count = 8192
-    """Size of a token shard: more, smaller shards keep more workers busy; fewer cost less."""
+    tokens_per_shard: Count = 2048
+    """Size of a token shard: no more workers can be busy than there are shards. Fewer cost less, each some milliseconds."""
     tokens_per_micro_batch: Count = 2048
     """Tokens that run through a layer at once: the activations of a worker. Part of the result's last bits."""
 
@@ -124,7 +124,7 @@ class Resources(_Section):
     worker_memory: Bytes = 8 * 2**30
     """Memory of a worker for weights and activations (of its GPU, where it has one): decides how many layers it holds."""
     layers_per_shard: Count | None = None
-    """Layers of a layer shard. Default: as many as fit in `worker_memory`, but at most an eighth of a worker's share: a worker
+    """Layers of a layer shard. Default: as many as fit in `worker_memory`, but at most a quarter of a worker's share: a worker
     reads its next layer shard while it computes, and the fewer layers, the sooner all are busy."""
     max_attempts: Count = 3
     """How often a unit is given to a worker before the workers' deaths count as its failure."""

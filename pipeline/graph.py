@@ -135,6 +135,7 @@ class Graph:
             stage, "calibrate_unit", self.stages.calibration, data, "stages.calibrate.stage:open_shard", hold_args, ""
         )
         units = [unit for unit in units if unit.writes]  # layers after the last MoE layer have nothing to tell
+        held = {layer: unit.hold for unit in units if unit.hold for layer in range(*_layers(unit.hold))}
         for layer in self.plan["moe_layers"]:
             partials = [paths.partial_statistics_file(Path(stage.dir), layer, shard) for shard in range(data.num_shards)]
             reduce = self._unit(
@@ -144,6 +145,8 @@ class Graph:
                 {"layer": layer, "num_shards": data.num_shards},
                 f"layer {layer}, sum over token shards",
                 reads=tuple(path.as_posix() for path in partials),
+                hold=held[layer],  # it applies W_down, which that worker has
+                on_worker=True,
             )
             units.append(reduce)
         return units
@@ -313,6 +316,10 @@ class Graph:
             if manifest is not None and manifest.facts["never_routed"]:
                 never[str(unit.args["layer"])] = manifest.facts["never_routed"]
         return never
+
+
+def _layers(hold: Hold) -> LayerRange:
+    return hold.args["first"], hold.args["stop"]
 
 
 def _settings(config: RunConfig, target: TargetRun) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pipeline.config import Resources, TextData
 
 LayerRange = tuple[int, int]
 
-SHARDS_PER_WORKER = 8
+SHARDS_PER_WORKER = 4
 """Layer shards that each worker gets at least, where the layers suffice: while the first is read, and while the last is
 computed, a worker does nothing else. Simulated clusters (bench/simulation.py) are the evidence."""
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from stages.common.errors import InputError
-from stages.common.tables import Statistics
+from stages.common.tables import PartialStatistics
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(-1),
@@ -126,28 +126,15 @@ class LayerStatistics:
         self.gate_sum_E[expert] += gates.double().sum()
         self.gated_output_norm_sum_E[expert] += gated_norms.double().sum()
 
-    def result(self) -> Statistics:
-        """The sums so far. Raises InputError, naming layer and expert, when one is not finite."""
-        outputs = []
-        for expert in range(self.experts.num_experts):
-            weight = self.experts.down_proj[expert].double()
-            output = self.activation_sum_EF[expert] @ (weight if self.layout.is_transposed else weight.T)
-            if self.layout.has_bias:
-                output = output + self.num_tokens * self.experts.down_proj_bias[expert].double()
-            outputs.append(output)
-        output_sum_ED = torch.stack(outputs)
-        for expert in range(self.experts.num_experts):
-            if not (torch.isfinite(output_sum_ED[expert]).all() and torch.isfinite(self.router_logit_gram_EE[expert]).all()):
-                raise InputError(
-                    f"layer {self.layer}: the outputs or router logits of expert {expert} on the calibration set are not "
-                    f"finite; its weights hold NaN or infinity, or overflow {self.experts.down_proj.dtype}"
-                )
-        return Statistics(
+    def result(self) -> PartialStatistics:
+        """The sums so far."""
+        return PartialStatistics(
             layer=self.layer,
             num_tokens=self.num_tokens,
+            num_sampled_G=np.array([self.num_tokens]),
             num_routed_E=self.num_routed_E.long().cpu().numpy(),
             gate_sum_E=self.gate_sum_E.cpu().numpy(),
-            output_sum_ED=output_sum_ED.cpu().numpy(),
+            activation_sum_EGF=self.activation_sum_EF[:, None].cpu().numpy(),
             gated_output_norm_sum_E=self.gated_output_norm_sum_E.cpu().numpy(),
             router_probability_sum_E=self.router_probability_sum_E.cpu().numpy(),
             router_logit_gram_EE=self.router_logit_gram_EE.cpu().numpy(),
@@ -188,21 +175,3 @@ class InputGatedStatistics(LayerStatistics):
             out_ETD[expert, tokens] = output
             self._add_routed(expert, self._scores_TE[tokens, expert], output.float().norm(dim=-1))
         return out_ETD.view(gated_rows.shape)
-
-
-def add(parts: list[Statistics]) -> Statistics:
-    """Sum of statistics of token shards, in the order given (float64 addition is not associative)."""
-    total = parts[0]
-    for part in parts[1:]:
-        assert part.layer == total.layer
-        total = Statistics(
-            layer=total.layer,
-            num_tokens=total.num_tokens + part.num_tokens,
-            num_routed_E=total.num_routed_E + part.num_routed_E,
-            gate_sum_E=total.gate_sum_E + part.gate_sum_E,
-            output_sum_ED=total.output_sum_ED + part.output_sum_ED,
-            gated_output_norm_sum_E=total.gated_output_norm_sum_E + part.gated_output_norm_sum_E,
-            router_probability_sum_E=total.router_probability_sum_E + part.router_probability_sum_E,
-            router_logit_gram_EE=total.router_logit_gram_EE + part.router_logit_gram_EE,
-        )
-    return total
