@@ -69,6 +69,31 @@ class TextData(_Section):
         return -(-self.num_sequences // self.sequences_per_shard)
 
 
+class Sampling(_Section):
+    """Un-routed means from a sample of tokens, with what is then not certain in the report. Routing stays exact."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    """Of the tokens of each sequence, evenly spaced. 1 takes them all, and still tells how certain the means are."""
+    groups: Annotated[int, Field(ge=2, strict=True)] = 8
+    """Groups of sequences whose means are kept apart: from their spread follow standard errors and stability."""
+
+
+class Calibration(TextData):
+    """The calibration set."""
+
+    sampling: Sampling | None = None
+    """Leave out for exact means over all tokens."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.sampling is not None and self.sampling.groups > self.num_sequences:
+            raise ValueError(
+                f"sampling.groups is {self.sampling.groups} but there are {self.num_sequences} sequences to put "
+                f"in them; use at most {self.num_sequences}"
+            )
+        return self
+
+
 class Evaluation(TextData):
     """Held-out text and metrics."""
 
@@ -146,7 +171,7 @@ class RunConfig(_Section):
     """Where hub models are downloaded to, on storage that every node reaches. Default: `source` in `run_dir`."""
     run_dir: str
     """Everything the run knows and writes; on storage that every node reaches."""
-    calibration: TextData
+    calibration: Calibration
     clustering: Clustering
     merging: Merging = Merging()
     export: Export = Export()

@@ -110,8 +110,7 @@ class LayerStatistics:
         dtype = torch.promote_types(hidden_TD.dtype, top_k_weights_Tk.dtype)
         gated_TkD = torch.zeros((*top_k_index_Tk.shape, hidden_TD.shape[1]), dtype=dtype, device=hidden_TD.device)
         for expert in range(self.experts.num_experts):
-            a_TF = self._activation(hidden_TD, expert)
-            self.activation_sum_EF[expert] += a_TF.sum(0, dtype=torch.float32).double()
+            a_TF = self._add_unrouted(hidden_TD, expert)
             tokens, places = torch.where(top_k_index_Tk == expert)
             if not len(tokens):
                 continue
@@ -120,6 +119,12 @@ class LayerStatistics:
             gated_TkD[tokens, places] = output * gates[:, None]
             self._add_routed(expert, gates, gates.float() * output.float().norm(dim=-1))
         return gated_TkD.sum(1).to(hidden_TD.dtype)
+
+    def _add_unrouted(self, hidden_TD: Tensor, expert: int) -> Tensor:
+        """Add an expert's activations to the sums that run over all tokens; the activations [T, F]."""
+        a_TF = self._activation(hidden_TD, expert)
+        self.activation_sum_EF[expert] += a_TF.sum(0, dtype=torch.float32).double()
+        return a_TF
 
     def _add_routed(self, expert: int, gates: Tensor, gated_norms: Tensor) -> None:
         self.num_routed_E[expert] += len(gates)
@@ -166,8 +171,7 @@ class InputGatedStatistics(LayerStatistics):
         out_ETD = torch.zeros_like(gated_ETD)
         self.num_tokens += gated_ETD.shape[1]
         for expert in range(self.experts.num_experts):
-            a_TF = self._activation(self._hidden_TD, expert)
-            self.activation_sum_EF[expert] += a_TF.sum(0, dtype=torch.float32).double()
+            self._add_unrouted(self._hidden_TD, expert)
             (tokens,) = torch.where(self._scores_TE[:, expert] > 0)
             if not len(tokens):
                 continue

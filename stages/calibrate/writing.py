@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from stages.common.files import WrittenFile
-from stages.common.schemas import list_column, partial_statistics_schema, statistics_schema, write_table
-from stages.common.tables import PartialStatistics, Statistics
+from stages.common.schemas import groups_schema, list_column, partial_statistics_schema, statistics_schema, write_table
+from stages.common.tables import Array, PartialStatistics, Statistics
 
 
 def _plain_columns(sums: Statistics | PartialStatistics) -> dict[str, Any]:
@@ -33,6 +34,19 @@ def write_statistics(path: Path, statistics: Statistics, is_sampled: bool) -> Wr
     for name, values in {"output_sum": statistics.output_sum_ED, "router_logit_gram": statistics.router_logit_gram_EE}.items():
         columns[name] = list_column(values, schema.field(name).type.value_type)
     return write_table(path, {name: columns[name] for name in schema.names}, schema)
+
+
+def write_groups(path: Path, num_sampled_G: Array, output_sum_EGD: Array) -> WrittenFile:
+    """Write one layer's output sums by group of sequences."""
+    num_experts, num_groups, hidden_size = output_sum_EGD.shape
+    sums = np.ascontiguousarray(output_sum_EGD.transpose(1, 0, 2)).reshape(-1, hidden_size)
+    columns = {
+        "group": np.repeat(np.arange(num_groups, dtype=np.int32), num_experts),
+        "expert": np.tile(np.arange(num_experts, dtype=np.int32), num_groups),
+        "num_sampled_tokens": np.repeat(num_sampled_G, num_experts),
+        "output_sum": list_column(sums, pa.float64()),
+    }
+    return write_table(path, columns, groups_schema(hidden_size))
 
 
 def write_partial_statistics(path: Path, part: PartialStatistics) -> WrittenFile:

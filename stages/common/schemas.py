@@ -82,6 +82,45 @@ LABELS = pa.schema(
 )
 
 
+ERRORS = pa.schema(
+    [pa.field("expert", pa.int32(), False), pa.field("relative_standard_error", pa.float64(), False)],
+    metadata={
+        "table": "one expert a row",
+        "relative_standard_error": "standard error of the expert's mean output over the norm of that mean; no unit",
+    },
+)
+
+STABILITY = pa.schema(
+    [
+        pa.field("num_clusters", pa.int32(), False),
+        pa.field("equal_share", pa.float64(), False),
+        pa.field("mean_adjusted_rand_index", pa.float64(), False),
+    ],
+    metadata={
+        "table": "for every K from 1 to E, the clusterings of random halves of the groups against that of all",
+        "equal_share": "share of halves whose labels are those of all groups",
+        "mean_adjusted_rand_index": "1 for equal clusterings, 0 on average for unrelated ones",
+    },
+)
+
+
+def groups_schema(hidden_size: int) -> pa.Schema:
+    """Sums of outputs by group of sequences, all experts of group 0 first."""
+    return pa.schema(
+        [
+            pa.field("group", pa.int32(), False),
+            pa.field("expert", pa.int32(), False),
+            pa.field("num_sampled_tokens", pa.int64(), False),
+            pa.field("output_sum", pa.list_(pa.float64(), hidden_size), False),
+        ],
+        metadata={
+            "table": "one expert of one group of sequences a row",
+            "num_sampled_tokens": "sampled tokens of the group's sequences",
+            "output_sum": "[D] sum over those of E_e(x), not gated; x is the input of the MoE block",
+        },
+    )
+
+
 _LEADING = [
     pa.field("layer", pa.int32(), False),
     pa.field("expert", pa.int32(), False),

@@ -95,6 +95,15 @@ def partial_statistics(path: Path) -> PartialStatistics:
     return PartialStatistics(**_plain_sums(table), num_sampled_G=num_sampled_G, activation_sum_EGF=activation_sum_EGF)
 
 
+def output_groups(path: Path) -> tuple[Array, Array]:
+    """Sampled tokens int64 [G] and output sums float64 [E, G, D] of one layer's groups of sequences."""
+    table = read_table(path)
+    num_groups = table["group"][-1].as_py() + 1
+    num_sampled_G = table["num_sampled_tokens"].to_numpy().reshape(num_groups, -1)[:, 0]
+    output_sum_GED = _matrix(table, "output_sum").reshape(num_groups, -1, table.schema.field("output_sum").type.list_size)
+    return num_sampled_G, output_sum_GED.transpose(1, 0, 2)
+
+
 def labels(path: Path, num_clusters: int) -> Array:
     """Cluster label int [E] of every expert for a cut to num_clusters."""
     table = read_table(path)

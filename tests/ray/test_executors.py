@@ -194,6 +194,18 @@ def test_a_run_on_ray_has_the_bytes_of_a_run_in_this_process(
     assert os.getpid() not in processes
 
 
+def test_a_sampled_run_has_the_same_bytes_however_it_is_cut_and_whoever_computes_it(
+    tmp_path: Path, finished_run: Callable[[str], FinishedRun], on_ray: Callable[..., Maker]
+) -> None:
+    done = finished_run("mixtral")
+    sampling = {"calibration.sampling": {"fraction": 0.5, "groups": 3}, "clustering.num_experts": [6, 3], "evaluation": None}
+    data = Path(done.config.calibration.data[0])
+    one = FinishedRun.of(write_run_file(tmp_path / "one", done.source, data, sampling))
+    others = {**sampling, "resources": {"layers_per_shard": 2, "num_gpus": 0}}
+    run_file = write_run_file(tmp_path / "other", done.source, data, others)
+    assert FinishedRun.of(run_file, make_executor=on_ray(num_gpus=0)).results() == one.results()
+
+
 def test_a_run_that_fails_on_ray_names_the_failure_and_continues_in_this_process(
     tmp_path: Path, finished_run: Callable[[str], FinishedRun], on_ray: Callable[..., Maker]
 ) -> None:
