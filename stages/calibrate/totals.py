@@ -33,7 +33,7 @@ def outputs(total: PartialStatistics, experts: Any) -> Array:
     """
     layout = ExpertsLayout.of(experts)
     device = experts.down_proj.device
-    num_sampled_G1 = torch.from_numpy(total.num_sampled_G).to(device)[:, None]
+    num_sampled_G1 = torch.tensor(total.num_sampled_G, device=device)[:, None]
     output_sum_EGD: list[Tensor] = []
     for expert, activation_sum_GF in enumerate(torch.tensor(total.activation_sum_EGF, device=device)):
         weight = experts.down_proj[expert].double()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.calibrate.sampled import SampledStatistics
@@ -17,6 +18,8 @@ from stages.common import tables
 from stages.common.paths import errors_file, groups_file, labels_file, stability_file, statistics_file
 from stages.common.schemas import read_table
 from tests.runs import FinishedRun, write_run_file
+from tests.stages.runs import run_all, token_ids
+from tests.stages.tiny import build, save
 from tests.tiny import FAMILIES, load, logits, random_ids
 
 NUM_SEQUENCES, LENGTH = random_ids().shape
@@ -155,6 +158,24 @@ def test_a_run_with_all_tokens_has_the_exact_labels_and_says_how_stable_they_are
     assert 0 < certainty["mean_relative_standard_error"] <= certainty["largest_relative_standard_error"]
     assert certainty["stability"]["3e"]["layers"][str(layer)] == rows[2]
     assert certainty["stability"]["6e"]["equal_share"] == 1
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "gpt_oss"])
+def test_all_tokens_in_groups_give_the_exact_sums_where_gates_multiply_inputs_and_where_there_are_biases(
+    family: str, tmp_path: Path
+) -> None:
+    source = save(build(family, torch.float32), tmp_path / "tiny")
+    path, ids = token_ids(tmp_path)
+    found: list[list[tables.Statistics]] = []
+    for name, more in {"exact": {}, "grouped": {"sampling": {"fraction": 1, "groups": 2}}}.items():
+        calibration = {"data": str(path), "num_sequences": len(ids), "sequence_length": ids.shape[1], **more}
+        run_all(source, tmp_path / name, path, [4], ["stock"], calibration=calibration)
+        files = sorted((tmp_path / name).glob("calibrate-*/*.statistics.arrow"))
+        found.append([tables.statistics(file) for file in files])
+    for exact, grouped in zip(*found, strict=True):
+        assert exact.num_routed_E.tolist() == grouped.num_routed_E.tolist()
+        size = np.abs(exact.output_sum_ED).max()
+        np.testing.assert_allclose(grouped.output_sum_ED, exact.output_sum_ED, rtol=0, atol=1e-5 * size)
 
 
 def test_the_run_keeps_what_is_routed_exact_and_its_groups_add_up(
