@@ -30,7 +30,7 @@ class CalibrationShard:
     routers: Mapping[int, str]
     family: Family
 
-    def watch(self, layer: int, into: dict[int, LayerStatistics], sample: Sample | None) -> AbstractContextManager[Any]:
+    def watch(self, layer: int, into: dict[int, LayerStatistics], sample: Sample | None = None) -> AbstractContextManager[Any]:
         """Gather statistics of a MoE layer while it runs; leave a dense one alone. sample: None for all tokens."""
         if layer not in self.routers:
             return nullcontext()
