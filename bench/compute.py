@@ -84,7 +84,7 @@ def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str
         opened: list[Any] = []
         routers = plan["routers"]
         load_s, load_cpu_s = timed(lambda: opened.append(open_shard(str(folder), 0, plan["num_layers"], num_threads, routers)))
-        args = {"tokens_dir": "tokens", "shard": 0, "micro_batch": micro_batch, "is_last": True}
+        args = {"tokens_dir": "tokens", "shard": 0, "micro_batch": micro_batch, "is_last": True, "sampling": None}
         job = Job(run_dir, run_dir / "calibrate", args, opened[0])
         with FlopCounterMode(display=False) as counter:
             calibrate_unit(job)

@@ -12,16 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from bench import measure
 from bench.models import IDS_FILE, MODELS, generate
 from bench.page import write_page
-from stages.common.files import write_json
+from bench.scaling import pinned_calibrate_s
+from stages.common.files import write_file, write_json
 from stages.common.schemas import read_table
 
 STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "report")
-BENCHMARKS = ("hand", "compute", "transfer", "memory", "overhead")
+BENCHMARKS = ("hand", "compute", "transfer", "memory", "overhead", "scaling", "simulation")
+ON_ONE_MODEL = ("overhead", "scaling", "simulation")
+SCALING_SEQUENCES = 32
+SCALING_WORKERS = (1, 2, 4)
 
 
 class Bench:
@@ -156,6 +161,33 @@ class Bench:
             **units,
         }
 
+    def scaling(self, name: str) -> dict[str, Any]:
+        """Benchmark 5: real workers in turn, each pinned to a core; more tokens than elsewhere, so that there is work."""
+        spec, ids = MODELS[name], self.work_dir / "models" / f"{name}-scaling-ids.npy"
+        shape = (SCALING_SEQUENCES, spec.sequence_length)
+        vocab_size = spec.config.vocab_size
+        self.model(name)
+        write_file(ids, lambda out: np.save(out, np.random.default_rng(0).integers(0, vocab_size, shape)))
+        seconds: dict[str, list[float]] = {str(count): [] for count in SCALING_WORKERS}
+        for _ in range(self.repeats):
+            for count in SCALING_WORKERS:
+                seconds[str(count)].append(self._scaled_s(name, ids, count))
+        return {"calibrate_s": seconds, "num_tokens": SCALING_SEQUENCES * spec.sequence_length}
+
+    def _scaled_s(self, name: str, ids: Path, num_workers: int) -> float:
+        run_file = self.run_file(name, f"{num_workers}-workers", num_workers=num_workers, num_gpus=0, num_cpus=1)
+        run_dir = self.work_dir / "runs" / f"{name}-{num_workers}-workers"
+        shutil.rmtree(run_dir, ignore_errors=True)
+        settings = [f"calibration.data={ids}", f"calibration.num_sequences={SCALING_SEQUENCES}"]
+        command = [sys.executable, "-m", "pipeline", "run", str(run_file), "--address", "local"]
+        seconds = pinned_calibrate_s([*command, *(f"--set={setting}" for setting in settings)], run_dir, num_workers)
+        shutil.rmtree(run_dir)
+        return seconds
+
+    def simulation(self, _name: str) -> dict[str, Any]:
+        """Benchmark 5, on clusters that are not there; needs no model."""
+        return json.loads(measure.run([sys.executable, "-m", "bench.simulation"]).output)  # type: ignore[no-any-return]
+
 
 def main() -> None:
     """Measure, and write results and page."""
@@ -173,7 +205,7 @@ def main() -> None:
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     for benchmark in args.benchmarks:
         call: Callable[[str], dict[str, Any]] = getattr(bench, benchmark)
-        for name in args.models[:1] if benchmark == "overhead" else args.models:
+        for name in args.models[:1] if benchmark in ON_ONE_MODEL else args.models:
             print(f"{benchmark} {name}", flush=True)
             results.setdefault(benchmark, {})[name] = {**call(name), "on": {**state, "load": measure.machine()["load"]}}
             write_json(args.output, results)

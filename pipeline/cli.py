@@ -85,7 +85,7 @@ def run(
     from pipeline.progress import Reporter
     from pipeline.run_state import RunOptions
     from pipeline.runner import run as run_pipeline
-    from pipeline.table import result_table
+    from pipeline.table import certainty_lines, result_table
 
     config = load_config(run_file, settings or [])
     reporter = Reporter(Console(stderr=True))
@@ -96,6 +96,8 @@ def run(
     console = _output()
     if result.report["models"]:
         console.print(result_table(result.report))
+        for line in certainty_lines(result.report):
+            console.print(line, soft_wrap=True, highlight=False)
         console.print(f"report       {result.report_path}", soft_wrap=True, highlight=False)
         console.print(f"checkpoints  {run_dir / 'models'}", soft_wrap=True, highlight=False)
     console.print(f"{result.num_run} units run, {result.num_reused} reused, {result.elapsed_s:.1f} s", highlight=False)

@@ -48,8 +48,8 @@ class TextData(_Section):
     sequence_length: Annotated[int, Field(ge=2, strict=True)] = 2048
     """Tokens."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
-    tokens_per_shard: Count = 8192
-    """Size of a token shard: more, smaller shards keep more workers busy; fewer cost less."""
+    tokens_per_shard: Count = 2048
+    """Size of a token shard: no more workers can be busy than there are shards. Fewer cost less, each some milliseconds."""
     tokens_per_micro_batch: Count = 2048
     """Tokens that run through a layer at once: the activations of a worker. Part of the result's last bits."""
 
@@ -67,6 +67,31 @@ class TextData(_Section):
     def num_shards(self) -> int:
         """Token shards."""
         return -(-self.num_sequences // self.sequences_per_shard)
+
+
+class Sampling(_Section):
+    """Un-routed means from a sample of tokens, with what is then not certain in the report. Routing stays exact."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    """Of the tokens of each sequence, evenly spaced. 1 takes them all, and still tells how certain the means are."""
+    groups: Annotated[int, Field(ge=2, strict=True)] = 8
+    """Groups of sequences whose means are kept apart: from their spread follow standard errors and stability."""
+
+
+class Calibration(TextData):
+    """The calibration set."""
+
+    sampling: Sampling | None = None
+    """Leave out for exact means over all tokens."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.sampling is not None and self.sampling.groups > self.num_sequences:
+            raise ValueError(
+                f"sampling.groups is {self.sampling.groups} but there are {self.num_sequences} sequences to put "
+                f"in them; use at most {self.num_sequences}"
+            )
+        return self
 
 
 class Evaluation(TextData):
@@ -124,7 +149,8 @@ class Resources(_Section):
     worker_memory: Bytes = 8 * 2**30
     """Memory of a worker for weights and activations (of its GPU, where it has one): decides how many layers it holds."""
     layers_per_shard: Count | None = None
-    """Layers of a layer shard. Default: as many as fit in `worker_memory`, but no more than keeps all workers busy."""
+    """Layers of a layer shard. Default: as many as fit in `worker_memory`, but at most a quarter of a worker's share: a worker
+    reads its next layer shard while it computes, and the fewer layers, the sooner all are busy."""
     max_attempts: Count = 3
     """How often a unit is given to a worker before the workers' deaths count as its failure."""
     unit_timeout_s: Annotated[float, Field(gt=0)] | None = None
@@ -145,7 +171,7 @@ class RunConfig(_Section):
     """Where hub models are downloaded to, on storage that every node reaches. Default: `source` in `run_dir`."""
     run_dir: str
     """Everything the run knows and writes; a folder on storage that every node reaches, or a URL of object storage."""
-    calibration: TextData
+    calibration: Calibration
     clustering: Clustering
     merging: Merging = Merging()
     export: Export = Export()

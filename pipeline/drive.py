@@ -53,9 +53,15 @@ class _Timeouts:
 class Driver:
     """One loop for all runs. A failed unit stops its own run: what runs is let finish and seal, nothing more is started."""
 
-    def __init__(self, runs: Sequence[RunState], executor: Executor, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        runs: Sequence[RunState],
+        executor: Executor,
+        warn: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._runs = {str(run.run_dir): run for run in runs}
-        self._executor, self._warn = executor, warn
+        self._executor, self._warn, self._clock = executor, warn, clock
         self._schedule = Schedule()
         self._running: dict[str, _Running] = {}
         self._slots: dict[str, Slot] = {}
@@ -64,7 +70,7 @@ class Driver:
         self._alone: str | None = None
         self._tried_alone: set[str] = set()
         self._has_made_room = False
-        self._idle_since = time.monotonic()
+        self._idle_since = self._clock()
         self._looked_at = 0.0
 
     def drive(self) -> None:
@@ -95,15 +101,26 @@ class Driver:
             if not self._executor.num_running:
                 self._assign_alone(self._schedule.alone[0])
             return
+        idle = self._fill_slots()
+        busy = [slot for slot in self._slots.values() if slot.is_worker]
+        for slot, hold, is_free in self._schedule.ahead([*idle, *busy]):
+            self._executor.open_ahead(slot, hold, is_free)
+
+    def _fill_slots(self) -> list[Slot]:
+        """Give free slots units; the workers for which there is none."""
+        idle: list[Slot] = []
         for slot in self._executor.free_slots():
             taken = self._schedule.take(slot)
             if taken is not None and slot.is_queued and not self._timeouts.is_short(taken):
                 self._schedule.requeue(taken)
-                return
+                break
             if taken is not None:
                 self._submit(slot, taken)
-            elif not slot.is_worker:
-                return  # the slots that follow would find nothing either
+            elif slot.is_worker:
+                idle.append(slot)
+            else:
+                break  # the slots that follow would find nothing either
+        return idle
 
     def _assign_alone(self, unit: Unit) -> None:
         """Nothing runs: free all memory once, then give the unit to the first worker that is up again."""
@@ -119,14 +136,14 @@ class Driver:
 
     def _submit(self, slot: Slot, unit: Unit) -> None:
         self._attempts[unit.id] += 1
-        self._running[slot.id] = _Running(unit, time.monotonic())
+        self._running[slot.id] = _Running(unit, self._clock())
         self._slots[slot.id] = slot
         self._runs[unit.run_dir].started(unit)
         self._executor.submit(slot, unit)
 
     def _look_after(self) -> None:
         """End what hangs; say what is missing when nothing can run."""
-        now = time.monotonic()
+        now = self._clock()
         if now - self._looked_at < _LOOK_S:
             return
         self._looked_at = now

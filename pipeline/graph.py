@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.config import RunConfig, TextData
@@ -92,6 +93,7 @@ class Graph:
         hold_call: str,
         hold_args: Mapping[str, Any],
         what: str,
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[Unit]:
         """Units (layer shard, token shard); each reads the hidden states that the one before it wrote."""
         units = []
@@ -113,7 +115,7 @@ class Graph:
                     # what is sealed for good is not named after the cut: another cut does not make it again
                     f"layers-{first:04d}-{stop:04d}/tokens-{shard:04d}" if writes else f"tokens-{shard:04d}",
                     call,
-                    {"tokens_dir": tokens.dir, "shard": shard, "micro_batch": data.micro_batch, "is_last": is_last},
+                    {"tokens_dir": tokens.dir, "shard": shard, "micro_batch": data.micro_batch, "is_last": is_last, **more},
                     f"{what}layers {first}-{stop - 1}, tokens {shard + 1}/{data.num_shards}",
                     reads=tuple(path.as_posix() for path in reads),
                     writes=tuple(path.as_posix() for path in writes),
@@ -128,21 +130,33 @@ class Graph:
         stage, data = self.stages.calibrate, self.config.calibration
         hold_args = {"model": str(self.model), "routers": self.plan["routers"]}
         units = self._through_layers(
-            stage, "calibrate_unit", self.stages.calibration, data, "stages.calibrate.stage:open_shard", hold_args, ""
-        )
+            stage, "calibrate_unit", self.stages.calibration, data, "stages.calibrate.stage:open_shard", hold_args, "",
+            {"sampling": self._sampling()},
+        )  # fmt: skip
         units = [unit for unit in units if unit.writes]  # layers after the last MoE layer have nothing to tell
+        held = {layer: unit.hold for unit in units if unit.hold for layer in range(*_layers(unit.hold))}
         for layer in self.plan["moe_layers"]:
             partials = [paths.partial_statistics_file(Path(stage.dir), layer, shard) for shard in range(data.num_shards)]
             reduce = self._unit(
                 stage,
                 f"layer-{layer:04d}",
                 "reduce_unit",
-                {"layer": layer, "num_shards": data.num_shards},
+                {"layer": layer, "num_shards": data.num_shards, "is_sampled": data.sampling is not None},
                 f"layer {layer}, sum over token shards",
                 reads=tuple(path.as_posix() for path in partials),
+                hold=held[layer],  # it applies W_down, which that worker has
+                on_worker=True,
             )
             units.append(reduce)
         return units
+
+    def _sampling(self) -> dict[str, Any] | None:
+        """What decides which tokens are sampled; None without sampling."""
+        data = self.config.calibration
+        if data.sampling is None:
+            return None
+        include = {"num_sequences", "sequence_length", "sequences_per_shard", "seed"}
+        return {**data.sampling.model_dump(), **{name: getattr(data, name) for name in sorted(include)}}
 
     def _evaluate(self) -> list[Unit]:
         if self.stages.evaluate_source is None:
@@ -173,7 +187,9 @@ class Graph:
 
     def _cluster(self) -> list[Unit]:
         settings = self.config.clustering.model_dump(exclude={"num_experts"})
-        args = {**settings, "statistics_dir": self.stages.calibrate.dir}
+        data = self.config.calibration
+        args = {**settings, "statistics_dir": self.stages.calibrate.dir, "is_sampled": data.sampling is not None}
+        args["seed"] = data.seed
         return [
             self._unit(self.stages.cluster, f"layer-{layer:04d}", "cluster_unit", {**args, "layer": layer}, f"layer {layer}")
             for layer in self.plan["moe_layers"]
@@ -261,7 +277,7 @@ class Graph:
             "source_bytes": self.plan["total_bytes"],
             "router": config.export.router,
             "calibration": f"{data.num_sequences} sequences of {data.sequence_length} tokens of {', '.join(data.data)}, "
-            f"seed {data.seed}",
+            f"seed {data.seed}{_sampled(config)}",
             "clustering": ", ".join(f"{key} {value}" for key, value in clustering.items()),
             "merging": config.merging.method,
             "settings": _settings(config, target),
@@ -282,6 +298,7 @@ class Graph:
             },
             "targets": [self._reported(target) for target in self.stages.targets],
             "never_routed": self._never_routed(),
+            "certainty_dir": self.stages.cluster.dir if self.config.calibration.sampling else None,
             "settings": self.config.model_dump(mode="json"),
         }
         return [self._unit(self.stages.report, "report", "report_unit", args, "report.json")]
@@ -301,6 +318,7 @@ class Graph:
             "target": target.target,
             "format": target.format,
             "num_experts": target.num_experts,
+            "num_merged": self.num_merged(target),
             **assembled.facts,
             "path": f"models/{target.name}",
             "evaluate_dir": target.evaluate.dir if target.evaluate else None,
@@ -315,6 +333,15 @@ class Graph:
             if manifest is not None and manifest.facts["never_routed"]:
                 never[str(unit.args["layer"])] = manifest.facts["never_routed"]
         return never
+
+
+def _sampled(config: RunConfig) -> str:
+    sampling = config.calibration.sampling
+    return f"; un-routed means from {sampling.fraction:.0%} of the tokens" if sampling else ""
+
+
+def _layers(hold: Hold) -> LayerRange:
+    return hold.args["first"], hold.args["stop"]
 
 
 def _settings(config: RunConfig, target: TargetRun) -> dict[str, Any]:

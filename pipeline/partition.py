@@ -7,6 +7,10 @@ from pipeline.config import Resources, TextData
 
 LayerRange = tuple[int, int]
 
+SHARDS_PER_WORKER = 4
+"""Layer shards that each worker gets at least, where the layers suffice: while the first is read, and while the last is
+computed, a worker does nothing else. Simulated clusters (bench/simulation.py) are the evidence."""
+
 
 def weight_bytes(plan: Mapping[str, Any], layers: LayerRange) -> int:
     """Bytes of weights of a layer shard; with embedding, norm and head at both ends of the model."""
@@ -27,11 +31,13 @@ def held_bytes(plan: Mapping[str, Any], layers: LayerRange, data: TextData) -> i
     return weight_bytes(plan, layers) + max(layer_bytes[first:stop]) + hidden + logits
 
 
-def layer_shards(plan: Mapping[str, Any], data: TextData, resources: Resources, num_workers: int) -> list[LayerRange]:
+def layer_shards(
+    plan: Mapping[str, Any], data: TextData, resources: Resources, num_workers: int, num_rounds: int = SHARDS_PER_WORKER
+) -> list[LayerRange]:
     """Contiguous layer ranges: as many layers each as fit in `worker_memory`, never fewer than one, and no more than leave
-    each of num_workers a shard."""
+    each of num_workers num_rounds shards."""
     num_layers = plan["num_layers"]
-    most = resources.layers_per_shard or max(1, -(-num_layers // num_workers))
+    most = resources.layers_per_shard or max(1, num_layers // (num_rounds * num_workers))
     shards: list[LayerRange] = []
     first = 0
     while first < num_layers:

@@ -9,7 +9,7 @@ from pipeline.config import RunConfig, TextData
 from pipeline.identity import key_of
 
 # Raised when a stage computes something else from the same inputs: old results are then not reused.
-VERSIONS = {"prepare": 2, "calibrate": 2, "cluster": 1, "merge": 2, "assemble": 3, "evaluate": 1, "report": 1}
+VERSIONS = {"prepare": 2, "calibrate": 3, "cluster": 1, "merge": 2, "assemble": 3, "evaluate": 1, "report": 1}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class Stages:
         self.survey = _stage("prepare", "model", {"model": identities["model"]})
         self.calibration = self._tokens("calibration", config.calibration)
         self.evaluation = self._tokens("evaluation", config.evaluation) if config.evaluation else None
-        self.calibrate = _stage("calibrate", "", {}, model=self.survey.key, tokens=self.calibration.key)
+        sampling = config.calibration.sampling
+        sampled = {"sampling": {**sampling.model_dump(), "seed": config.calibration.seed}} if sampling else {}
+        self.calibrate = _stage("calibrate", "", sampled, model=self.survey.key, tokens=self.calibration.key)
         self.cluster = _stage(
             "cluster", "", config.clustering.model_dump(exclude={"num_experts"}), calibrate=self.calibrate.key
         )
@@ -77,7 +79,7 @@ class Stages:
         ]
 
     def _tokens(self, part: str, data: TextData) -> StageRun:
-        settings = data.model_dump(exclude={"data", "metrics", "tokens_per_shard", "tokens_per_micro_batch"})
+        settings = data.model_dump(exclude={"data", "metrics", "tokens_per_shard", "tokens_per_micro_batch", "sampling"})
         settings |= {
             "data": self.identities[part],
             "micro_batch": data.micro_batch,

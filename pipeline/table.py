@@ -1,6 +1,6 @@
 """The result table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -27,3 +27,20 @@ def result_table(report: Mapping[str, Any]) -> Table:
         experts = str(count) if isinstance(count, int) else f"{min(count)}-{max(count)}"
         table.add_row(model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity)
     return table
+
+
+def certainty_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """How certain the clusterings are, where un-routed means are those of a sample; nothing otherwise."""
+    certainty = report.get("certainty")
+    if certainty is None:
+        return
+    fraction = report["settings"]["calibration"]["sampling"]["fraction"]
+    yield (
+        f"sampled      {fraction:.0%} of the tokens for mean outputs: standard error "
+        f"{certainty['mean_relative_standard_error']:.1%} of a mean, at most {certainty['largest_relative_standard_error']:.1%}"
+    )
+    for target, found in certainty["stability"].items():
+        yield (
+            f"stability    {target}: halves of the data give the same labels in {found['equal_share']:.0%} of draws, "
+            f"adjusted Rand index {found['mean_adjusted_rand_index']:.2f}"
+        )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.manifest import seal
-from pipeline.units import Failure, Outcome, Unit
+from pipeline.units import Failure, Hold, Outcome, Unit
 from stages.common.errors import InputError
 from stages.common.storage import as_path
 from stages.common.unit import Job
@@ -26,16 +26,26 @@ class Worker:
     def __init__(self) -> None:
         self._hold_key: str | None = None
         self._held: Any = None
+        self._opened_bytes = 0
 
     def _hold(self, unit: Unit) -> Any:
-        hold = unit.hold
-        key = hold.key if hold else None
-        if key != self._hold_key and (hold is not None or unit.on_worker):  # a CPU unit needs no room: keep what is held
-            self._hold_key, self._held = None, None  # let go before the next is loaded: both may not fit
-            if hold is not None:
-                self._held = resolve(hold.call)(**hold.args)
-            self._hold_key = key
+        if unit.hold is not None or unit.on_worker:  # a CPU unit needs no room: keep what is held
+            self._open(unit.hold)
         return self._held
+
+    def _open(self, hold: Hold | None) -> None:
+        key = hold.key if hold else None
+        if key == self._hold_key:
+            return
+        self._hold_key, self._held = None, None  # let go before the next is loaded: both may not fit
+        if hold is not None:
+            self._held = resolve(hold.call)(**hold.args)
+            self._opened_bytes += hold.num_bytes
+        self._hold_key = key
+
+    def open_ahead(self, hold: Hold) -> None:
+        """Open what the next units share before they come. An error here reaches nobody, and comes again with the first."""
+        self._open(hold)
 
     def run(self, unit: Unit) -> Outcome:
         """Run and seal one unit. Never raises for what the unit raises: the outcome says why it failed."""
@@ -43,9 +53,8 @@ class Worker:
         failure, facts, bytes_read, bytes_written = None, {}, 0, 0
         try:
             run_dir = as_path(unit.run_dir)
-            if unit.hold is not None and unit.hold.key != self._hold_key:
-                bytes_read += unit.hold.num_bytes
             held = self._hold(unit)
+            bytes_read, self._opened_bytes = self._opened_bytes, 0
             bytes_read += sum((run_dir / path).stat().st_size for path in unit.reads)
             result = resolve(unit.call)(Job(run_dir, run_dir / unit.stage_dir, unit.args, held))
             seal(unit, result, started)

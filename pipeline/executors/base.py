@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.units import Outcome, Unit
+from pipeline.units import Hold, Outcome, Unit
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Executor(Protocol):
 
     def submit(self, slot: Slot, unit: Unit) -> None:
         """Start a unit in a free slot."""
+
+    def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
+        """A worker will need this hold next: to be read in the meantime, and opened if it is free, done with what it has. A
+        hint, which may come to nothing."""
 
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
         """Units that have ended since the last call; waits up to timeout_s for the first."""

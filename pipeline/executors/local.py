@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pipeline.executors.base import Slot
-from pipeline.units import Outcome, Unit
+from pipeline.units import Hold, Outcome, Unit
 from pipeline.worker import Worker
 
 _SLOT = Slot("local", is_worker=True)
@@ -33,6 +33,9 @@ class LocalExecutor:
     def submit(self, slot: Slot, unit: Unit) -> None:
         """Run the unit now."""
         self._ended.append((slot, unit, self._worker.run(unit)))
+
+    def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
+        """Not done: it would compete with what runs here."""
 
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
         """The unit that has just run."""

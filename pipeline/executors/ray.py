@@ -19,7 +19,7 @@ from pipeline.config import Resources
 from pipeline.errors import RunFailed
 from pipeline.executors.base import Slot
 from pipeline.metrics import UnitMetrics
-from pipeline.units import Failure, Outcome, Unit
+from pipeline.units import Failure, Hold, Outcome, Unit
 from pipeline.worker import Worker
 from stages.common.errors import InputError
 
@@ -151,6 +151,11 @@ class RayExecutor:
             self._num_tasks += 1
             ref = self._task.options(name=name).remote(unit)
         self._running[ref] = (slot, unit)
+
+    def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
+        """A worker that is free opens it at once. What it returns is not waited for: its unit comes after it."""
+        if is_free:
+            self._actors[slot.id].handle.open_ahead.remote(hold)
 
     def _name(self, unit: Unit) -> str:
         """What Ray's dashboard calls the unit. Ray keeps a time series for each name ever used, 15 kB in this process alone

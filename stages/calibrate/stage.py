@@ -3,21 +3,22 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics, add
+from stages.calibrate.sampled import SampledInputGatedStatistics, SampledStatistics
+from stages.calibrate.sampling import Sample
+from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics
+from stages.calibrate.totals import add, finish, outputs
+from stages.calibrate.writing import write_groups, write_partial_statistics, write_statistics
 from stages.common import tables
 from stages.common.checkpoint import Checkpoint
 from stages.common.families import Family, family_of
-from stages.common.files import WrittenFile
 from stages.common.layer_shard import LayerShard
-from stages.common.paths import hidden_file, partial_statistics_file, statistics_file, tokens_file
-from stages.common.schemas import list_column, statistics_schema, write_table
+from stages.common.paths import groups_file, hidden_file, partial_statistics_file, statistics_file, tokens_file
 from stages.common.streaming import enter, leave, run_layers
-from stages.common.tables import Statistics
 from stages.common.unit import Job, UnitResult
 
 
@@ -29,14 +30,17 @@ class CalibrationShard:
     routers: Mapping[int, str]
     family: Family
 
-    def watch(self, layer: int, into: dict[int, LayerStatistics]) -> AbstractContextManager[Any]:
-        """Gather statistics of a MoE layer while it runs; leave a dense one alone."""
+    def watch(self, layer: int, into: dict[int, LayerStatistics], sample: Sample | None = None) -> AbstractContextManager[Any]:
+        """Gather statistics of a MoE layer while it runs; leave a dense one alone. sample: None for all tokens."""
         if layer not in self.routers:
             return nullcontext()
         adapted = self.shard.adapted
         router = adapted.model.get_submodule(self.routers[layer])
-        kind = InputGatedStatistics if self.family.gates_input else LayerStatistics
-        into[layer] = kind(layer, adapted.experts_modules()[layer], router, self.family.score)
+        parts = (layer, adapted.experts_modules()[layer], router, self.family.score)
+        if sample is None:
+            into[layer] = (InputGatedStatistics if self.family.gates_input else LayerStatistics)(*parts)
+        else:
+            into[layer] = (SampledInputGatedStatistics if self.family.gates_input else SampledStatistics)(*parts, sample)
         return into[layer]
 
 
@@ -51,17 +55,19 @@ def calibrate_unit(job: Job) -> UnitResult:
     """Send a token shard through the held layer shard.
 
     args: tokens_dir (relative to the run directory), shard, micro_batch (sequences), is_last (nothing reads the hidden
-    states after it). Writes the statistics of each MoE layer, and the hidden states unless is_last; all transient.
+    states after it), sampling (args of `Sample.of`, or None). Writes the statistics of each MoE layer, and the hidden states
+    unless is_last; all transient.
     """
     args, held = job.args, job.held
     shard: LayerShard = held.shard
     token_ids_ST = tables.token_ids(job.run_dir / args["tokens_dir"] / tokens_file(args["shard"]))
     source = hidden_file(job.stage_dir, shard.first, args["shard"]) if shard.first else None
+    sample = Sample.of(args["sampling"], args["shard"]) if args["sampling"] else None
     watched: dict[int, LayerStatistics] = {}
     hidden = enter(shard, token_ids_ST, source, args["micro_batch"])
-    hidden = run_layers(shard, hidden, lambda layer: held.watch(layer, watched))
+    hidden = run_layers(shard, hidden, lambda layer: held.watch(layer, watched, sample))
     transient = [
-        _write_statistics(partial_statistics_file(job.stage_dir, layer, args["shard"]), statistics.result())
+        write_partial_statistics(partial_statistics_file(job.stage_dir, layer, args["shard"]), statistics.result())
         for layer, statistics in watched.items()
     ]
     if not args["is_last"]:
@@ -70,27 +76,20 @@ def calibrate_unit(job: Job) -> UnitResult:
 
 
 def reduce_unit(job: Job) -> UnitResult:
-    """Sum one layer's statistics over the token shards, in their order. args: layer, num_shards."""
-    layer = job.args["layer"]
+    """Sum one layer's statistics over the token shards, in their order. args: layer, num_shards, is_sampled.
+
+    Held: the layer shard, for W_down.
+    """
+    layer, held = job.args["layer"], job.held
     paths = [partial_statistics_file(job.stage_dir, layer, shard) for shard in range(job.args["num_shards"])]
-    total = add([tables.statistics(path) for path in paths])
-    file = _write_statistics(statistics_file(job.stage_dir, layer), total)
+    total = add([tables.partial_statistics(path) for path in paths])
+    experts = held.shard.adapted.experts_modules()[layer]
+    with torch.inference_mode():
+        output_sum_EGD = outputs(total, experts)
+    statistics = finish(total, output_sum_EGD, experts.down_proj.dtype)
+    is_sampled = job.args["is_sampled"]
+    files = [write_statistics(statistics_file(job.stage_dir, layer), statistics, is_sampled)]
+    if is_sampled:
+        files.append(write_groups(groups_file(job.stage_dir, layer), total.num_sampled_G, output_sum_EGD))
     never_routed = np.flatnonzero(total.num_routed_E == 0).tolist()
-    return UnitResult((file,), facts={"num_tokens": total.num_tokens, "never_routed": never_routed})
-
-
-def _write_statistics(path: Path, statistics: Statistics) -> WrittenFile:
-    num_experts, hidden_size = statistics.output_sum_ED.shape
-    schema = statistics_schema(statistics.layer, hidden_size, num_experts)
-    columns = {
-        "layer": np.full(num_experts, statistics.layer, dtype=np.int32),
-        "expert": np.arange(num_experts, dtype=np.int32),
-        "num_tokens": np.full(num_experts, statistics.num_tokens, dtype=np.int64),
-        "num_routed_tokens": statistics.num_routed_E,
-        "gate_sum": statistics.gate_sum_E,
-        "output_sum": list_column(statistics.output_sum_ED, schema.field("output_sum").type.value_type),
-        "gated_output_norm_sum": statistics.gated_output_norm_sum_E,
-        "router_probability_sum": statistics.router_probability_sum_E,
-        "router_logit_gram": list_column(statistics.router_logit_gram_EE, schema.field("router_logit_gram").type.value_type),
-    }
-    return write_table(path, columns, schema)
+    return UnitResult(tuple(files), facts={"num_tokens": total.num_tokens, "never_routed": never_routed})

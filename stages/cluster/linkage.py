@@ -15,8 +15,9 @@ from stages.common.tables import Array, Statistics
 
 
 def expert_output(statistics: Statistics) -> Array:
-    """Mean output [E, D] of every expert over all calibration tokens, un-gated (HC-SMoE, arXiv:2410.08589, eq. 4)."""
-    return statistics.output_sum_ED / statistics.num_tokens
+    """Mean output [E, D] of every expert over all calibration tokens, or the sampled, un-gated (HC-SMoE, arXiv:2410.08589,
+    eq. 4)."""
+    return statistics.output_sum_ED / statistics.num_output_tokens
 
 
 FEATURES: dict[str, Callable[[Statistics], Array]] = {"expert_output": expert_output}

@@ -2,15 +2,20 @@
 
 import numpy as np
 
+from stages.cluster.certainty import relative_standard_errors, stability
 from stages.cluster.linkage import FEATURES, all_cuts, link
 from stages.common import tables
-from stages.common.paths import dendrogram_file, labels_file, statistics_file
-from stages.common.schemas import DENDROGRAM, LABELS, write_table
+from stages.common.files import WrittenFile
+from stages.common.paths import dendrogram_file, errors_file, groups_file, labels_file, stability_file, statistics_file
+from stages.common.schemas import DENDROGRAM, ERRORS, LABELS, STABILITY, write_table
 from stages.common.unit import Job, UnitResult
 
 
 def cluster_unit(job: Job) -> UnitResult:
-    """Write the dendrogram and all its cuts of one layer. args: statistics_dir, layer, feature, distance, linkage."""
+    """Write the dendrogram and all its cuts of one layer; under sampling also how certain they are.
+
+    args: statistics_dir, layer, feature, distance, linkage, is_sampled, seed (of the halves that are compared).
+    """
     args, layer = job.args, job.args["layer"]
     statistics = tables.statistics(statistics_file(job.run_dir / args["statistics_dir"], layer))
     linkage_Z = link(FEATURES[args["feature"]](statistics), args["distance"], args["linkage"], f"layer {layer}")
@@ -22,4 +27,17 @@ def cluster_unit(job: Job) -> UnitResult:
     }
     dendrogram = write_table(dendrogram_file(job.stage_dir, layer), columns, DENDROGRAM)
     labels = write_table(labels_file(job.stage_dir, layer), all_cuts(linkage_Z), LABELS)
-    return UnitResult((dendrogram, labels), facts={"largest_distance": float(linkage_Z[-1, 2])})
+    certainty = _write_certainty(job, statistics, linkage_Z) if args["is_sampled"] else ()
+    return UnitResult((dendrogram, labels, *certainty), facts={"largest_distance": float(linkage_Z[-1, 2])})
+
+
+def _write_certainty(job: Job, statistics: tables.Statistics, linkage_Z: tables.Array) -> tuple[WrittenFile, WrittenFile]:
+    args, layer = job.args, job.args["layer"]
+    num_sampled_G, output_sum_EGD = tables.output_groups(groups_file(job.run_dir / args["statistics_dir"], layer))
+    errors_E = relative_standard_errors(num_sampled_G, output_sum_EGD)
+    errors = {"expert": np.arange(len(errors_E), dtype=np.int32), "relative_standard_error": errors_E}
+    columns = stability(statistics, num_sampled_G, output_sum_EGD, linkage_Z, args, args["seed"])
+    return (
+        write_table(errors_file(job.stage_dir, layer), errors, ERRORS),
+        write_table(stability_file(job.stage_dir, layer), columns, STABILITY),
+    )

@@ -30,6 +30,21 @@ def statistics_file(stage_dir: Path, layer: int) -> Path:
     return stage_dir / f"layer-{layer:04d}.statistics.arrow"
 
 
+def groups_file(stage_dir: Path, layer: int) -> Path:
+    """Output sums of one layer by group of sequences; only under sampling."""
+    return stage_dir / f"layer-{layer:04d}.groups.arrow"
+
+
+def errors_file(stage_dir: Path, layer: int) -> Path:
+    """Standard errors of one layer's mean outputs; only under sampling."""
+    return stage_dir / f"layer-{layer:04d}.errors.arrow"
+
+
+def stability_file(stage_dir: Path, layer: int) -> Path:
+    """How often halves of the groups give one layer's labels again; only under sampling."""
+    return stage_dir / f"layer-{layer:04d}.stability.arrow"
+
+
 def dendrogram_file(stage_dir: Path, layer: int) -> Path:
     """Dendrogram of one layer's experts."""
     return stage_dir / f"layer-{layer:04d}.dendrogram.arrow"

@@ -83,35 +83,109 @@ LABELS = pa.schema(
 )
 
 
-def statistics_schema(layer: int, hidden_size: int, num_experts: int) -> pa.Schema:
-    """Statistics of one layer, a row an expert; all sums run over the calibration tokens and add up over shards."""
+ERRORS = pa.schema(
+    [pa.field("expert", pa.int32(), False), pa.field("relative_standard_error", pa.float64(), False)],
+    metadata={
+        "table": "one expert a row",
+        "relative_standard_error": "standard error of the expert's mean output over the norm of that mean; no unit",
+    },
+)
+
+STABILITY = pa.schema(
+    [
+        pa.field("num_clusters", pa.int32(), False),
+        pa.field("equal_share", pa.float64(), False),
+        pa.field("mean_adjusted_rand_index", pa.float64(), False),
+    ],
+    metadata={
+        "table": "for every K from 1 to E, the clusterings of random halves of the groups against that of all",
+        "equal_share": "share of halves whose labels are those of all groups",
+        "mean_adjusted_rand_index": "1 for equal clusterings, 0 on average for unrelated ones",
+    },
+)
+
+
+def groups_schema(hidden_size: int) -> pa.Schema:
+    """Sums of outputs by group of sequences, all experts of group 0 first."""
     return pa.schema(
         [
-            pa.field("layer", pa.int32(), False),
+            pa.field("group", pa.int32(), False),
             pa.field("expert", pa.int32(), False),
-            pa.field("num_tokens", pa.int64(), False),
-            pa.field("num_routed_tokens", pa.int64(), False),
-            pa.field("gate_sum", pa.float64(), False),
+            pa.field("num_sampled_tokens", pa.int64(), False),
             pa.field("output_sum", pa.list_(pa.float64(), hidden_size), False),
-            pa.field("gated_output_norm_sum", pa.float64(), False),
-            pa.field("router_probability_sum", pa.float64(), False),
-            pa.field("router_logit_gram", pa.list_(pa.float64(), num_experts), False),
         ],
+        metadata={
+            "table": "one expert of one group of sequences a row",
+            "num_sampled_tokens": "sampled tokens of the group's sequences",
+            "output_sum": "[D] sum over those of E_e(x), not gated; x is the input of the MoE block",
+        },
+    )
+
+
+_LEADING = [
+    pa.field("layer", pa.int32(), False),
+    pa.field("expert", pa.int32(), False),
+    pa.field("num_tokens", pa.int64(), False),
+    pa.field("num_routed_tokens", pa.int64(), False),
+    pa.field("gate_sum", pa.float64(), False),
+]
+_MEANINGS = {
+    "dtype": "float64 sums, int64 counts",
+    "units": "the model's own: outputs as the MoE block adds them up, logits as the router gives them",
+    "num_tokens": "calibration tokens, T",
+    "num_routed_tokens": "tokens whose top-k holds the expert, f_e",
+    "gate_sum": "sum over routed tokens of the weight that the model gave the expert",
+    "gated_output_norm_sum": "sum over routed tokens of gate * ||E_e(x)||_2",
+    "router_probability_sum": "sum over all T tokens of the router's score (softmax or sigmoid of the logits)",
+    "router_logit_gram": "[E] row e of sum over T of logit_e * logit_e'",
+}
+
+
+def _trailing(num_experts: int) -> list[pa.Field]:
+    return [
+        pa.field("gated_output_norm_sum", pa.float64(), False),
+        pa.field("router_probability_sum", pa.float64(), False),
+        pa.field("router_logit_gram", pa.list_(pa.float64(), num_experts), False),
+    ]
+
+
+def statistics_schema(layer: int, hidden_size: int, num_experts: int, is_sampled: bool) -> pa.Schema:
+    """Statistics of one layer, a row an expert; all sums run over the calibration tokens and add up over shards."""
+    sampled = [pa.field("num_output_tokens", pa.int64(), False)] if is_sampled else []
+    meanings = {"num_output_tokens": "the tokens that output_sum runs over, a sample of T"} if is_sampled else {}
+    return pa.schema(
+        [*_LEADING, *sampled, pa.field("output_sum", pa.list_(pa.float64(), hidden_size), False), *_trailing(num_experts)],
         metadata={
             "table": "statistics of one MoE layer, one expert a row",
             "layer": str(layer),
             "num_experts": str(num_experts),
             "hidden_size": str(hidden_size),
             "shapes": f"output_sum [{hidden_size}], router_logit_gram [{num_experts}], all else a scalar",
-            "dtype": "float64 sums, int64 counts",
-            "units": "the model's own: outputs as the MoE block adds them up, logits as the router gives them",
-            "num_tokens": "calibration tokens, T",
-            "num_routed_tokens": "tokens whose top-k holds the expert, f_e",
-            "gate_sum": "sum over routed tokens of the weight that the model gave the expert",
-            "output_sum": "[D] sum over all T tokens of E_e(x), not gated; x is the input of the MoE block",
-            "gated_output_norm_sum": "sum over routed tokens of gate * ||E_e(x)||_2",
-            "router_probability_sum": "sum over all T tokens of the router's score (softmax or sigmoid of the logits)",
-            "router_logit_gram": "[E] row e of sum over T of logit_e * logit_e'",
+            **_MEANINGS,
+            **meanings,
+            "output_sum": "[D] sum over tokens of E_e(x), not gated; x is the input of the MoE block"
+            if is_sampled
+            else "[D] sum over all T tokens of E_e(x), not gated; x is the input of the MoE block",
+        },
+    )
+
+
+def partial_statistics_schema(layer: int, intermediate: int, num_groups: int, num_experts: int) -> pa.Schema:
+    """The same over one token shard, before W_down."""
+    return pa.schema(
+        [
+            *_LEADING,
+            pa.field("num_sampled_tokens", pa.list_(pa.int64(), num_groups), False),
+            pa.field("activation_sum", pa.list_(pa.float64(), num_groups * intermediate), False),
+            *_trailing(num_experts),
+        ],
+        metadata={
+            "table": "statistics of one MoE layer over one token shard, one expert a row",
+            "layer": str(layer),
+            "num_experts": str(num_experts),
+            **_MEANINGS,
+            "num_sampled_tokens": "[G] tokens of each group of sequences that activation_sum runs over",
+            "activation_sum": "[G F] sum over those of what W_down is applied to, act(W_gate x) * W_up x",
         },
     )
 

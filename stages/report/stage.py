@@ -11,8 +11,11 @@ import torch
 import transformers
 
 from stages.common.files import write_json
-from stages.common.paths import PLAN_FILE, REPORT_FILE, SCORES_FILE
+from stages.common.paths import PLAN_FILE, REPORT_FILE, SCORES_FILE, errors_file, stability_file
+from stages.common.schemas import read_table
 from stages.common.unit import Job, UnitResult
+
+_NOT_REPORTED = ("evaluate_dir", "num_merged")
 
 
 def _scores(job: Job, evaluate_dir: str | None) -> dict[str, Any]:
@@ -34,11 +37,40 @@ def _tied_stock_gaps(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _certainty(job: Job) -> dict[str, Any] | None:
+    """Under sampling: mean and largest relative standard error of mean outputs, and for each target and layer how often halves
+    of the data give its labels again, and how alike they are."""
+    if job.args["certainty_dir"] is None:
+        return None
+    folder = job.run_dir / job.args["certainty_dir"]
+    moe_layers = job.args["targets"][0]["num_merged"]
+    errors = {layer: read_table(errors_file(folder, int(layer)))["relative_standard_error"].to_pylist() for layer in moe_layers}
+    every = [error for values in errors.values() for error in values]
+    stability: dict[str, Any] = {}
+    for target in job.args["targets"]:
+        rows = {
+            layer: read_table(stability_file(folder, int(layer))).slice(count - 1, 1).to_pylist()[0]
+            for layer, count in target["num_merged"].items()
+        }
+        stability[target["target"]] = {
+            "equal_share": sum(row["equal_share"] for row in rows.values()) / len(rows),
+            "mean_adjusted_rand_index": sum(row["mean_adjusted_rand_index"] for row in rows.values()) / len(rows),
+            "layers": rows,
+        }
+    return {
+        "mean_relative_standard_error": sum(every) / len(every),
+        "largest_relative_standard_error": max(every),
+        "relative_standard_errors": errors,
+        "stability": stability,
+    }
+
+
 def report_unit(job: Job) -> UnitResult:
     """Write `report.json`.
 
     args: survey_dir, source (name, path, evaluate_dir), targets (name, target, format, num_experts, path, parameters, bytes,
-    evaluate_dir, unweighted_clusters), never_routed (layer -> experts), settings.
+    evaluate_dir, unweighted_clusters, num_merged), never_routed (layer -> experts), certainty_dir (of cluster, or None),
+    settings.
     """
     args = job.args
     plan = json.loads((job.run_dir / args["survey_dir"] / PLAN_FILE).read_text())
@@ -53,13 +85,15 @@ def report_unit(job: Job) -> UnitResult:
         **_scores(job, args["source"]["evaluate_dir"]),
     }
     targets = [
-        {**{key: value for key, value in target.items() if key != "evaluate_dir"}, **_scores(job, target["evaluate_dir"])}
+        {**{key: value for key, value in target.items() if key not in _NOT_REPORTED}, **_scores(job, target["evaluate_dir"])}
         for target in args["targets"]
     ]
+    certainty = _certainty(job)
     report = {
         "models": [source, *targets],
         "tied_stock_gaps": _tied_stock_gaps(targets),
         "never_routed": args["never_routed"],
+        **({"certainty": certainty} if certainty else {}),
         "plan": plan,
         "settings": args["settings"],
         "versions": {

@@ -126,6 +126,7 @@ class FakeExecutor:
         self.outcome = outcome
         self.running: list[tuple[Slot, Unit]] = []
         self.log: list[tuple[str, str]] = []
+        self.opened_ahead: list[tuple[str, str]] = []
         self.most_at_once = 0
         self.num_idle_waits = 0
         self.elapsed_s = 0.0
@@ -158,6 +159,9 @@ class FakeExecutor:
         self.log.append((slot.id, unit.name))
         self.running.append((slot, unit))
         self.most_at_once = max(self.most_at_once, len(self.running))
+
+    def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
+        self.opened_ahead.append((slot.id, hold.key))
 
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
         if not self.running:

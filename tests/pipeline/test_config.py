@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from pipeline.config import Resources, RunConfig, TextData, apply_setting, load_config
 from pipeline.partition import held_bytes, layer_shards
+from stages.common.errors import InputError
 from tests.conftest import REPOSITORY
 
 
@@ -96,3 +98,30 @@ def test_a_run_file_is_read_with_settings_on_top(tmp_path: Path) -> None:
     path.write_text("model: m\nrun_dir: r\ncalibration: {data: x.txt}\nclustering: {num_experts: 4}\n")
     assert load_config(path, []).clustering.num_experts == (4,)
     assert load_config(path, ["clustering.num_experts=[[3, 2]]", "export.formats=tied"]).clustering.num_experts == ((3, 2),)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"fraction": 0}, r"calibration\.sampling\.fraction: Input should be greater than 0"),
+        ({"fraction": 1.5}, r"calibration\.sampling\.fraction: Input should be less than or equal to 1"),
+        ({"groups": 4}, r"calibration\.sampling\.fraction is missing"),
+        ({"fraction": 0.5, "groups": 1}, r"calibration\.sampling\.groups: Input should be greater than or equal to 2"),
+        ({"fraction": 0.5, "groups": 33}, r"calibration: sampling\.groups is 33 but there are 32 sequences .* at most 32"),
+        ({"fraction": 0.5, "seed": 1}, r"calibration\.sampling\.seed is not a setting"),
+    ],
+)
+def test_sampling_is_checked(tmp_path: Path, sampling: dict[str, float], message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\nrun_dir: r\ncalibration: {data: x.txt}\nclustering: {num_experts: 4}\n")
+    with pytest.raises(InputError, match=message):
+        load_config(path, [f"calibration.sampling={yaml.safe_dump(sampling, default_flow_style=True)}"])
+
+
+def test_evaluation_is_never_sampled(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: m\nrun_dir: r\ncalibration: {data: x.txt}\nclustering: {num_experts: 4}\nevaluation: {data: x.txt}\n"
+    )
+    with pytest.raises(InputError, match=r"evaluation\.sampling is not a setting"):
+        load_config(path, ["evaluation.sampling={fraction: 0.5}"])

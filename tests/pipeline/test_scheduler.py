@@ -1,5 +1,6 @@
 """Which unit a slot gets next, and what becomes of a stage when units fail or workers die."""
 
+import random
 from collections import defaultdict
 
 import pytest
@@ -243,3 +244,95 @@ def test_a_unit_out_of_memory_is_tried_alone_once_however_often_it_was_lost_befo
     assert (sorted(done), failures) == (["hungry", "other"], [])
     _, failures, _ = drive([unit("glutton")], FakeExecutor(1, outcome=outcome))
     assert [(failed.unit.name, failed.attempts) for failed in failures] == [("glutton", 2)]
+
+
+def settled(schedule: Schedule, *slots: Slot) -> list[tuple[str, str, bool]]:
+    return [(slot.id, hold.key, is_free) for slot, hold, is_free in schedule.ahead(slots)]
+
+
+def taken(schedule: Schedule, slot: Slot) -> Unit:
+    found = schedule.take(slot)
+    assert found is not None
+    return found
+
+
+ONE, TWO, THREE = (Slot(name, True) for name in ("one", "two", "three"))
+
+
+def test_a_worker_without_work_opens_its_layer_shard_before_any_unit_is_ready() -> None:
+    schedule = Schedule()
+    schedule.add(chain(num_shards=4, num_tokens=2))
+    first = taken(schedule, ONE)
+    assert schedule.take(TWO) is None
+    assert settled(schedule, TWO, ONE) == [("two", "shard-1", True), ("one", "shard-2", False)]
+    assert settled(schedule, TWO, ONE) == [("two", "shard-3", False)], "said once; then what follows"
+    schedule.finish(first)
+    assert taken(schedule, TWO).name == "shard-1-tokens-0"
+
+
+def test_what_comes_next_goes_to_the_worker_that_is_done_first() -> None:
+    schedule = Schedule()
+    schedule.add(chain(num_shards=5, num_tokens=2))
+    first = taken(schedule, ONE)
+    schedule.finish(first)
+    taken(schedule, TWO)
+    assert settled(schedule, TWO, ONE) == [("one", "shard-2", False), ("two", "shard-3", False)]
+
+
+def test_a_worker_that_comes_late_takes_what_a_busy_one_was_to_have_next() -> None:
+    schedule = Schedule()
+    schedule.add(chain(num_shards=3, num_tokens=2))
+    first = taken(schedule, ONE)
+    assert settled(schedule, ONE) == [("one", "shard-1", False)]
+    assert settled(schedule, TWO, ONE) == [("two", "shard-1", True), ("one", "shard-2", False)]
+    schedule.finish(first)
+    assert taken(schedule, TWO).name == "shard-1-tokens-0"
+
+
+def test_a_dead_worker_has_nothing_ahead() -> None:
+    schedule = Schedule()
+    schedule.add(chain(num_shards=3, num_tokens=2))
+    first = taken(schedule, ONE)
+    assert settled(schedule, ONE, TWO) == [("two", "shard-1", True), ("one", "shard-2", False)]
+    schedule.release(TWO.id)
+    assert settled(schedule, THREE) == [("three", "shard-1", True)]
+    schedule.release(ONE.id)
+    schedule.requeue(first)
+    assert taken(schedule, THREE).name == "shard-0-tokens-0", "it gives up what it has opened: that needs this"
+
+
+class Disorderly(FakeExecutor):
+    """What runs ends in any order, and now and then otherwise than it should."""
+
+    def __init__(self, chance: random.Random, ends: list[Failure]) -> None:
+        super().__init__(chance.randint(1, 5), chance.randint(0, 2), self.end)
+        self.chance, self.ends = chance, ends
+
+    def end(self, slot: Slot, one: Unit) -> Failure | None:
+        return self.ends.pop() if self.ends and self.chance.random() < 0.2 else None
+
+    def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
+        self.chance.shuffle(self.running)
+        return super().wait(timeout_s)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_whatever_dies_and_in_whatever_order_units_end_all_are_done(seed: int) -> None:
+    chance = random.Random(seed)
+    units = chain(num_shards=chance.randint(1, 7), num_tokens=chance.randint(1, 6))
+    deaths = [LOST, Failure("node", "gone"), Failure("memory", "short"), LOST, Failure("node", "gone")]
+    done, failures, _ = drive(units, Disorderly(chance, deaths[: chance.randint(0, 5)]), max_attempts=10)
+    assert (sorted(done), failures) == (sorted(one.name for one in units), [])
+    position_of_dependencies(units, done)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_after_a_failure_what_still_runs_is_done_and_the_loop_ends(seed: int) -> None:
+    chance = random.Random(seed)
+    units = chain(num_shards=chance.randint(1, 5), num_tokens=chance.randint(1, 4))
+    executor = Disorderly(chance, [Failure("error", "broke"), LOST, Failure("input", "bad")])
+    done, failures, _ = drive(units, executor)
+    assert len(failures) <= 2
+    assert len(done) + len(failures) <= len(units)
+    assert len(failures) > 0 or len(done) == len(units)
+    position_of_dependencies([one for one in units if one.name in done], done)

@@ -167,7 +167,7 @@ def test_a_worker_that_fits_nowhere_is_said_to_be_missing(cluster: None) -> None
 
 CLUSTERS: dict[str, dict[str, Any]] = {
     "two workers with a GPU each": {"num_gpus": 1},
-    "one worker with half a GPU": {"num_gpus": 0.5, "num_workers": 1},
+    "one worker with half a GPU": {"num_gpus": 0.5, "num_workers": 1, "layers_per_shard": 3},
     "two workers without a GPU": {"num_gpus": 0},
 }
 
@@ -176,7 +176,7 @@ CLUSTERS: dict[str, dict[str, Any]] = {
 def test_a_run_on_ray_has_the_bytes_of_a_run_in_this_process(
     tmp_path: Path, finished_run: Callable[[str], FinishedRun], on_ray: Callable[..., Maker], name: str
 ) -> None:
-    """Statistics, dendrograms, labels and checkpoints; and losses, for as many layer shards as there are workers."""
+    """Statistics, dendrograms, labels and checkpoints; and losses, however many layers a layer shard has."""
     done = finished_run("mixtral")
     settings = {"clustering.num_experts": [6, 3], "resources": CLUSTERS[name]}
     run_file = write_run_file(tmp_path, done.source, Path(done.config.calibration.data[0]), settings)
@@ -184,13 +184,26 @@ def test_a_run_on_ray_has_the_bytes_of_a_run_in_this_process(
     assert other.results() == done.results()
     assert [model["loss"] for model in other.report["models"]] == [model["loss"] for model in done.report["models"]]
     held = {one.hold.key for one in other.recorder.units if one.stage == "calibrate" and one.hold}
-    assert len(held) == (1 if CLUSTERS[name].get("num_workers") == 1 else 2)
+    is_one = CLUSTERS[name].get("num_workers") == 1
+    assert len(held) == (1 if is_one else 3)
     processes = set()
     for one in other.recorder.units:
         if one.stage == "calibrate" and one.hold:
             processes.add(json.loads(manifest_path(one).read_text())["pid"])
-    assert len(processes) == len(held)
+    assert len(processes) == (1 if is_one else 2)
     assert os.getpid() not in processes
+
+
+def test_a_sampled_run_has_the_same_bytes_however_it_is_cut_and_whoever_computes_it(
+    tmp_path: Path, finished_run: Callable[[str], FinishedRun], on_ray: Callable[..., Maker]
+) -> None:
+    done = finished_run("mixtral")
+    sampling = {"calibration.sampling": {"fraction": 0.5, "groups": 3}, "clustering.num_experts": [6, 3], "evaluation": None}
+    data = Path(done.config.calibration.data[0])
+    one = FinishedRun.of(write_run_file(tmp_path / "one", done.source, data, sampling))
+    others = {**sampling, "resources": {"layers_per_shard": 2, "num_gpus": 0}}
+    run_file = write_run_file(tmp_path / "other", done.source, data, others)
+    assert FinishedRun.of(run_file, make_executor=on_ray(num_gpus=0)).results() == one.results()
 
 
 def test_a_run_that_fails_on_ray_names_the_failure_and_continues_in_this_process(

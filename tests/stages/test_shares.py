@@ -12,7 +12,7 @@ USED_E = np.array([3, 0, 9, 5, 2, 6])
 
 def statistics(num_routed_E: np.ndarray) -> Statistics:
     nothing_E = np.zeros(len(num_routed_E))
-    return Statistics(0, 100, num_routed_E, nothing_E, np.zeros((len(num_routed_E), 2)), nothing_E, nothing_E, nothing_E)
+    return Statistics(0, 100, 100, num_routed_E, nothing_E, np.zeros((len(num_routed_E), 2)), nothing_E, nothing_E, nothing_E)
 
 
 def test_frequency_shares_are_usage_over_the_usage_of_the_cluster() -> None:

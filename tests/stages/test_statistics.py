@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from stages.calibrate.statistics import LayerStatistics, add
+from stages.calibrate.statistics import LayerStatistics
+from stages.calibrate.totals import add, finish, outputs
 from stages.common.errors import InputError
-from stages.common.tables import Statistics
+from stages.common.tables import PartialStatistics, Statistics
 from tests.tiny import FAMILIES, load, logits, random_ids
+
+
+def finished(total: PartialStatistics, experts: Any) -> Statistics:
+    return finish(total, outputs(total, experts), experts.down_proj.dtype)
 
 
 class Layer:
@@ -39,11 +44,17 @@ class Layer:
         self.num_experts = self.experts.num_experts
         self.router_logits_TE = self.x_TD @ self.router.weight.double().T
 
+    def watch_part(self, ids_ST: np.ndarray) -> PartialStatistics:
+        """What is kept of a token shard."""
+        with LayerStatistics(self.index, self.experts, self.router, "softmax") as statistics:
+            logits(self.model, ids_ST)
+        return statistics.result()
+
     def watch(self, ids_ST: np.ndarray) -> tuple[Statistics, Tensor]:
         """Statistics gathered during a forward, and its logits."""
         with LayerStatistics(self.index, self.experts, self.router, "softmax") as statistics:
             found = logits(self.model, ids_ST)
-        return statistics.result(), found
+        return finished(statistics.result(), self.experts), found
 
     def outputs_of(self, expert: int) -> Tensor:
         """E_e(x) of every token in float64, from the weights' meaning alone."""
@@ -108,8 +119,8 @@ def test_watching_changes_the_forward_by_rounding_only_and_ends_with_the_context
 
 def test_sums_over_shards_are_the_sums_of_the_whole(layer: Layer) -> None:
     whole, _ = layer.watch(layer.ids_ST)
-    parts = [layer.watch(ids_ST)[0] for ids_ST in np.split(layer.ids_ST, [3, 5])]
-    total = add(parts)
+    parts = [layer.watch_part(ids_ST) for ids_ST in np.split(layer.ids_ST, [3, 5])]
+    total = finished(add(parts), layer.experts)
     assert total.num_tokens == whole.num_tokens
     assert total.num_routed_E.tolist() == whole.num_routed_E.tolist()
     for field in fields(Statistics):
@@ -117,15 +128,15 @@ def test_sums_over_shards_are_the_sums_of_the_whole(layer: Layer) -> None:
 
 
 def test_addition_is_float64_in_the_order_given() -> None:
-    def part(value: float) -> Statistics:
-        one_E, one_EE = np.array([value]), np.array([[value]])
-        return Statistics(3, 1, np.array([1]), one_E, one_EE, one_E, one_E, one_EE)
+    def part(value: float) -> PartialStatistics:
+        one_E, one_EE, one_EGF = np.array([value]), np.array([[value]]), np.array([[[value]]])
+        return PartialStatistics(3, 1, np.array([1]), np.array([1]), one_E, one_EGF, one_E, one_E, one_EE)
 
     total = add([part(2.0**53), part(1.0), part(-(2.0**53))])
-    assert (total.layer, total.num_tokens, total.num_routed_E.tolist()) == (3, 3, [3])
+    assert (total.layer, total.num_tokens, total.num_routed_E.tolist(), total.num_sampled_G.tolist()) == (3, 3, [3], [3])
     assert total.gate_sum_E.tolist() == [0.0]
     assert add([part(2.0**53), part(-(2.0**53)), part(1.0)]).gate_sum_E.tolist() == [1.0]
-    assert add([part(2.0**24), part(1.0)]).output_sum_ED.tolist() == [[2.0**24 + 1]]
+    assert add([part(2.0**24), part(1.0)]).activation_sum_EGF.tolist() == [[[2.0**24 + 1]]]
 
 
 def test_an_expert_with_infinite_weights_is_named(layer: Layer) -> None:
@@ -139,7 +150,7 @@ def test_an_expert_that_no_token_chose_has_an_output_sum_but_no_usage(layer: Lay
     chosen_Tk = torch.tensor([[0, 3]]).expand(len(x_TD), 2)
     with LayerStatistics(layer.index, layer.experts, layer.router, "softmax") as watched:
         out_TD = layer.experts(x_TD, chosen_Tk, torch.tensor([[0.75, 0.5]]).expand(len(x_TD), 2))
-    statistics = watched.result()
+    statistics = finished(watched.result(), layer.experts)
     assert statistics.num_routed_E.tolist() == [len(x_TD), 0, 0, len(x_TD), 0, 0]
     assert statistics.gate_sum_E.tolist() == [0.75 * len(x_TD), 0, 0, 0.5 * len(x_TD), 0, 0]
     close(statistics.output_sum_ED[1], layer.outputs_of(1).sum(0))

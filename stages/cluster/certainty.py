@@ -1,0 +1,87 @@
+"""How certain a clustering is: standard errors of the mean outputs, and whether halves of the data cluster alike.
+
+Dimensions: D feature size, E experts, G groups of sequences, K clusters.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from stages.cluster.linkage import FEATURES, cut, link
+from stages.common.tables import Array, Statistics
+
+NUM_DRAWS = 32
+"""Random halves of the groups."""
+
+
+def relative_standard_errors(num_sampled_G: Array, output_sum_EGD: Array) -> Array:
+    """Standard error of every expert's mean output over the norm of the mean, [E]; without bound where that is zero.
+
+    Random groups (Wolter, Introduction to Variance Estimation, 2nd ed., section 2.4): with the mean m_g of group g and the
+    mean m of all, var(m) = sum_g ||m_g - m||^2 / (G (G - 1)), here summed over the D dimensions. Groups are of sequences,
+    whole, since tokens of one sequence resemble each other.
+    """
+    num_groups = len(num_sampled_G)
+    mean_EGD = output_sum_EGD / num_sampled_G[:, None]
+    mean_ED = output_sum_EGD.sum(1) / num_sampled_G.sum()
+    variance_E = np.square(mean_EGD - mean_ED[:, None]).sum((1, 2)) / (num_groups * (num_groups - 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(variance_E) / np.linalg.norm(mean_ED, axis=1)  # type: ignore[no-any-return]
+
+
+def adjusted_rand_index(one_E: Array, other_E: Array) -> float:
+    """Agreement of two clusterings: 1 when equal, 0 on average by chance (Hubert and Arabie, 1985, eq. 5)."""
+    pairs = np.zeros((one_E.max() + 1, other_E.max() + 1))
+    np.add.at(pairs, (one_E, other_E), 1)
+
+    def choose_two(counts: Array) -> float:
+        return float((counts * (counts - 1) / 2).sum())
+
+    together, ones, others = choose_two(pairs), choose_two(pairs.sum(1)), choose_two(pairs.sum(0))
+    num_pairs = len(one_E) * (len(one_E) - 1) / 2
+    by_chance = ones * others / num_pairs if num_pairs else 0.0
+    most = (ones + others) / 2
+    return 1.0 if most == by_chance else (together - by_chance) / (most - by_chance)
+
+
+def halves(num_groups: int, seed: int) -> Iterator[Array]:
+    """NUM_DRAWS random halves of the groups, without replacement in a draw."""
+    chance = np.random.default_rng(seed)
+    for _ in range(NUM_DRAWS):
+        yield np.sort(chance.choice(num_groups, num_groups // 2, replace=False))
+
+
+def stability(
+    statistics: Statistics,
+    num_sampled_G: Array,
+    output_sum_EGD: Array,
+    linkage_Z: Array,
+    settings: Mapping[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """Columns of schema STABILITY: each half of the groups is clustered as all were, and its labels compared.
+
+    settings: feature, distance, linkage. place of a failure is that of the whole, which has been clustered.
+    """
+    num_experts = len(linkage_Z) + 1
+    counts = range(1, num_experts + 1)
+    whole = [cut(linkage_Z, k) for k in counts]
+    equal_K, index_K = np.zeros(num_experts), np.zeros(num_experts)
+    for chosen in halves(len(num_sampled_G), seed):
+        half = replace(
+            statistics,
+            output_sum_ED=output_sum_EGD[:, chosen].sum(1),
+            num_output_tokens=int(num_sampled_G[chosen].sum()),
+        )
+        half_Z = link(FEATURES[settings["feature"]](half), settings["distance"], settings["linkage"], f"layer {half.layer}")
+        for k in counts:
+            labels_E = cut(half_Z, k)
+            equal_K[k - 1] += np.array_equal(labels_E, whole[k - 1])
+            index_K[k - 1] += adjusted_rand_index(labels_E, whole[k - 1])
+    return {
+        "num_clusters": np.array(counts, dtype=np.int32),
+        "equal_share": equal_K / NUM_DRAWS,
+        "mean_adjusted_rand_index": index_K / NUM_DRAWS,
+    }

@@ -1,0 +1,47 @@
+"""What a worker holds, and when it is opened."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.units import Hold
+from pipeline.worker import Worker
+from tests.pipeline.fake import at, unit
+
+OPENED: list[str] = []
+
+
+def open_counted(key: str) -> str:
+    OPENED.append(key)
+    return key
+
+
+def open_broken(key: str) -> str:
+    raise RuntimeError(f"{key} is broken")
+
+
+def held(key: str, call: str = "open_counted") -> Hold:
+    return Hold(key, f"tests.pipeline.test_worker:{call}", {"key": key}, num_bytes=1000)
+
+
+def test_what_is_opened_ahead_is_there_for_the_first_unit_and_its_bytes_are_counted_once(tmp_path: Path) -> None:
+    OPENED.clear()
+    worker, hold = Worker(), held("a")
+    worker.open_ahead(hold)
+    assert OPENED == ["a"]
+    units = at(tmp_path, [unit("one"), unit("two")])
+    outcomes = [worker.run(replace(one, hold=hold)) for one in units]
+    assert [outcome.facts for outcome in outcomes] == [{"held": "a"}] * 2
+    assert [outcome.bytes_read for outcome in outcomes] == [1000, 0]
+    assert OPENED == ["a"]
+
+
+def test_an_error_while_opening_ahead_comes_again_with_the_unit(tmp_path: Path) -> None:
+    worker, hold = Worker(), held("a", "open_broken")
+    with pytest.raises(RuntimeError, match="a is broken"):
+        worker.open_ahead(hold)
+    (one,) = at(tmp_path, [unit("one")])
+    failure = worker.run(replace(one, hold=hold)).failure
+    assert failure is not None
+    assert failure.message == "RuntimeError: a is broken"

@@ -1,0 +1,59 @@
+"""A calibrate unit does the arithmetic that its algorithm needs and no more: counted, not timed.
+
+Dimensions: T tokens, D hidden size, F intermediate size, E experts, k experts a token.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from stages.calibrate.stage import CalibrationShard, open_shard
+from stages.calibrate.statistics import Blocks, ExpertsLayout, LayerStatistics
+from stages.common.streaming import enter, run_layers
+from stages.prepare.stage import survey_tables
+from tests.tiny import FAMILIES, random_ids
+
+
+def count(held: CalibrationShard, ids: torch.Tensor, is_watched: bool) -> int:
+    """Operations of all matrix products of a token shard's way through the layers."""
+    watched: dict[int, LayerStatistics] = {}
+    with FlopCounterMode(display=False) as counter:
+        hidden = enter(held.shard, ids, None, micro_batch=2)
+        if is_watched:
+            run_layers(held.shard, hidden, lambda layer: held.watch(layer, watched))
+        else:
+            run_layers(held.shard, hidden)
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_meet_all_tokens_once_and_w_down_the_routed_ones(
+    family: str, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(family)
+    plan, _ = survey_tables(str(folder))
+    held = open_shard(str(folder), 0, plan["num_layers"], 1, plan["routers"])
+    ids = torch.from_numpy(random_ids())
+    ours = count(held, ids, is_watched=True)
+    due = 0
+    for experts in held.shard.adapted.experts_modules().values():
+        num_experts, hidden_size, intermediate = experts.down_proj.shape
+        first = 2 * num_experts * 2 * intermediate * hidden_size
+        routed = 2 * plan["top_k"] * intermediate * hidden_size
+        gram = 2 * num_experts**2
+        due += ids.numel() * (first + routed + gram)
+        monkeypatch.setattr(experts, "forward", lambda hidden, *_: torch.zeros_like(hidden))
+    rest = count(held, ids, is_watched=False)
+    assert rest > 0
+    assert ours == rest + due
+
+
+def test_the_cut_follows_from_shapes() -> None:
+    """Small experts are multiplied together; a chunk of wide ones is never shorter than a product needs."""
+    layout = ExpertsLayout(is_transposed=False, has_bias=False, has_gate=True)
+    small, wide = torch.empty(64, 384, 512, dtype=torch.bfloat16), torch.empty(8, 28672, 8, dtype=torch.bfloat16)
+    assert Blocks.of(small, layout) == Blocks(num_tokens=512, num_experts=5)
+    assert Blocks.of(wide, layout) == Blocks(num_tokens=256, num_experts=1)
