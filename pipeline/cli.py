@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pipeline.names import StageName
 from stages.common.errors import InputError
+from stages.common.storage import failures
 
 if TYPE_CHECKING:
     from pipeline.config import Resources
@@ -200,7 +201,7 @@ def main() -> None:
     except RunFailed as e:
         errors.print(f"failed: {e}")
         sys.exit(1)
-    except OSError as e:
+    except failures() as e:
         errors.print(f"failed: {e}\nWhat was finished is kept; mend this and the same command continues from there.")
         sys.exit(1)
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.lock_files import LocalLockFile, LockFile, ObjectLockFile
 from stages.common.errors import InputError
-from stages.common.storage import is_remote
+from stages.common.storage import failures, is_remote
 
 LOCK_FILE = "driver.lock"
 HEARTBEAT_S = 10.0
@@ -78,8 +78,8 @@ class RunLock:
                     f"{self._run_dir} is in use by another driver: host {holder['host']}, pid {holder['pid']}, since "
                     f"{holder['since']}; wait for it or end it (its lock is stale {STALE_S:.0f} s after its host dies)"
                 )
-            if self._file.take_away(holder["token"], STALE_S):
-                self.took_over = f"host {holder['host']}, pid {holder['pid']}, since {holder['since']}"
+            self.took_over = f"host {holder['host']}, pid {holder['pid']}, since {holder['since']}"
+            self._file.take_away(holder["token"], STALE_S)  # whoever removes it, another may be the first to make it anew
         self._thread.start()
         return self
 
@@ -100,5 +100,5 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError):  # a beat that does not arrive is made up for by the next
+            with contextlib.suppress(*failures()):  # a beat that does not arrive is made up for by the next
                 self._file.refresh()

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from stages.common.storage import create_exclusively
+from stages.common.storage import create_exclusively, entity_tag, replace_if_unchanged
 
 _RETRY_S = 0.2
 
@@ -93,8 +93,12 @@ class ObjectLockFile(_Base):
 
     def create(self, content: dict[str, Any]) -> bool:
         """See LockFile."""
-        self._content = json.dumps(content).encode()
-        return create_exclusively(self._path, self._content)
+        self._token = content["token"]
+        return create_exclusively(self._path, json.dumps(content).encode()) or self._is_own(self.read())
+
+    def _is_own(self, holder: dict[str, Any] | None) -> bool:
+        """Also after a first try that succeeded, but whose answer was lost."""
+        return holder is not None and holder["token"] == self._token
 
     def take_away(self, token: str, stale_s: float) -> bool:
         """See LockFile. One driver at a time looks again and removes: it holds an object named after the stale holder."""
@@ -124,6 +128,12 @@ class ObjectLockFile(_Base):
             self._own.unlink()
 
     def refresh(self) -> None:
-        """See LockFile: written again, unless somebody has taken it over."""
-        if self._path.read_bytes() == self._content:
-            self._path.write_bytes(self._content)
+        """See LockFile: written again, on condition that nobody takes it over meanwhile. Raises OSError if somebody does.
+
+        The count makes each content, and so its tag, another one: a write that arrives late finds a tag that is gone.
+        """
+        tag = entity_tag(self._path)
+        holder = self.read()
+        if holder is not None and self._is_own(holder):
+            beats = holder.get("beats", 0) + 1
+            replace_if_unchanged(self._path, json.dumps({**holder, "beats": beats}).encode(), tag)

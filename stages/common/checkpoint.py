@@ -112,7 +112,7 @@ class Checkpoint:
         """A local folder with config and side files, for libraries that read no other: the folder itself, or copies."""
         if not is_remote(self.folder):
             return self.folder
-        return local_copies([self.folder / CONFIG_FILE, *self.side_files()], self.folder)
+        return local_copies([self.folder / CONFIG_FILE, *self.side_files()], self)
 
     def side_files(self) -> list[Path]:
         """Every other regular file at the top of the folder: tokenizer, templates, generation config, licence."""

@@ -127,16 +127,16 @@ def write_file(path: Path, write: Callable[[DigestingFile], object]) -> WrittenF
 
 
 def _upload(path: Path, write: Callable[[DigestingFile], object]) -> WrittenFile:
-    """Write an object by parts; it is not there before the last step, and nothing of it is if `write` raises."""
+    """Write an object, by parts if it is large; nothing of it is there before the last step, nor if `write` raises."""
     system, name = storage.file_system(path)
-    raw = system.open(name, "wb", autocommit=False)
+    raw = system.open(name, "wb")
     try:
         with closing(DigestingFile(raw, is_local=False)) as out:
             write(out)
         raw.close()
-        raw.commit()
     except BaseException:
         raw.discard()
+        raw.closed = True  # or it would be committed when it is forgotten
         raise
     return WrittenFile(path, out.num_bytes, out.sha256())
 

@@ -6,9 +6,11 @@ this module and in `files.py`, everything else is written once.
 """
 
 import contextlib
-import functools
+import shutil
+import sys
 import tempfile
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +27,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 _PARALLEL_BYTES = 1 << 23
 """Size of the ranges that are read side by side."""
+_NUM_PARALLEL = 16
+"""Ranges in flight: what a read needs beside the memory that it fills is so many of them, however large a tensor is."""
 
 
 def is_url(text: str | Path) -> bool:
@@ -68,17 +72,21 @@ def file_system(path: Path) -> tuple[Any, str]:
     return path.fs, path.path  # type: ignore[attr-defined]
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What is raised when a file system or a store does not do what is asked. (A store that is away is no OSError.)"""
+    if "botocore" not in sys.modules:  # nothing has been asked of a store
+        return (OSError,)
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return (OSError, BotoCoreError, ClientError)
+
+
 @contextlib.contextmanager
 def reported(path: Path) -> Iterator[None]:
     """Tell what a store answers as one InputError: no credentials, no bucket, nobody there, no permission."""
-    failures: tuple[type[Exception], ...] = (OSError,)
-    with contextlib.suppress(ImportError):
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        failures = (OSError, BotoCoreError, ClientError)
     try:
         yield
-    except failures as e:
+    except failures() as e:
         raise InputError(
             f"{path} cannot be reached: {' '.join(str(e).split()) or type(e).__name__}; check the bucket, the endpoint "
             f"(AWS_ENDPOINT_URL) and the credentials (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
@@ -86,11 +94,18 @@ def reported(path: Path) -> Iterator[None]:
 
 
 def check_readable(path: Path) -> None:
-    """Raise InputError unless a remote folder's store answers; nothing to do for a local one."""
+    """Raise InputError unless a remote folder's store answers; nothing to do for a local one.
+
+    Whether the folder is there is another question. Nothing outside of it is listed: a policy may allow no more.
+    """
     if is_remote(path):
         system, name = file_system(path)
         with reported(path):
-            system.ls(name.split("/", 1)[0])
+            try:
+                system.info(name)
+            except FileNotFoundError as e:
+                if e.__cause__ is not None:  # the store's own answer: no such bucket
+                    raise
 
 
 def check_writable(path: Path) -> None:
@@ -113,6 +128,19 @@ def create_exclusively(path: Path, data: bytes) -> bool:
     return True
 
 
+def entity_tag(path: Path) -> str | None:
+    """What S3 calls an object's present content; None of a store that has no such tags."""
+    system, name = file_system(path)
+    tag = system.info(name).get("ETag")
+    return None if tag is None else str(tag)
+
+
+def replace_if_unchanged(path: Path, data: bytes, tag: str | None) -> None:
+    """Write a small remote object anew if it still has this entity tag. Raises OSError if it has another."""
+    system, name = file_system(path)
+    system.pipe_file(name, data, **({} if tag is None else {"IfMatch": tag}))
+
+
 def read_range(path: Path, begin: int, num_bytes: int) -> bytes:
     """Bytes of a file, fewer where it ends early. Of a remote one nothing else is transferred."""
     if not is_remote(path):
@@ -124,26 +152,32 @@ def read_range(path: Path, begin: int, num_bytes: int) -> bytes:
 
 
 def read_ranges_into(path: Path, begin: int, view: memoryview) -> None:
-    """Fill a buffer from a remote file by ranges that are read side by side. Raises EOFError when it ends before."""
+    """Fill a buffer from a remote file by ranges, some of which are read side by side.
+
+    Raises EOFError when the file ends before, and what the store raised when that is not the reason.
+    """
     system, name = file_system(path)
-    starts = range(0, view.nbytes, _PARALLEL_BYTES)
-    ends = [min(start + _PARALLEL_BYTES, view.nbytes) for start in starts]
-    pieces = system.cat_ranges(
-        [name] * len(starts), [begin + start for start in starts], [begin + end for end in ends], on_error="return"
-    )
-    for start, end, piece in zip(starts, ends, pieces, strict=True):
-        if isinstance(piece, Exception):
-            raise EOFError(f"{path} cannot be read from byte {begin + start:,} on: {piece}") from piece
-        if len(piece) != end - start:
-            raise EOFError(f"{path} ends at byte {begin + start + len(piece):,} where {begin + view.nbytes:,} is due")
-        view[start:end] = piece
+    all_starts = range(0, view.nbytes, _PARALLEL_BYTES)
+    for first in range(0, len(all_starts), _NUM_PARALLEL):
+        starts = all_starts[first : first + _NUM_PARALLEL]
+        ends = [min(start + _PARALLEL_BYTES, view.nbytes) for start in starts]
+        pieces = system.cat_ranges(
+            [name] * len(starts), [begin + start for start in starts], [begin + end for end in ends], on_error="return"
+        )
+        for start, end, piece in zip(starts, ends, pieces, strict=True):
+            if isinstance(piece, Exception) or len(piece) != end - start:
+                file_bytes = system.size(name)
+                if file_bytes < begin + end:
+                    raise EOFError(f"{path} ends at byte {file_bytes:,} where {begin + view.nbytes:,} is due")
+                if isinstance(piece, Exception):
+                    raise piece
+                raise OSError(f"{path}: {len(piece):,} of {end - start:,} bytes came from byte {begin + start:,} on")
+            view[start:end] = piece
 
 
 def remove_tree(folder: Path) -> None:
     """Remove a folder and what is in it; one that is not there is fine."""
     if not is_remote(folder):
-        import shutil
-
         shutil.rmtree(folder, ignore_errors=True)
         return
     system, name = file_system(folder)
@@ -151,16 +185,13 @@ def remove_tree(folder: Path) -> None:
         system.rm(name, recursive=True)
 
 
-@functools.lru_cache(maxsize=1)
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="hcsmoe-side-files-")
+def local_copies(files: list[Path], owner: object) -> Path:
+    """A local folder with copies of small remote files, for libraries that read only local ones; it goes when `owner` goes.
 
-
-def local_copies(files: list[Path], folder: Path) -> Path:
-    """A local folder with copies of a remote folder's small files, made once per process: for libraries that read only local
-    ones."""
-    local = Path(_scratch().name) / folder.as_posix().replace("://", "/").strip("/")
-    local.mkdir(parents=True, exist_ok=True)
+    Of one owner: another thread may be reading the same files at this moment.
+    """
+    local = Path(tempfile.mkdtemp(prefix="hcsmoe-side-files-"))
+    weakref.finalize(owner, shutil.rmtree, local, ignore_errors=True)
     for file in files:
         (local / file.name).write_bytes(file.read_bytes())
     return local
