@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from stages.common.adapter import AdaptedModel
 from stages.common.checkpoint import Checkpoint
+from stages.common.direct_load import load_directly
 from stages.common.errors import InputError
 from stages.common.reader import TensorReader
 
@@ -71,7 +72,15 @@ class LayerShard:
         return bool(parameter) and self.adapted.layer_of(parameter) is None
 
     def _load(self, wanted: Callable[[str], bool]) -> None:
-        names = [name for name, target in self.adapted.targets.items() if wanted(target.parameter)]
+        wanted_names = [name for name, target in self.adapted.targets.items() if wanted(target.parameter)]
+        names = load_directly(self.adapted, wanted_names, self.device)
+        if names:
+            self._convert(names)
+        self.model.tie_weights()
+        self.model.requires_grad_(False)
+
+    def _convert(self, names: list[str]) -> None:
+        """Load what takes more than reading by transformers' own conversion."""
         dtype = self.model.dtype
         config = LoadStateDictConfig(
             dtype=dtype,
@@ -86,8 +95,6 @@ class LayerShard:
         if problems:
             raise InputError(f"{self.adapted.checkpoint.folder}: transformers cannot load layers: {problems[0]}")
         self._check_finite(names)
-        self.model.tie_weights()
-        self.model.requires_grad_(False)
 
     def _check_finite(self, names: list[str]) -> None:
         state = self.model.state_dict()

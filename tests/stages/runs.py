@@ -63,6 +63,17 @@ def load(folder: Path, **options: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
 
 
+def aligned(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, its tensors in memory of their own.
+
+    transformers leaves weights where a file's header happens to put them in its mapped pages; some float32 kernels take another
+    path there than in memory that torch allocated, and differ in the last bit. Ours are always the latter.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [B, T, V] of the whole model."""
     with torch.inference_mode():

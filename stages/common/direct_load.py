@@ -1,0 +1,128 @@
+"""Weights from the checkpoint's files straight into the model's own tensors: each byte is read once, and nothing is copied.
+
+What it covers follows from transformers' conversions: tensors that are only renamed, and experts that are stacked to one
+tensor, gate and up beside each other. Anything else (quantised, cast, transposed, split) is left to transformers itself.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    build_glob_alternation,
+    dot_natural_key,
+)
+
+from stages.common.adapter import AdaptedModel
+from stages.common.errors import InputError
+from stages.common.files import read_into
+from stages.common.headers import TensorEntry
+from stages.common.reader import TORCH_DTYPES
+
+_READ_BYTES = 1 << 20
+"""Read, then checked while it is still in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor on disk and its place: expert `index` of the stack and rows from `row` on, or everything (index None)."""
+
+    entry: TensorEntry
+    index: int | None = None
+    row: int = 0
+
+
+def load_directly(adapted: AdaptedModel, names: Iterable[str], device: torch.device) -> list[str]:
+    """Fill the parameters that need no arithmetic; return the names of tensors that are left to transformers.
+
+    Raises InputError, naming file and tensor, for NaN, infinity, or a file that has become shorter.
+    """
+    sources: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        sources[adapted.targets[name].parameter].append(name)
+    state = adapted.model.state_dict()
+    plan = list(adapted.model._get_dtype_plan(adapted.model.dtype))
+    cast = build_glob_alternation(plan)[0] if plan else None
+    left = []
+    for parameter, tensors in sources.items():
+        due = state[parameter]
+        parts = None if cast is not None and cast.search(parameter) else _parts(adapted, tensors, due)
+        if parts is None:
+            left += tensors
+        else:
+            _set(adapted.model, parameter, _read(adapted, parts, due).to(device))
+    return left
+
+
+def _parts(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[_Part] | None:
+    """Where each tensor goes in a parameter like `due`, or None where that takes more than reading."""
+    entries = {name: adapted.checkpoint.tensors[name] for name in names}
+    if any(entry.packing is not None or TORCH_DTYPES.get(entry.dtype) != due.dtype for entry in entries.values()):
+        return None
+    patterns = {adapted.targets[name].pattern for name in names}
+    if patterns == {None}:
+        (entry,) = entries.values() if len(entries) == 1 else (None,)
+        return [_Part(entry)] if entry is not None and entry.shape == tuple(due.shape) else None
+    converter = next(one for one in adapted.weight_mapping if set(one.source_patterns) >= patterns - {None})
+    if None in patterns or not _is_stack(converter):
+        return None
+    parts, row = [], 0
+    for pattern in converter.source_patterns:
+        stack = sorted((name for name in names if adapted.targets[name].pattern == pattern), key=dot_natural_key)
+        shapes = {entries[name].shape for name in stack}
+        if len(stack) != due.shape[0] or len(shapes) != 1:
+            return None
+        parts += [_Part(entries[name], index, row) for index, name in enumerate(stack)]
+        (shape,) = shapes
+        if shape[1:] != tuple(due.shape[2:]):
+            return None
+        row += shape[0]
+    return parts if row == due.shape[1] else None
+
+
+def _is_stack(converter: object) -> bool:
+    """Whether a conversion stacks experts and, of several tensors an expert, puts their rows below each other."""
+    if not isinstance(converter, WeightConverter) or len(converter.target_patterns) != 1:
+        return False
+    merge, *concatenate = converter.operations
+    if type(merge) is not MergeModulelist or merge.dim != 0:
+        return False
+    if not concatenate:
+        return len(converter.source_patterns) == 1
+    return len(concatenate) == 1 and type(concatenate[0]) is Concatenate and concatenate[0].dim == 1
+
+
+def _read(adapted: AdaptedModel, parts: list[_Part], due: Tensor) -> Tensor:
+    value = torch.empty(due.shape, dtype=due.dtype)
+    for part in parts:
+        rows = slice(part.row, part.row + part.entry.shape[0]) if part.index is not None else None
+        place = value if rows is None else value[part.index, rows]
+        _fill(adapted, part.entry, place.view(-1))
+    return value
+
+
+def _fill(adapted: AdaptedModel, entry: TensorEntry, flat: Tensor) -> None:
+    path = adapted.checkpoint.folder / entry.file
+    begin = entry.begin
+    for piece in flat.split(_READ_BYTES // flat.element_size()):
+        try:
+            read_into(path, begin, piece.view(torch.uint8).numpy().data)
+        except EOFError as e:
+            raise InputError(f"{path}: tensor {entry.name}: {e}; it was changed during the run") from e
+        begin += piece.nbytes
+        # a sum is one pass at the speed of the cache; float16 sums may overflow, hence the second look
+        if piece.is_floating_point() and not torch.isfinite(piece.sum()) and not torch.isfinite(piece).all():
+            raise InputError(f"{path}: tensor {entry.name} holds NaN or infinity; download the checkpoint again")
+
+
+def _set(model: nn.Module, parameter: str, value: Tensor) -> None:
+    path, _, name = parameter.rpartition(".")
+    owner = model.get_submodule(path)
+    filled = value if name in owner._buffers else nn.Parameter(value, requires_grad=False)
+    filled._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers' _init_weights draws it anew
+    setattr(owner, name, filled)
