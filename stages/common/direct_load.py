@@ -23,9 +23,12 @@ from stages.common.errors import InputError
 from stages.common.files import read_into
 from stages.common.headers import TensorEntry
 from stages.common.reader import TORCH_DTYPES
+from stages.common.storage import is_remote
 
 _READ_BYTES = 1 << 20
 """Read, then checked while it is still in the processor's cache."""
+_REMOTE_READ_BYTES = 1 << 28
+"""The same from object storage, where each request takes its time and ranges are read side by side."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ def _read(adapted: AdaptedModel, parts: list[_Part], due: Tensor) -> Tensor:
 
 def _fill(adapted: AdaptedModel, entry: TensorEntry, flat: Tensor) -> None:
     path = adapted.checkpoint.folder / entry.file
-    begin = entry.begin
-    for piece in flat.split(_READ_BYTES // flat.element_size()):
+    begin, step = entry.begin, _REMOTE_READ_BYTES if is_remote(path) else _READ_BYTES
+    for piece in flat.split(step // flat.element_size()):
         try:
             read_into(path, begin, piece.view(torch.uint8).numpy().data)
         except EOFError as e:

@@ -65,15 +65,15 @@ def ray_start_options(command: str) -> dict[str, Any]:
     return ray_start.make_context("start", words[2:]).params
 
 
-def requirements(*, with_dev: bool) -> list[Requirement]:
-    names = PROJECT["dependencies"] + (PROJECT["optional-dependencies"]["dev"] if with_dev else [])
-    return [Requirement(name) for name in names]
+def requirements(*, with_extras: bool) -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"].values() if with_extras else []
+    return [Requirement(name) for names in (PROJECT["dependencies"], *extras) for name in names]
 
 
 # Versions
 
 
-@pytest.mark.parametrize("requirement", requirements(with_dev=True), ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize("requirement", requirements(with_extras=True), ids=lambda requirement: requirement.name)
 def test_every_dependency_is_pinned_in_its_range(requirement: Requirement) -> None:
     version = pinned(requirement.name.lower().replace("_", "-"))
     assert requirement.specifier.contains(version)
@@ -89,7 +89,7 @@ def test_python_of_the_image_is_supported_and_tested() -> None:
 def test_pins_are_what_is_installed_here() -> None:
     if f"{sys.version_info.major}.{sys.version_info.minor}" != PYTHON:
         pytest.skip(f"constraints.txt is for Python {PYTHON}")
-    for requirement in requirements(with_dev=False):
+    for requirement in requirements(with_extras=False):
         assert Version(importlib.metadata.version(requirement.name)).public == pinned(
             requirement.name.lower().replace("_", "-")
         )
@@ -98,7 +98,7 @@ def test_pins_are_what_is_installed_here() -> None:
 def test_transitive_dependencies_are_pinned() -> None:
     """Whatever the direct dependencies bring along, on this platform, is in constraints.txt; torch pins its CUDA packages."""
     seen: set[str] = set()
-    todo = [(requirement.name, requirement.extras or {""}) for requirement in requirements(with_dev=False)]
+    todo = [(requirement.name, requirement.extras or {""}) for requirement in requirements(with_extras=False)]
     while todo:
         name, extras = todo.pop()
         key = name.lower().replace("_", "-").replace(".", "-")
