@@ -176,7 +176,7 @@ class Graph:
             self.stages.evaluation,
             data,
             "stages.common.layer_shard:open_layer_shard",
-            {"checkpoint_folder": str(model)},
+            {"model": str(model)},
             f"{name}, ",
         )
         last = tuple(unit.id for unit in units if not unit.writes)

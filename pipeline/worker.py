@@ -5,7 +5,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from pipeline.manifest import seal
 from pipeline.units import Failure, Hold, Outcome, Unit
@@ -18,6 +18,14 @@ def resolve(call: str) -> Callable[..., Any]:
     """The function that "package.module:function" names."""
     module, _, name = call.partition(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A hold that can have another one's files read in the background."""
+
+    def read_ahead(self, model: str, first: int, stop: int) -> None:
+        """Layers [first, stop) of a model come next."""
 
 
 class Worker:
@@ -46,6 +54,12 @@ class Worker:
     def open_ahead(self, hold: Hold) -> None:
         """Open what the next units share before they come. An error here reaches nobody, and comes again with the first."""
         self._open(hold)
+
+    def read_ahead(self, hold: Hold) -> None:
+        """Have read what the next hold is opened from, while units of this one run. What is held knows how: both are layer
+        shards, or nothing is done."""
+        if isinstance(self._held, ReadsAhead) and {"model", "first", "stop"} <= set(hold.args):
+            self._held.read_ahead(hold.args["model"], hold.args["first"], hold.args["stop"])
 
     def run(self, unit: Unit) -> Outcome:
         """Run and seal one unit. Never raises for what the unit raises: the outcome says why it failed."""

@@ -153,9 +153,10 @@ class RayExecutor:
         self._running[ref] = (slot, unit)
 
     def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
-        """A worker that is free opens it at once. What it returns is not waited for: its unit comes after it."""
-        if is_free:
-            self._actors[slot.id].handle.open_ahead.remote(hold)
+        """A worker that is free opens it at once; another has its files read, from the end of its unit on. What they return is
+        not waited for."""
+        handle = self._actors[slot.id].handle
+        (handle.open_ahead if is_free else handle.read_ahead).remote(hold)
 
     def _name(self, unit: Unit) -> str:
         """What Ray's dashboard calls the unit. Ray keeps a time series for each name ever used, 15 kB in this process alone

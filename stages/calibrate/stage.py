@@ -30,6 +30,10 @@ class CalibrationShard:
     routers: Mapping[int, str]
     family: Family
 
+    def read_ahead(self, model: str, first: int, stop: int) -> None:
+        """See LayerShard."""
+        self.shard.read_ahead(model, first, stop)
+
     def watch(self, layer: int, into: dict[int, LayerStatistics], sample: Sample | None = None) -> AbstractContextManager[Any]:
         """Gather statistics of a MoE layer while it runs; leave a dense one alone. sample: None for all tokens."""
         if layer not in self.routers:

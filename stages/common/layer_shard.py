@@ -19,6 +19,7 @@ from stages.common.adapter import AdaptedModel
 from stages.common.checkpoint import Checkpoint
 from stages.common.direct_load import load_directly
 from stages.common.errors import InputError
+from stages.common.file_cache import read_ahead
 from stages.common.reader import TensorReader
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -62,18 +63,38 @@ class LayerShard:
         self.model = self.adapted.model
         self.first, self.stop = first, stop
         self._arguments: dict[tuple[int, int], list[LayerArguments]] = {}
-        prefixes = [f"{self.adapted.layers_prefix}{layer}." for layer in range(first, stop)]
-        is_ends = first == 0 or stop == len(self.adapted.layers)
-        self._load(lambda parameter: parameter.startswith(tuple(prefixes)) or (is_ends and self._is_outside(parameter)))
+        prefixes = self._prefixes(first, stop)
+        self._load(self._names(first, stop))
         self._initialise_buffers(tuple(prefixes))
         self._check_loaded(prefixes)
 
-    def _is_outside(self, parameter: str) -> bool:
-        return bool(parameter) and self.adapted.layer_of(parameter) is None
+    def _prefixes(self, first: int, stop: int) -> list[str]:
+        return [f"{self.adapted.layers_prefix}{layer}." for layer in range(first, stop)]
 
-    def _load(self, wanted: Callable[[str], bool]) -> None:
-        wanted_names = [name for name, target in self.adapted.targets.items() if wanted(target.parameter)]
-        names = load_directly(self.adapted, wanted_names, self.device)
+    def _names(self, first: int, stop: int) -> list[str]:
+        """Tensors on disk of layers [first, stop), and at the model's ends of what is outside of the layers."""
+        prefixes = tuple(self._prefixes(first, stop))
+        is_ends = first == 0 or stop == len(self.adapted.layers)
+
+        def is_wanted(parameter: str) -> bool:
+            is_outside = bool(parameter) and self.adapted.layer_of(parameter) is None
+            return parameter.startswith(prefixes) or (is_ends and is_outside)
+
+        return [name for name, target in self.adapted.targets.items() if is_wanted(target.parameter)]
+
+    def read_ahead(self, model: str, first: int, stop: int) -> None:
+        """Have other layers' bytes read into the system's file cache while this shard computes, if they are of this model.
+
+        The cache takes memory that nobody else needs, and gives it back when somebody does. Nothing is waited for.
+        """
+        if model == str(self.adapted.checkpoint.folder):
+            entries = (self.adapted.checkpoint.tensors[name] for name in self._names(first, stop))
+            packed = ((e.packing.weight, e.packing.scales) if e.packing else (e,) for e in entries)
+            stretches = [(e.file, e.begin, e.num_bytes) for parts in packed for e in parts]
+            read_ahead(self.adapted.checkpoint.folder, stretches)
+
+    def _load(self, wanted: list[str]) -> None:
+        names = load_directly(self.adapted, wanted, self.device)
         if names:
             self._convert(names)
         self.model.tie_weights()
@@ -186,6 +207,6 @@ class LayerShard:
         return out.logits  # type: ignore[no-any-return]
 
 
-def open_layer_shard(checkpoint_folder: str, first: int, stop: int, num_threads: int) -> LayerShard:
+def open_layer_shard(model: str, first: int, stop: int, num_threads: int) -> LayerShard:
     """Load a layer shard; what a worker calls once and holds for all token shards."""
-    return LayerShard(Checkpoint(checkpoint_folder), first, stop, num_threads)
+    return LayerShard(Checkpoint(model), first, stop, num_threads)

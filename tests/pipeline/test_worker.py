@@ -45,3 +45,33 @@ def test_an_error_while_opening_ahead_comes_again_with_the_unit(tmp_path: Path) 
     failure = worker.run(replace(one, hold=hold)).failure
     assert failure is not None
     assert failure.message == "RuntimeError: a is broken"
+
+
+class Reader:
+    """A hold that keeps what it is told to read ahead."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int, int]] = []
+
+    def read_ahead(self, model: str, first: int, stop: int) -> None:
+        self.asked.append((model, first, stop))
+
+
+READERS: list[Reader] = []
+
+
+def open_reader(model: str, first: int, stop: int) -> Reader:
+    READERS.append(Reader())
+    return READERS[-1]
+
+
+def test_what_is_held_reads_the_next_layer_shard_ahead() -> None:
+    READERS.clear()
+    worker = Worker()
+    call = "tests.pipeline.test_worker:open_reader"
+    now, then = (Hold(f"{first}", call, {"model": "m", "first": first, "stop": first + 2}) for first in (0, 2))
+    worker.read_ahead(then)  # nothing is held yet
+    worker.open_ahead(now)
+    worker.read_ahead(then)
+    worker.read_ahead(held("a"))
+    assert [reader.asked for reader in READERS] == [[("m", 2, 4)]]
