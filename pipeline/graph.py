@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import RunConfig, TextData
 from pipeline.manifest import read_manifest
-from pipeline.partition import LayerRange, held_bytes, layer_shards, weight_bytes
+from pipeline.partition import LayerRange, held_bytes, layer_shards
 from pipeline.stage_keys import StageRun, Stages, TargetRun
 from pipeline.units import Hold, Unit
 from stages.common import paths
@@ -100,9 +100,7 @@ class Graph:
         stage_dir = Path(stage.dir)
         for first, stop in self._partition(stage, data):
             args = {**hold_args, "first": first, "stop": stop, "num_threads": self.config.resources.num_cpus}
-            is_source = stage in (self.stages.calibrate, self.stages.evaluate_source)  # the plan knows the source's weights
-            num_bytes = weight_bytes(self.plan, (first, stop)) if is_source else 0
-            hold = Hold(f"{self.run_dir}/{stage.dir}:{first}-{stop}", hold_call, args, num_bytes)
+            hold = Hold(f"{self.run_dir}/{stage.dir}:{first}-{stop}", hold_call, args)
             is_last = stop == self.plan["num_layers"]
             for shard in range(data.num_shards):
                 reads = [paths.hidden_file(stage_dir, first, shard)] if first else []

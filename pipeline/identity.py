@@ -9,7 +9,7 @@ from typing import Any
 from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from stages.common.errors import InputError
 from stages.common.files import sha256_of
-from stages.common.storage import read_range
+from stages.common.storage import is_url, read_range
 
 KEY_LENGTH = 12
 _END_BYTES = 1 << 16
@@ -55,6 +55,8 @@ def data_identity(data: tuple[str, ...], revision: str | None, place: str) -> di
         path = Path(name)
         if path.is_file():
             identity[f"{number} {path.name}"] = sha256_of(path)
+        elif is_url(name):
+            raise InputError(f"{place}.data: {name} is a URL; texts are read from files that every node reaches: copy it to one")
         elif path.suffix or name.count("/") != 1:
             raise InputError(f"{place}.data: {name} does not exist; give a file, or a dataset of the hub as org/name[:split]")
         else:

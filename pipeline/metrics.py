@@ -15,7 +15,7 @@ class UnitMetrics:
         self._done = Counter("hcsmoe_units_done_total", "Units sealed.", tags)
         self._seconds = Histogram("hcsmoe_unit_seconds", "Seconds that a sealed unit took.", _SECONDS, tags)
         self._written = Counter("hcsmoe_bytes_written_total", "Bytes of the files that units have written.", tags)
-        self._read = Counter("hcsmoe_bytes_read_total", "Bytes of hidden states, statistics and layer weights read.", tags)
+        self._read = Counter("hcsmoe_bytes_read_total", "Bytes of weights, hidden states and statistics read.", tags)
 
     def note(self, unit: Unit, outcome: Outcome) -> None:
         """Count a unit that has ended; one that failed is not counted."""

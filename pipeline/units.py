@@ -7,15 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Hold:
-    """What a worker opens once and keeps while it runs the units that need it: `call` is given `args`.
-
-    num_bytes: of weights that opening it reads, for the metrics; 0 where that is not known before.
-    """
+    """What a worker opens once and keeps while it runs the units that need it: `call` is given `args`."""
 
     key: str
     call: str
     args: Mapping[str, Any]
-    num_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,8 @@ class Failure:
 class Outcome:
     """What became of a unit, where, and how long it took; `failure` is None for a sealed one.
 
-    bytes_read: of transient files and of weights of a newly opened hold. bytes_written: of all its files.
+    bytes_read: of transient files, of the checkpoint, and of the checkpoint for a newly opened hold. bytes_written: of all its
+    files.
     """
 
     host: str

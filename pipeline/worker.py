@@ -21,11 +21,13 @@ def resolve(call: str) -> Callable[..., Any]:
 
 
 @runtime_checkable
-class ReadsAhead(Protocol):
-    """A hold that can have another one's files read in the background."""
+class HeldLayers(Protocol):
+    """A layer shard, as far as a worker knows it."""
+
+    bytes_read: int
 
     def read_ahead(self, model: str, first: int, stop: int) -> None:
-        """Layers [first, stop) of a model come next."""
+        """Have the files of layers [first, stop) of a model, which come next, read in the background."""
 
 
 class Worker:
@@ -48,7 +50,7 @@ class Worker:
         self._hold_key, self._held = None, None  # let go before the next is loaded: both may not fit
         if hold is not None:
             self._held = resolve(hold.call)(**hold.args)
-            self._opened_bytes += hold.num_bytes
+            self._opened_bytes += self._held.bytes_read if isinstance(self._held, HeldLayers) else 0
         self._hold_key = key
 
     def open_ahead(self, hold: Hold) -> None:
@@ -58,7 +60,7 @@ class Worker:
     def read_ahead(self, hold: Hold) -> None:
         """Have read what the next hold is opened from, while units of this one run. What is held knows how: both are layer
         shards, or nothing is done."""
-        if isinstance(self._held, ReadsAhead) and {"model", "first", "stop"} <= set(hold.args):
+        if isinstance(self._held, HeldLayers) and {"model", "first", "stop"} <= set(hold.args):
             self._held.read_ahead(hold.args["model"], hold.args["first"], hold.args["stop"])
 
     def run(self, unit: Unit) -> Outcome:
@@ -72,6 +74,7 @@ class Worker:
             bytes_read += sum((run_dir / path).stat().st_size for path in unit.reads)
             result = resolve(unit.call)(Job(run_dir, run_dir / unit.stage_dir, unit.args, held))
             seal(unit, result, started)
+            bytes_read += result.bytes_read
             facts = dict(result.facts)
             bytes_written = sum(file.num_bytes for file in (*result.files, *result.transient))
         except InputError as e:

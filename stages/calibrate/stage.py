@@ -30,6 +30,11 @@ class CalibrationShard:
     routers: Mapping[int, str]
     family: Family
 
+    @property
+    def bytes_read(self) -> int:
+        """See LayerShard."""
+        return self.shard.bytes_read
+
     def read_ahead(self, model: str, first: int, stop: int) -> None:
         """See LayerShard."""
         self.shard.read_ahead(model, first, stop)

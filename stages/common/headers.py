@@ -39,6 +39,11 @@ class TensorEntry:
     packing: "Packing | None" = None
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes on disk; of a quantised tensor, of its packed numbers and scales."""
+        return self.packing.weight.num_bytes + self.packing.scales.num_bytes if self.packing else self.num_bytes
+
+    @property
     def num_elements(self) -> int:
         """Number of scalars."""
         return math.prod(self.shape)

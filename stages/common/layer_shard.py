@@ -52,7 +52,8 @@ def choose_device() -> torch.device:
 class LayerShard:
     """Decoder layers [first, stop) of a checkpoint, loaded; plus the embeddings for layer 0 and the head for the last.
 
-    num_threads: CPU threads for this process; a setting, so that results do not depend on the machine.
+    num_threads: CPU threads for this process; a setting, so that results do not depend on the machine. bytes_read: of the
+    checkpoint.
     Raises InputError, naming the tensors, when the checkpoint does not fill these layers.
     """
 
@@ -94,6 +95,7 @@ class LayerShard:
             read_ahead(self.adapted.checkpoint.folder, stretches)
 
     def _load(self, wanted: list[str]) -> None:
+        self.bytes_read = sum(self.adapted.checkpoint.tensors[name].stored_bytes for name in wanted)
         names = load_directly(self.adapted, wanted, self.device)
         if names:
             self._convert(names)

@@ -31,8 +31,10 @@ class UnitResult:
     files: what it wrote and what its seal vouches for.
     transient: what it wrote for the units after it, deleted once they are sealed.
     facts: counts and seconds for the log and the report, JSON values.
+    bytes_read: of the checkpoint, for the metrics; what a hold reads counts with the hold.
     """
 
     files: tuple[WrittenFile, ...] = ()
     transient: tuple[WrittenFile, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    bytes_read: int = 0

@@ -85,6 +85,16 @@ def _fused_means(name: str, clusters: list[Shares], dtype: torch.dtype, source: 
             yield ComputedMean(experts, len(cluster), dtype, place)
 
 
+def _sources(tensor: OutputTensor, layers: Mapping[int, LayerMerge]) -> list[str]:
+    """Names of the source's tensors that go into an output tensor; each of their bytes is read once."""
+    if tensor.rule == "expert_map":
+        return []
+    if tensor.rule != "expert":
+        return [tensor.source["name"]]
+    assert tensor.layer is not None and tensor.cluster is not None
+    return [tensor.source["template"].format(member) for member, _ in layers[tensor.layer].experts[tensor.cluster]]
+
+
 def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, LayerMerge]) -> Iterator[Mean]:
     """The bytes of an output tensor, one mean after another."""
     row = tensor.source
@@ -98,13 +108,13 @@ def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, Laye
         yield ComputedMean([(torch.from_numpy(layer.labels_E.astype("int64")), 1.0)], 1, dtype, place)
     elif tensor.rule == "expert":
         assert tensor.cluster is not None
-        members = [(row["template"].format(member), share) for member, share in layer.experts[tensor.cluster]]
-        yield _mean(members, dtype, source, place)
+        shares = [share for _, share in layer.experts[tensor.cluster]]
+        yield _mean(list(zip(_sources(tensor, layers), shares, strict=True)), dtype, source, place)
     elif tensor.rule == "fused_expert" and row["expert_axis"] == 0:
         yield from _fused_means(row["name"], layer.experts, dtype, source, place)
     else:
-        shares = layer.rows if tensor.rule == "router" else layer.experts
-        merged = merge_rows(source.read(row["name"]).to(dtype), row["expert_axis"], shares, place)
+        clusters = layer.rows if tensor.rule == "router" else layer.experts
+        merged = merge_rows(source.read(row["name"]).to(dtype), row["expert_axis"], clusters, place)
         yield ComputedMean([(merged, 1.0)], 1, dtype, place)
 
 
@@ -150,4 +160,6 @@ def merge_unit(job: Job) -> UnitResult:
         written = write_file(job.stage_dir / CHECKPOINT_DIR / file.name, write)
     touched = sorted({t.layer for t in file.tensors if t.layer is not None and t.rule in ("expert", "fused_expert")})
     unweighted = {str(layer): layers[layer].unweighted for layer in touched if layers[layer].unweighted}
-    return UnitResult((written,), facts={"num_tensors": len(file.tensors), "unweighted_clusters": unweighted})
+    num_read = sum(checkpoint.tensors[name].stored_bytes for tensor in file.tensors for name in _sources(tensor, layers))
+    facts = {"num_tensors": len(file.tensors), "unweighted_clusters": unweighted}
+    return UnitResult((written,), facts=facts, bytes_read=num_read)

@@ -57,4 +57,5 @@ def test_a_scrape_of_ray_shows_units_seconds_and_bytes_by_stage(clone: Path, tmp
     assert found["hcsmoe_unit_seconds_sum"]["calibrate"] > 0
     weights = (clone / "examples/tiny-mixtral/model.safetensors").stat().st_size
     assert found["hcsmoe_bytes_read_total"]["calibrate"] > 0.8 * weights
+    assert found["hcsmoe_bytes_read_total"]["merge"] > 1.9 * weights, "two targets, each made of every source tensor"
     assert found["hcsmoe_bytes_written_total"]["merge"] > 0.5 * weights

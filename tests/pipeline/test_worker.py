@@ -12,9 +12,18 @@ from tests.pipeline.fake import at, unit
 OPENED: list[str] = []
 
 
+class Counted(str):
+    """A hold that says what it has read."""
+
+    bytes_read = 1000
+
+    def read_ahead(self, model: str, first: int, stop: int) -> None:
+        pass
+
+
 def open_counted(key: str) -> str:
     OPENED.append(key)
-    return key
+    return Counted(key)
 
 
 def open_broken(key: str) -> str:
@@ -22,7 +31,7 @@ def open_broken(key: str) -> str:
 
 
 def held(key: str, call: str = "open_counted") -> Hold:
-    return Hold(key, f"tests.pipeline.test_worker:{call}", {"key": key}, num_bytes=1000)
+    return Hold(key, f"tests.pipeline.test_worker:{call}", {"key": key})
 
 
 def test_what_is_opened_ahead_is_there_for_the_first_unit_and_its_bytes_are_counted_once(tmp_path: Path) -> None:
@@ -49,6 +58,8 @@ def test_an_error_while_opening_ahead_comes_again_with_the_unit(tmp_path: Path) 
 
 class Reader:
     """A hold that keeps what it is told to read ahead."""
+
+    bytes_read = 0
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int, int]] = []

@@ -27,9 +27,10 @@ _LIMIT_S = 90
         ({"model": "s3://no-such-bucket/model"}, {}, "s3://no-such-bucket/model cannot be reached: The specified bucket"),
         ({}, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "cannot be reached: Could not connect"),
         ({}, {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "cannot be reached: Unable to locate credentials"),
+        ({"calibration.data": "s3://bucket/c4.jsonl"}, {}, "calibration.data: s3://bucket/c4.jsonl is a URL; texts are read"),
         ({"run_dir": "nowhere://bucket/run"}, {}, "nowhere:// is not a kind of storage that is known"),
     ],
-    ids=["no bucket for the run", "no bucket for the model", "nobody there", "no credentials", "unknown scheme"],
+    ids=["no bucket for the run", "no bucket for the model", "nobody there", "no credentials", "text", "unknown scheme"],
 )
 def test_a_store_that_does_not_answer_is_one_error(
     remote_run_file: RunFile, settings: dict[str, str], environment: dict[str, str], message: str, tmp_path: Path
