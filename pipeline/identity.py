@@ -56,7 +56,7 @@ def data_identity(data: tuple[str, ...], revision: str | None, place: str) -> di
         if path.is_file():
             identity[f"{number} {path.name}"] = sha256_of(path)
         elif is_url(name):
-            raise InputError(f"{place}.data: {name} is a URL; texts are read from files that every node reaches: copy it to one")
+            raise InputError(f"{place}.data: {name} is a URL; texts are read from files that every node reaches: copy it")
         elif path.suffix or name.count("/") != 1:
             raise InputError(f"{place}.data: {name} does not exist; give a file, or a dataset of the hub as org/name[:split]")
         else:
