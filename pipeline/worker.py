@@ -1,5 +1,6 @@
 """Runs units: finds the stage's function, keeps what units share, seals. The same code serves every executor."""
 
+import gc
 import importlib
 import socket
 import time
@@ -48,6 +49,7 @@ class Worker:
         if key == self._hold_key:
             return
         self._hold_key, self._held = None, None  # let go before the next is loaded: both may not fit
+        gc.collect()  # models refer to themselves in cycles, and would stay until Python finds time for it
         if hold is not None:
             self._held = resolve(hold.call)(**hold.args)
             self._opened_bytes += self._held.bytes_read if isinstance(self._held, HeldLayers) else 0
