@@ -91,7 +91,7 @@ class Bench:
 
     def hand(self, name: str) -> dict[str, Any]:
         """Benchmark 1: the whole job, against the plain script."""
-        run_file = self.run_file(name, "local")
+        run_file = self.run_file(name, "local", layers_per_shard=1)  # as on a machine that has room for no more
         run_dir = self.work_dir / "runs" / f"{name}-local"
         ours, theirs = [], []
         for _ in range(self.repeats):

@@ -56,7 +56,7 @@ class CalibrationShard:
 def open_shard(model: str, first: int, stop: int, num_threads: int, routers: Mapping[str, str]) -> CalibrationShard:
     """Load decoder layers [first, stop). routers: name of the router module of every MoE layer (plan.json)."""
     checkpoint = Checkpoint(model)
-    shard = LayerShard(checkpoint, first, stop, num_threads)
+    shard = LayerShard(checkpoint, first, stop, num_threads, has_head=False)
     return CalibrationShard(shard, {int(layer): name for layer, name in routers.items()}, family_of(checkpoint.config, model))
 
 

@@ -50,19 +50,21 @@ def choose_device() -> torch.device:
 
 
 class LayerShard:
-    """Decoder layers [first, stop) of a checkpoint, loaded; plus the embeddings for layer 0 and the head for the last.
+    """Decoder layers [first, stop) of a checkpoint, loaded; plus what is outside of the layers at both ends of the model.
 
+    has_head: whether `logits` is to be called; without it the output embedding stays on disk, and so does all else outside of
+    the layers where layer 0 is not among them.
     num_threads: CPU threads for this process; a setting, so that results do not depend on the machine. bytes_read: of the
     checkpoint.
     Raises InputError, naming the tensors, when the checkpoint does not fill these layers.
     """
 
-    def __init__(self, checkpoint: Checkpoint, first: int, stop: int, num_threads: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, first: int, stop: int, num_threads: int, has_head: bool = True) -> None:
         torch.set_num_threads(num_threads)
         self.device = choose_device()
         self.adapted = AdaptedModel(checkpoint)
         self.model = self.adapted.model
-        self.first, self.stop = first, stop
+        self.first, self.stop, self._has_head = first, stop, has_head
         self._arguments: dict[tuple[int, int], list[LayerArguments]] = {}
         prefixes = self._prefixes(first, stop)
         self._load(self._names(first, stop))
@@ -75,13 +77,22 @@ class LayerShard:
     def _names(self, first: int, stop: int) -> list[str]:
         """Tensors on disk of layers [first, stop), and at the model's ends of what is outside of the layers."""
         prefixes = tuple(self._prefixes(first, stop))
-        is_ends = first == 0 or stop == len(self.adapted.layers)
+        is_end = first == 0 or (self._has_head and stop == len(self.adapted.layers))
+        unused = "" if self._has_head else self._head_prefix()
 
         def is_wanted(parameter: str) -> bool:
             is_outside = bool(parameter) and self.adapted.layer_of(parameter) is None
-            return parameter.startswith(prefixes) or (is_ends and is_outside)
+            is_unused = bool(unused) and parameter.startswith(unused)
+            return parameter.startswith(prefixes) or (is_end and is_outside and not is_unused)
 
         return [name for name, target in self.adapted.targets.items() if is_wanted(target.parameter)]
+
+    def _head_prefix(self) -> str:
+        """Name of the output embedding with a trailing dot; empty where it is the input embedding, too."""
+        head = self.model.get_output_embeddings()
+        if head is None or self.model.config.get_text_config().tie_word_embeddings:
+            return ""
+        return next(f"{name}." for name, module in self.model.named_modules() if module is head)
 
     def read_ahead(self, model: str, first: int, stop: int) -> None:
         """Have other layers' bytes read into the system's file cache while this shard computes, if they are of this model.
