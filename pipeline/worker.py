@@ -81,7 +81,7 @@ class Worker:
             bytes_written = sum(file.num_bytes for file in (*result.files, *result.transient))
         except InputError as e:
             failure = Failure("input", str(e))
-        except Exception as e:  # the driver reports it with its traceback and ends the run
+        except Exception as e:  # nothing is swallowed: the driver reports it with its traceback and ends the run
             kind = "memory" if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" else "error"
             failure = Failure(kind, f"{type(e).__name__}: {e}", traceback.format_exc())
         return Outcome(socket.gethostname(), time.time() - started, facts, failure, bytes_read, bytes_written)

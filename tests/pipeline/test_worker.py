@@ -1,5 +1,7 @@
 """What a worker holds, and when it is opened."""
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,3 +88,32 @@ def test_what_is_held_reads_the_next_layer_shard_ahead() -> None:
     worker.read_ahead(then)
     worker.read_ahead(held("a"))
     assert [reader.asked for reader in READERS] == [[("m", 2, 4)]]
+
+
+class Cyclic:
+    """A hold that refers to itself, as models do."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+CYCLIC: list[weakref.ref[Cyclic]] = []
+
+
+def open_cyclic(key: str) -> Cyclic:
+    assert all(earlier() is None for earlier in CYCLIC), "two layer shards may not fit into memory"
+    made = Cyclic()
+    CYCLIC.append(weakref.ref(made))
+    return made
+
+
+def test_what_was_held_is_gone_before_the_next_is_opened() -> None:
+    CYCLIC.clear()
+    worker = Worker()
+    gc.disable()  # so that only the worker itself can let go in time
+    try:
+        worker.open_ahead(held("a", "open_cyclic"))
+        worker.open_ahead(held("b", "open_cyclic"))
+    finally:
+        gc.enable()
+    assert len(CYCLIC) == 2

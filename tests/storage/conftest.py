@@ -1,4 +1,4 @@
-"""An S3 server in a process of its own, and the eight-layer model uploaded to it."""
+"""An S3 server in a process of its own, and a four-layer model uploaded to it."""
 
 import socket
 import subprocess
