@@ -9,7 +9,7 @@ from pipeline.config import RunConfig, TextData
 from pipeline.identity import key_of
 
 # Raised when a stage computes something else from the same inputs: old results are then not reused.
-VERSIONS = {"prepare": 2, "calibrate": 3, "cluster": 1, "merge": 2, "assemble": 3, "evaluate": 1, "report": 1}
+VERSIONS = {"prepare": 2, "calibrate": 4, "cluster": 1, "merge": 2, "assemble": 3, "evaluate": 1, "report": 1}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class HeldLayers(Protocol):
     def read_ahead(self, model: str, first: int, stop: int) -> None:
         """Have the files of layers [first, stop) of a model, which come next, read in the background."""
 
+    def close(self) -> None:
+        """Let go of all weights, now: models refer to themselves in cycles, and would stay until Python finds time for it."""
+
 
 class Worker:
     """One process's place of work: it holds at most one thing at a time."""
@@ -38,6 +41,7 @@ class Worker:
         self._hold_key: str | None = None
         self._held: Any = None
         self._opened_bytes = 0
+        self._has_left_overs = False
 
     def _hold(self, unit: Unit) -> Any:
         if unit.hold is not None or unit.on_worker:  # a CPU unit needs no room: keep what is held
@@ -48,12 +52,21 @@ class Worker:
         key = hold.key if hold else None
         if key == self._hold_key:
             return
-        self._hold_key, self._held = None, None  # let go before the next is loaded: both may not fit
-        gc.collect()  # models refer to themselves in cycles, and would stay until Python finds time for it
+        self._let_go()  # before the next is loaded: both may not fit
         if hold is not None:
+            self._has_left_overs = True
             self._held = resolve(hold.call)(**hold.args)
+            self._has_left_overs = False
             self._opened_bytes += self._held.bytes_read if isinstance(self._held, HeldLayers) else 0
         self._hold_key = key
+
+    def _let_go(self) -> None:
+        if isinstance(self._held, HeldLayers):
+            self._held.close()
+        self._hold_key, self._held = None, None
+        if self._has_left_overs:  # of what could not be opened, which nobody can close
+            gc.collect()
+            self._has_left_overs = False
 
     def open_ahead(self, hold: Hold) -> None:
         """Open what the next units share before they come. An error here reaches nobody, and comes again with the first."""

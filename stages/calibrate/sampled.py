@@ -5,22 +5,22 @@ R routed pairs; in a_CGF, C tokens of a chunk and G experts of a group.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stages.calibrate.sampling import Sample
-from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics, Routing
+from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics, Routing, add_over_tokens
+from stages.common.expert_weights import ExpertWeights
 from stages.common.tables import PartialStatistics
 
 
 class _Sampled(LayerStatistics):
     """What both kinds of statistics do under sampling: an expert runs on sampled tokens, and on those routed to it."""
 
-    def __init__(self, layer: int, experts: Any, router: nn.Module, score: str, sample: Sample) -> None:
-        super().__init__(layer, experts, router, score)
+    def __init__(self, layer: int, weights: ExpertWeights, router: nn.Module, score: str, sample: Sample) -> None:
+        super().__init__(layer, weights, router, score)
         num_experts, intermediate = self.activation_sum_EF.shape
         self.sample, self._group = sample, 0
         self.num_sampled_G = np.zeros(sample.num_groups, dtype=np.int64)
@@ -34,7 +34,7 @@ class _Sampled(LayerStatistics):
             super()._sum_unrouted(hidden_TD[chosen_C.to(hidden_TD.device)])
 
     def _add_unrouted(self, first: int, stop: int, a_CGF: Tensor) -> None:
-        self.activation_sum_EGF[first:stop, self._group] += a_CGF.sum(0, dtype=torch.float32)
+        add_over_tokens(self.activation_sum_EGF[first:stop, self._group], a_CGF)
 
     def result(self) -> PartialStatistics:
         """The sums so far."""
@@ -53,7 +53,8 @@ class SampledStatistics(_Sampled):
         parts = []
         for expert in range(first, stop):
             tokens = routing.tokens_R[routing.begin(expert) : routing.begin(expert + 1)]
-            parts.append(self._activate(self._product(hidden_TD[tokens], self._first, expert, expert + 1)))
+            parts.append(self._activate(self._first_product(hidden_TD[tokens], expert, expert + 1)))
+            self.weights.release(self.weights.layout.first, expert, expert + 1)
         return torch.cat(parts)
 
 

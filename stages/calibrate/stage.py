@@ -39,13 +39,17 @@ class CalibrationShard:
         """See LayerShard."""
         self.shard.read_ahead(model, first, stop)
 
+    def close(self) -> None:
+        """See LayerShard."""
+        self.shard.close()
+
     def watch(self, layer: int, into: dict[int, LayerStatistics], sample: Sample | None = None) -> AbstractContextManager[Any]:
         """Gather statistics of a MoE layer while it runs; leave a dense one alone. sample: None for all tokens."""
         if layer not in self.routers:
             return nullcontext()
         adapted = self.shard.adapted
         router = adapted.model.get_submodule(self.routers[layer])
-        parts = (layer, adapted.experts_modules()[layer], router, self.family.score)
+        parts = (layer, self.shard.expert_weights(layer), router, self.family.score)
         if sample is None:
             into[layer] = (InputGatedStatistics if self.family.gates_input else LayerStatistics)(*parts)
         else:
@@ -56,7 +60,7 @@ class CalibrationShard:
 def open_shard(model: str, first: int, stop: int, num_threads: int, routers: Mapping[str, str]) -> CalibrationShard:
     """Load decoder layers [first, stop). routers: name of the router module of every MoE layer (plan.json)."""
     checkpoint = Checkpoint(model)
-    shard = LayerShard(checkpoint, first, stop, num_threads, has_head=False)
+    shard = LayerShard(checkpoint, first, stop, num_threads, has_head=False, maps_experts=True)
     return CalibrationShard(shard, {int(layer): name for layer, name in routers.items()}, family_of(checkpoint.config, model))
 
 
@@ -92,10 +96,10 @@ def reduce_unit(job: Job) -> UnitResult:
     layer, held = job.args["layer"], job.held
     paths = [partial_statistics_file(job.stage_dir, layer, shard) for shard in range(job.args["num_shards"])]
     total = add([tables.partial_statistics(path) for path in paths])
-    experts = held.shard.adapted.experts_modules()[layer]
+    weights = held.shard.expert_weights(layer)
     with torch.inference_mode():
-        output_sum_EGD = outputs(total, experts)
-    statistics = finish(total, output_sum_EGD, experts.down_proj.dtype)
+        output_sum_EGD = outputs(total, weights)
+    statistics = finish(total, output_sum_EGD, weights.dtype)
     is_sampled = job.args["is_sampled"]
     files = [write_statistics(statistics_file(job.stage_dir, layer), statistics, is_sampled)]
     if is_sampled:

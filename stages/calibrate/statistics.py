@@ -11,7 +11,8 @@ Activations are made for a chunk of tokens and a group of experts at a time, so 
 stays in the processor's cache; of those only the routed rows are kept, for one product with W_down an expert.
 """
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Self
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stages.calibrate.products import can_group, gates_by_halves, grouped_down
+from stages.common.expert_weights import ExpertWeights
 from stages.common.tables import PartialStatistics
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,28 +32,22 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class ExpertsLayout:
-    """How an experts module keeps its weights: transformers' own flags where the module declares them."""
-
-    is_transposed: bool
-    has_bias: bool
-    has_gate: bool
-
-    @classmethod
-    def of(cls, experts: Any) -> "ExpertsLayout":
-        """Read the flags; Llama 4's module has none, and multiplies from the right."""
-        if hasattr(experts, "is_transposed"):
-            return cls(experts.is_transposed, experts.has_bias, experts.has_gate)
-        return cls(is_transposed=True, has_bias=False, has_gate=True)
-
-
 _CHUNK_BYTES = {"cpu": 1 << 21}
 """Bytes of first products at a time, by kind of device: what a core's cache takes. A fixed number, since bits depend on it."""
 _CHUNK_BYTES_ELSEWHERE = 1 << 28
-_LEAST_CHUNK = 256
+_LEAST_CHUNK = 512
 _GROUP_COLUMNS = 2048
 """A product has about this many columns: small experts are multiplied together, since every call has its price."""
+
+
+_SUMMED_TOKENS = defaultdict(lambda: 1 << 20, cpu=128)
+"""Tokens whose float32 values are made at once to be added up, by kind of device: so that they, too, stay in the cache."""
+
+
+def add_over_tokens(total_GF: Tensor, a_CGF: Tensor) -> None:
+    """Add activations [C, G, F] to float64 sums: float32 inside of so many tokens as are added at once, float64 across."""
+    for part in a_CGF.split(_SUMMED_TOKENS[a_CGF.device.type]):
+        total_GF += part.sum(0, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,11 @@ class Blocks:
     num_experts: int
 
     @classmethod
-    def of(cls, weight: Tensor, layout: ExpertsLayout) -> "Blocks":
-        """weight: of the first product, [E, P, D], or [E, D, P] transposed, whose experts are no single matrix."""
-        columns = weight.shape[2] if layout.is_transposed else weight.shape[1]
-        group = 1 if layout.is_transposed else min(weight.shape[0], max(1, _GROUP_COLUMNS // columns))
-        most = _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES_ELSEWHERE) // (group * columns * weight.element_size())
+    def of(cls, weights: ExpertWeights) -> "Blocks":
+        """Experts are taken together only where their matrices can be one."""
+        columns, can_join = weights.num_columns(weights.layout.first), weights.can_join(weights.layout.first)
+        group = min(weights.num_experts, max(1, _GROUP_COLUMNS // columns)) if can_join else 1
+        most = _CHUNK_BYTES.get(weights.device.type, _CHUNK_BYTES_ELSEWHERE) // (group * columns * weights.dtype.itemsize)
         return cls(max(_LEAST_CHUNK, 1 << max(most, 1).bit_length() - 1), group)
 
 
@@ -95,35 +92,34 @@ class Routing:
 class LayerStatistics:
     """Watches one MoE layer's router and experts and adds up; the layer's output stays what it was, up to rounding.
 
-    experts: the module with the fused weights and transformers' layout flags (`is_transposed`, `has_bias`, `has_gate`).
+    weights: of the experts; their module's forward is replaced meanwhile.
     router: the module that returns the router logits [T, E] first.
     score: how the family turns logits to probabilities, a key of SCORES.
     """
 
-    def __init__(self, layer: int, experts: Any, router: nn.Module, score: str) -> None:
-        self.layer, self.experts, self.router = layer, experts, router
+    def __init__(self, layer: int, weights: ExpertWeights, router: nn.Module, score: str) -> None:
+        self.layer, self.weights, self.router = layer, weights, router
+        self.experts = weights.experts
         self.score = SCORES[score]
-        self.layout = ExpertsLayout.of(experts)
-        num_experts, device = experts.num_experts, experts.down_proj.device
-        intermediate = experts.down_proj.shape[1] if self.layout.is_transposed else experts.down_proj.shape[2]
-        self._first = "gate_up_proj" if self.layout.has_gate else "up_proj"
-        self.blocks = Blocks.of(getattr(experts, self._first), self.layout)
+        self.blocks = Blocks.of(weights)
+        self._is_grouped = can_group(weights)
+        self._halves_gate = gates_by_halves(self.experts)
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=weights.device)
 
+        num_experts = weights.num_experts
         self.num_tokens = 0
         self.num_routed_E = zeros(num_experts)
         self.gate_sum_E = zeros(num_experts)
-        self.activation_sum_EF = zeros(num_experts, intermediate)
+        self.activation_sum_EF = zeros(num_experts, weights.intermediate)
         self.gated_output_norm_sum_E = zeros(num_experts)
         self.router_probability_sum_E = zeros(num_experts)
         self.router_logit_gram_EE = zeros(num_experts, num_experts)
         self._hook: RemovableHandle | None = None
-        self._forward: Callable[..., Tensor] = self._forward_routed
 
     def __enter__(self) -> Self:
-        self.experts.forward = self._forward
+        self.experts.forward = self._forward()
         self._hook = self.router.register_forward_hook(self._watch_router)
         return self
 
@@ -132,51 +128,66 @@ class LayerStatistics:
         assert self._hook is not None
         self._hook.remove()
 
+    def _forward(self) -> Callable[..., Tensor]:
+        """What stands in for the experts' forward."""
+        return self._forward_routed
+
     def _watch_router(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self._add_logits(output[0] if isinstance(output, tuple) else output)
 
     def _add_logits(self, logits: Tensor) -> None:
-        logits_TE = logits.reshape(-1, self.experts.num_experts).float()
+        logits_TE = logits.reshape(-1, self.weights.num_experts).float()
         self.router_probability_sum_E += self.score(logits_TE).double().sum(0)
         self.router_logit_gram_EE += logits_TE.double().T @ logits_TE.double()
 
-    def _product(self, x: Tensor, name: str, first: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rows times the weights of experts [first, stop), biases added: [rows, (stop - first) P or D]."""
-        weight = getattr(self.experts, name)[first:stop]
-        product = torch.mm(x, weight[0] if self.layout.is_transposed else weight.flatten(0, 1).T, out=out)
-        return product.add_(getattr(self.experts, f"{name}_bias")[first:stop].flatten()) if self.layout.has_bias else product
+    def _product(self, x: Tensor, name: str, first: int, stop: int, out: Tensor) -> Tensor:
+        """Fill `out` with rows times the matrices of experts [first, stop), biases added: [rows, (stop - first) P or D]."""
+        for column, matrix in self.weights.matrices(name, first, stop):
+            torch.mm(x, matrix, out=out[:, column : column + matrix.shape[1]])
+        bias = self.weights.bias(name, first, stop)
+        return out if bias is None else out.add_(bias)
+
+    def _first_product(self, x: Tensor, first: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """[rows, (stop - first) P], in `out` if that is given; it may have more rows."""
+        name = self.weights.layout.first
+        if out is None:
+            out = x.new_empty(len(x), (stop - first) * self.weights.num_columns(name))
+        return self._product(x, name, first, stop, out[: len(x)])
 
     def _activate(self, products: Tensor) -> Tensor:
-        """[..., P] to [..., F], by the module's own gate: families differ in it."""
-        return self._apply_gate(products) if self.layout.has_gate else self.experts.act_fn(products)
+        """[..., P] to [..., F], by the module's own gate: families differ in it. Overwrites what it is given."""
+        if not self.weights.layout.has_gate:
+            return self.experts.act_fn(products)  # type: ignore[no-any-return]
+        if self._halves_gate:  # as the module does it, in less memory
+            gate, up = products.chunk(2, dim=-1)
+            return self.experts.act_fn(gate).mul_(up)  # type: ignore[no-any-return]
+        return self.experts._apply_gate(products)  # type: ignore[no-any-return]
 
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        return self.experts._apply_gate(gate_up)  # type: ignore[no-any-return]
-
-    def _groups(self) -> Iterator[tuple[int, int]]:
-        for first in range(0, self.experts.num_experts, self.blocks.num_experts):
-            yield first, min(first + self.blocks.num_experts, self.experts.num_experts)
+    def _groups(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        for start in range(first, stop, self.blocks.num_experts):
+            yield start, min(start + self.blocks.num_experts, stop)
 
     def _activations(self, hidden_TD: Tensor, first: int, stop: int) -> Iterator[Tensor]:
-        """Activations [C, G, F] of experts [first, stop), chunk by chunk over all tokens; each adds to the sums."""
-        products = hidden_TD.new_empty(0)
-        for hidden_CD in hidden_TD.split(self.blocks.num_tokens):
-            if len(products) != len(hidden_CD):
-                products = products.resize_(0)
-            products = self._product(hidden_CD, self._first, first, stop, products)
+        """Activations [C, G, F] of a group of experts, [first, stop), chunk by chunk over all tokens; each adds to the sums."""
+        chunks = hidden_TD.split(self.blocks.num_tokens)
+        products = self._first_product(chunks[0], first, stop)
+        for number, hidden_CD in enumerate(chunks):
+            if number:
+                products = self._first_product(hidden_CD, first, stop, products)
             a_CGF = self._activate(products.view(len(hidden_CD), stop - first, -1))
             self._add_unrouted(first, stop, a_CGF)
             yield a_CGF
+        self.weights.release(self.weights.layout.first, first, stop)
 
     def _sum_unrouted(self, hidden_TD: Tensor) -> None:
         """Add the activations of every expert on all tokens to the sums."""
-        for first, stop in self._groups():
+        for first, stop in self._groups(0, self.weights.num_experts):
             for _ in self._activations(hidden_TD, first, stop):
                 pass
 
     def _add_unrouted(self, first: int, stop: int, a_CGF: Tensor) -> None:
-        """Add a chunk's activations to the sums that run over all tokens: float32 inside of a chunk, float64 across."""
-        self.activation_sum_EF[first:stop] += a_CGF.sum(0, dtype=torch.float32)
+        """Add a chunk's activations to the sums that run over all tokens."""
+        add_over_tokens(self.activation_sum_EF[first:stop], a_CGF)
 
     def _forward_routed(self, hidden_TD: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> Tensor:
         """The experts' forward, [T, D]; routing is what the model passes.
@@ -184,35 +195,50 @@ class LayerStatistics:
         Gated outputs are rounded and summed over k as transformers' own `grouped_mm` does, so that later layers see what
         they see in the model.
         """
+        num_experts = self.weights.num_experts
         self.num_tokens += len(hidden_TD)
-        routing = Routing(top_k_index_Tk, self.experts.num_experts, self.blocks.num_tokens)
+        routing = Routing(top_k_index_Tk, num_experts, self.blocks.num_tokens)
         gates_R = top_k_weights_Tk.flatten()[routing.slots_R]
         norms_R = torch.zeros(len(gates_R), device=hidden_TD.device)
         dtype = torch.promote_types(hidden_TD.dtype, gates_R.dtype)
-        gated_RD = torch.zeros((len(gates_R), hidden_TD.shape[1]), dtype=dtype, device=hidden_TD.device)
-        for first, stop in self._groups():
-            begin = routing.begin(first)
+        gated_RD = torch.empty((len(gates_R), hidden_TD.shape[1]), dtype=dtype, device=hidden_TD.device)
+        gated_RD[routing.begin(num_experts) :] = 0  # slots of no expert
+        for first, stop in [(0, num_experts)] if self._is_grouped else self._groups(0, num_experts):
+            low, high = routing.begin(first), routing.begin(stop)
             rows_RF = self._routed_activations(hidden_TD, routing, first, stop)
-            for expert in range(first, stop):
-                low, high = routing.begin(expert), routing.begin(expert + 1)
-                if low < high:
-                    output = self._product(rows_RF[low - begin : high - begin], "down_proj", expert, expert + 1)
-                    torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32, out=norms_R[low:high])
-                    torch.mul(output, gates_R[low:high, None], out=gated_RD[low:high])
-        bounds = [routing.begin(expert) for expert in range(self.experts.num_experts + 1)]
+            output_RD = self._down(rows_RF, [routing.begin(expert) - low for expert in range(first, stop + 1)], first)
+            torch.linalg.vector_norm(output_RD, dim=-1, dtype=torch.float32, out=norms_R[low:high])
+            torch.mul(output_RD, gates_R[low:high, None], out=gated_RD[low:high])
+        bounds = [routing.begin(expert) for expert in range(num_experts + 1)]
         self._add_routed(bounds, gates_R, gates_R.float() * norms_R)
-        return gated_RD[routing.rank_R].view(*top_k_index_Tk.shape, -1).sum(1).to(hidden_TD.dtype)
+        output_TD = torch.empty_like(hidden_TD)
+        ranks = routing.rank_R.view(top_k_index_Tk.shape).split(_SUMMED_TOKENS[hidden_TD.device.type])
+        for out, rank_Ck in zip(output_TD.split(len(ranks[0])), ranks, strict=True):
+            out.copy_(gated_RD.index_select(0, rank_Ck.flatten()).view(*rank_Ck.shape, -1).sum(1))
+        return output_TD
 
     def _routed_activations(self, hidden_TD: Tensor, routing: Routing, first: int, stop: int) -> Tensor:
         """Activations [R', F] of the routed pairs of experts [first, stop), in their order; adds those of all tokens up."""
-        begin, end = routing.begin(first), routing.begin(stop)
-        rows_RF = hidden_TD.new_empty(end - begin, self.activation_sum_EF.shape[1])
-        for chunk, a_CGF in enumerate(self._activations(hidden_TD, first, stop)):
-            for expert in range(first, stop):
-                low, high = routing.begin(expert, chunk), routing.begin(expert, chunk + 1)
-                tokens = routing.tokens_R[low:high] - chunk * self.blocks.num_tokens
-                torch.index_select(a_CGF[:, expert - first], 0, tokens, out=rows_RF[low - begin : high - begin])
+        begin = routing.begin(first)
+        rows_RF = hidden_TD.new_empty(routing.begin(stop) - begin, self.weights.intermediate)
+        for start, end in self._groups(first, stop):
+            for chunk, a_CGF in enumerate(self._activations(hidden_TD, start, end)):
+                for expert in range(start, end):
+                    low, high = routing.begin(expert, chunk), routing.begin(expert, chunk + 1)
+                    tokens = routing.tokens_R[low:high] - chunk * self.blocks.num_tokens
+                    torch.index_select(a_CGF[:, expert - start], 0, tokens, out=rows_RF[low - begin : high - begin])
         return rows_RF
+
+    def _down(self, rows_RF: Tensor, bounds: Sequence[int], first: int) -> Tensor:
+        """Outputs [R', D] of the rows of experts from `first` on. bounds: where each expert's rows begin, and the end."""
+        if self._is_grouped:
+            return grouped_down(self.weights, rows_RF, bounds)
+        output_RD = rows_RF.new_empty(len(rows_RF), self.weights.hidden_size)
+        for expert, (low, high) in enumerate(pairwise(bounds), first):
+            if low < high:
+                self._product(rows_RF[low:high], "down_proj", expert, expert + 1, output_RD[low:high])
+                self.weights.release("down_proj", expert, expert + 1)
+        return output_RD
 
     def _add_routed(self, bounds: list[int], gates_R: Tensor, gated_norms_R: Tensor) -> None:
         """Add what runs over routed tokens only. bounds: where each expert's pairs begin, and the end."""
@@ -244,30 +270,25 @@ class InputGatedStatistics(LayerStatistics):
     output is still that of x itself; gate-weighted norms are those of what the expert adds, ||E_e(gate x)||.
     """
 
-    def __init__(self, layer: int, experts: Any, router: nn.Module, score: str) -> None:
-        super().__init__(layer, experts, router, score)
-        self._forward = self._forward_blocks
+    def _forward(self) -> Callable[..., Tensor]:
+        return self._forward_blocks
 
     def _watch_router(self, _module: nn.Module, args: Any, output: Any) -> None:
         self._hidden_TD: Tensor = args[0]
         self._scores_TE, logits_TE = output
         self._add_logits(logits_TE)
 
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return up * self.experts.act_fn(gate)  # type: ignore[no-any-return]
-
     def _forward_blocks(self, gated_rows: Tensor) -> Tensor:
-        gated_ETD = gated_rows.view(self.experts.num_experts, -1, gated_rows.shape[-1])
+        gated_ETD = gated_rows.view(self.weights.num_experts, -1, gated_rows.shape[-1])
         out_ETD = torch.zeros_like(gated_ETD)
         self._sum_unrouted(self._hidden_TD)
         self.num_tokens += gated_ETD.shape[1]
         bounds, gates, norms = [0], [], []
-        for expert in range(self.experts.num_experts):
+        for expert in range(self.weights.num_experts):
             (tokens,) = torch.where(self._scores_TE[:, expert] > 0)
             bounds.append(bounds[-1] + len(tokens))
-            products = self._product(gated_ETD[expert, tokens], self._first, expert, expert + 1)
-            output = self._product(self._activate(products), "down_proj", expert, expert + 1)
+            rows = self._activate(self._first_product(gated_ETD[expert, tokens], expert, expert + 1))
+            output = self._down(rows, [0, len(rows)], expert)
             out_ETD[expert, tokens] = output
             gates.append(self._scores_TE[tokens, expert])
             norms.append(torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32))

@@ -4,13 +4,12 @@ Dimensions: D hidden size, C some of them, F intermediate size, E experts, G gro
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
-from stages.calibrate.statistics import ExpertsLayout
 from stages.common.errors import InputError
+from stages.common.expert_weights import ExpertWeights
 from stages.common.tables import Array, PartialStatistics, Statistics
 
 _ROWS = 256
@@ -27,26 +26,25 @@ def add(parts: Sequence[PartialStatistics]) -> PartialStatistics:
     return total
 
 
-def outputs(total: PartialStatistics, experts: Any) -> Array:
+def outputs(total: PartialStatistics, weights: ExpertWeights) -> Array:
     """Sums of outputs, float64 [E, G, D]: W_down, and its bias for every token, applied to the summed activations.
 
-    experts: the layer's module with the weights. Once a layer, since making W_down float64 costs about as much memory traffic
-    as the forward of a short token shard.
+    Once a layer, since making W_down float64 costs about as much memory traffic as the forward of a short token shard.
     """
-    layout = ExpertsLayout.of(experts)
-    device = experts.down_proj.device
-    num_sampled_G1 = torch.tensor(total.num_sampled_G, device=device)[:, None]
-    activation_sum_EGF = torch.tensor(total.activation_sum_EGF, device=device)
+    num_sampled_G1 = torch.tensor(total.num_sampled_G, device=weights.device)[:, None]
+    activation_sum_EGF = torch.tensor(total.activation_sum_EGF, device=weights.device)
     num_experts, num_groups, intermediate = activation_sum_EGF.shape
-    hidden_size = experts.down_proj.shape[2] if layout.is_transposed else experts.down_proj.shape[1]
-    output_sum_EGD = activation_sum_EGF.new_empty(num_experts, num_groups, hidden_size)
-    block_CF = activation_sum_EGF.new_empty(min(_ROWS, hidden_size), intermediate)
+    output_sum_EGD = activation_sum_EGF.new_empty(num_experts, num_groups, weights.hidden_size)
+    block_CF = activation_sum_EGF.new_empty(min(_ROWS, weights.hidden_size), intermediate)
     for expert, output_GD in enumerate(output_sum_EGD):
-        weight_DF = experts.down_proj[expert].T if layout.is_transposed else experts.down_proj[expert]
-        for out_GC, some_CF in zip(output_GD.split(_ROWS, dim=1), weight_DF.split(_ROWS), strict=True):
-            out_GC.copy_(activation_sum_EGF[expert] @ block_CF[: len(some_CF)].copy_(some_CF).T)
-        if layout.has_bias:
-            output_GD += num_sampled_G1 * experts.down_proj_bias[expert].double()
+        for first, weight_FD in weights.matrices("down_proj", expert, expert + 1):
+            some_GD = output_GD[:, first : first + weight_FD.shape[1]]
+            for out_GC, some_CF in zip(some_GD.split(_ROWS, dim=1), weight_FD.T.split(_ROWS), strict=True):
+                out_GC.copy_(activation_sum_EGF[expert] @ block_CF[: len(some_CF)].copy_(some_CF).T)
+        weights.release("down_proj", expert, expert + 1)
+        bias_D = weights.bias("down_proj", expert, expert + 1)
+        if bias_D is not None:
+            output_GD += num_sampled_G1 * bias_D.double()
     return output_sum_EGD.cpu().numpy()
 
 

@@ -1,7 +1,8 @@
 """transformers as the model adapter: a model without weights, and what each tensor on disk becomes in it.
 
-Semi-private names of transformers are used here, in `layer_shard.py`, `direct_load.py` and `tied.py` only;
-`tests/stages/test_contract.py` and `test_direct_load.py` check them against the installed version.
+Semi-private names of transformers are used here, in `layer_shard.py`, `direct_load.py`, `tied.py` and calibrate's
+`products.py` only; `tests/stages/test_contract.py`, `test_direct_load.py` and `test_products.py` check them against the
+installed version.
 """
 
 import importlib.util

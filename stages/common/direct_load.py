@@ -1,12 +1,15 @@
 """Weights from the checkpoint's files straight into the model's own tensors: each byte is read once, and nothing is copied.
+Large matrices of experts are not even read where they can be mapped.
 
 What it covers follows from transformers' conversions: tensors that are only renamed, and experts that are stacked to one
 tensor, gate and up beside each other. Anything else (quantised, cast, transposed, split) is left to transformers itself.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +23,20 @@ from transformers.core_model_loading import (
 
 from stages.common.adapter import AdaptedModel
 from stages.common.errors import InputError
+from stages.common.file_cache import read_ahead
 from stages.common.files import read_into
 from stages.common.headers import TensorEntry
+from stages.common.mapped import MappedFile, MappedRows, MappedStack
 from stages.common.reader import TORCH_DTYPES
 from stages.common.storage import is_remote
+from stages.common.upload import PinnedCopies, Upload
 
 _READ_BYTES = 1 << 20
 """Read, then checked while it is still in the processor's cache."""
 _REMOTE_READ_BYTES = 1 << 28
 """The same from object storage, where each request takes its time and ranges are read side by side."""
+MAPPED_BYTES = 8 << 20
+"""An expert's matrix of so many bytes is worth mapping. Small ones are multiplied together, and lie side by side for that."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,13 @@ class _Part:
     row: int = 0
 
 
-def load_directly(adapted: AdaptedModel, names: Iterable[str], device: torch.device) -> list[str]:
+def load_directly(
+    adapted: AdaptedModel, names: Iterable[str], device: torch.device, mappable: Collection[str] = ()
+) -> tuple[list[str], dict[str, MappedStack]]:
     """Fill the parameters that need no arithmetic; return the names of tensors that are left to transformers.
 
+    mappable: parameters, stacks of experts, that may be mapped instead where their matrices are large; those that were are
+    returned, and stay on the meta device.
     Raises InputError, naming file and tensor, for NaN, infinity, or a file that has become shorter.
     """
     sources: dict[str, list[str]] = defaultdict(list)
@@ -51,15 +63,23 @@ def load_directly(adapted: AdaptedModel, names: Iterable[str], device: torch.dev
     state = adapted.model.state_dict()
     plan = list(adapted.model._get_dtype_plan(adapted.model.dtype))
     cast = build_glob_alternation(plan)[0] if plan else None
-    left = []
-    for parameter, tensors in sources.items():
-        due = state[parameter]
-        parts = None if cast is not None and cast.search(parameter) else _parts(adapted, tensors, due)
-        if parts is None:
-            left += tensors
-        else:
-            _set(adapted.model, parameter, _read(adapted, parts, due).to(device))
-    return left
+    left, to_map = [], {}
+    with uploads(device) as upload:
+        for parameter, tensors in sources.items():
+            due = state[parameter]
+            parts = None if cast is not None and cast.search(parameter) else _parts(adapted, tensors, due)
+            if parts is None:
+                left += tensors
+            elif parameter in mappable and due.nbytes >= MAPPED_BYTES * len(due) and _are_aligned(parts):
+                to_map[parameter] = parts
+            else:
+                _set(adapted.model, parameter, _read(adapted, parts, due, device, upload))
+    return left, _map(adapted, to_map, state)
+
+
+def uploads(device: torch.device) -> AbstractContextManager[Upload | None]:
+    """How weights get to a device's memory; None where they are read right into it."""
+    return Upload(PinnedCopies(device)) if device.type == "cuda" else nullcontext()
 
 
 def _parts(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[_Part] | None:
@@ -100,27 +120,70 @@ def _is_stack(converter: object) -> bool:
     return len(concatenate) == 1 and type(concatenate[0]) is Concatenate and concatenate[0].dim == 1
 
 
-def _read(adapted: AdaptedModel, parts: list[_Part], due: Tensor) -> Tensor:
-    value = torch.empty(due.shape, dtype=due.dtype)
+def _are_aligned(parts: Iterable[_Part]) -> bool:
+    return all(part.entry.begin % TORCH_DTYPES[part.entry.dtype].itemsize == 0 for part in parts)
+
+
+def _map(adapted: AdaptedModel, to_map: dict[str, list[_Part]], state: dict[str, Tensor]) -> dict[str, MappedStack]:
+    """Map parameters and check their numbers: whatever is not in the file cache is read, for that and for what comes."""
+    folder = adapted.checkpoint.folder
+    read_ahead(folder, [(one.entry.file, one.entry.begin, one.entry.num_bytes) for parts in to_map.values() for one in parts])
+    opened = cache(lambda file: MappedFile(folder / file))
+    stacks = {}
+    for parameter, parts in to_map.items():
+        num_experts = len(state[parameter])
+        stack: list[list[MappedRows]] = [[] for _ in range(num_experts)]
+        for part in parts:
+            file, dtype = opened(part.entry.file), TORCH_DTYPES[part.entry.dtype]
+            if part.entry.begin + part.entry.num_bytes > file.num_bytes:
+                raise _is_shorter(adapted, part.entry, f"ends at byte {file.num_bytes:,}")
+            values = file.tensor(part.entry.begin, dtype, part.entry.shape)
+            per_expert = [(part.index, values)] if part.index is not None else list(enumerate(values))
+            for number, (expert, matrix) in enumerate(per_expert):
+                rows = MappedRows(file, part.entry.begin + number * matrix.nbytes, part.row, matrix)
+                for piece in matrix.flatten().split(_READ_BYTES // matrix.element_size()):
+                    _check_finite(adapted, part.entry, piece)
+                rows.release()
+                stack[expert].append(rows)
+        stacks[parameter] = MappedStack(stack)
+    return stacks
+
+
+def _read(adapted: AdaptedModel, parts: list[_Part], due: Tensor, device: torch.device, upload: Upload | None) -> Tensor:
+    value = torch.empty(due.shape, dtype=due.dtype, device=device)
     for part in parts:
         rows = slice(part.row, part.row + part.entry.shape[0]) if part.index is not None else None
         place = value if rows is None else value[part.index, rows]
-        _fill(adapted, part.entry, place.view(-1))
+        read = partial(_fill, adapted, part.entry)
+        if upload is None:
+            read(0, place.view(-1))
+        else:
+            upload.fill(place.view(-1), read)
     return value
 
 
-def _fill(adapted: AdaptedModel, entry: TensorEntry, flat: Tensor) -> None:
+def _fill(adapted: AdaptedModel, entry: TensorEntry, first: int, flat: Tensor) -> None:
+    """Fill host memory with a tensor's values from value `first` on."""
     path = adapted.checkpoint.folder / entry.file
-    begin, step = entry.begin, _REMOTE_READ_BYTES if is_remote(path) else _READ_BYTES
+    begin, step = entry.begin + first * flat.element_size(), _REMOTE_READ_BYTES if is_remote(path) else _READ_BYTES
     for piece in flat.split(step // flat.element_size()):
         try:
             read_into(path, begin, piece.view(torch.uint8).numpy().data)
         except EOFError as e:
-            raise InputError(f"{path}: tensor {entry.name}: {e}; it was changed during the run") from e
+            raise _is_shorter(adapted, entry, str(e)) from e
         begin += piece.nbytes
-        # a sum is one pass at the speed of the cache; float16 sums may overflow, hence the second look
-        if piece.is_floating_point() and not torch.isfinite(piece.sum()) and not torch.isfinite(piece).all():
-            raise InputError(f"{path}: tensor {entry.name} holds NaN or infinity; download the checkpoint again")
+        _check_finite(adapted, entry, piece)
+
+
+def _is_shorter(adapted: AdaptedModel, entry: TensorEntry, what: str) -> InputError:
+    return InputError(f"{adapted.checkpoint.folder / entry.file}: tensor {entry.name}: {what}; it was changed during the run")
+
+
+def _check_finite(adapted: AdaptedModel, entry: TensorEntry, piece: Tensor) -> None:
+    # a sum is one pass at the speed of the cache; float16 sums may overflow, hence the second look
+    if piece.is_floating_point() and not torch.isfinite(piece.sum()) and not torch.isfinite(piece).all():
+        path = adapted.checkpoint.folder / entry.file
+        raise InputError(f"{path}: tensor {entry.name} holds NaN or infinity; download the checkpoint again")
 
 
 def _set(model: nn.Module, parameter: str, value: Tensor) -> None:

@@ -6,6 +6,7 @@ tells what it would hand to each layer (masks, position embeddings), and finishe
 Dimensions: B sequences of a micro-batch, T tokens, D hidden size, V vocabulary.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +20,11 @@ from stages.common.adapter import AdaptedModel
 from stages.common.checkpoint import Checkpoint
 from stages.common.direct_load import load_directly
 from stages.common.errors import InputError
+from stages.common.expert_weights import NOTHING_MAPPED, ExpertWeights
 from stages.common.file_cache import read_ahead
+from stages.common.mapped import MappedStack
 from stages.common.reader import TensorReader
+from stages.common.storage import is_remote
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -54,12 +58,22 @@ class LayerShard:
 
     has_head: whether `logits` is to be called; without it the output embedding stays on disk, and so does all else outside of
     the layers where layer 0 is not among them.
+    maps_experts: whether large matrices of experts may stay in their files, on the CPU; only `expert_weights` gives them then,
+    and the experts' own forward cannot be called.
     num_threads: CPU threads for this process; a setting, so that results do not depend on the machine. bytes_read: of the
     checkpoint.
     Raises InputError, naming the tensors, when the checkpoint does not fill these layers.
     """
 
-    def __init__(self, checkpoint: Checkpoint, first: int, stop: int, num_threads: int, has_head: bool = True) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        first: int,
+        stop: int,
+        num_threads: int,
+        has_head: bool = True,
+        maps_experts: bool = False,
+    ) -> None:
         torch.set_num_threads(num_threads)
         self.device = choose_device()
         self.adapted = AdaptedModel(checkpoint)
@@ -67,7 +81,7 @@ class LayerShard:
         self.first, self.stop, self._has_head = first, stop, has_head
         self._arguments: dict[tuple[int, int], list[LayerArguments]] = {}
         prefixes = self._prefixes(first, stop)
-        self._load(self._names(first, stop))
+        self._load(self._names(first, stop), self._mappable(prefixes) if maps_experts else {})
         self._initialise_buffers(tuple(prefixes))
         self._check_loaded(prefixes)
 
@@ -105,9 +119,33 @@ class LayerShard:
             stretches = [(e.file, e.begin, e.num_bytes) for parts in packed for e in parts]
             read_ahead(self.adapted.checkpoint.folder, stretches)
 
-    def _load(self, wanted: list[str]) -> None:
+    def close(self) -> None:
+        """Let go of all weights at once. The model refers to itself in cycles, and would keep them until they are collected."""
+        for module in self.model.modules():
+            module._parameters.clear()
+            module._buffers.clear()
+        self._mapped.clear()
+        self._arguments.clear()
+
+    def _mappable(self, prefixes: list[str]) -> dict[str, tuple[int, str]]:
+        """Layer and name of the experts' weights that may be mapped, by parameter."""
+        if self.device.type != "cpu" or is_remote(self.adapted.checkpoint.folder):
+            return {}
+        modules = {id(experts): layer for layer, experts in self.adapted.experts_modules().items()}
+        return {
+            f"{name}.{weight}": (modules[id(module)], weight)
+            for name, module in self.model.named_modules() if id(module) in modules and name.startswith(tuple(prefixes))
+            for weight in ("gate_up_proj", "up_proj", "down_proj")
+        }  # fmt: skip
+
+    def _load(self, wanted: list[str], mappable: dict[str, tuple[int, str]]) -> None:
         self.bytes_read = sum(self.adapted.checkpoint.tensors[name].stored_bytes for name in wanted)
-        names = load_directly(self.adapted, wanted, self.device)
+        names, mapped = load_directly(self.adapted, wanted, self.device, mappable)
+        self._mapped: dict[int, dict[str, MappedStack]] = defaultdict(dict)
+        self._mapped_names = set(mapped)
+        for parameter, stack in mapped.items():
+            layer, weight = mappable[parameter]
+            self._mapped[layer][weight] = stack
         if names:
             self._convert(names)
         self.model.tie_weights()
@@ -157,9 +195,14 @@ class LayerShard:
 
     def _check_loaded(self, prefixes: list[str]) -> None:
         state = self.model.state_dict()
-        missing = [name for name, tensor in state.items() if tensor.is_meta and name.startswith(tuple(prefixes))]
+        due = (name for name in state if name.startswith(tuple(prefixes)) and name not in self._mapped_names)
+        missing = [name for name in due if state[name].is_meta]
         if missing:
             raise InputError(f"{self.adapted.checkpoint.folder} lacks tensors for {', '.join(missing[:5])}")
+
+    def expert_weights(self, layer: int) -> ExpertWeights:
+        """Weights of the experts of a MoE layer of this shard."""
+        return ExpertWeights(self.adapted.experts_modules()[layer], self._mapped.get(layer, NOTHING_MAPPED))
 
     @contextmanager
     def _stand_ins(self, forward: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """What a worker holds, and when it is opened."""
 
+import contextlib
 import gc
 import weakref
 from dataclasses import replace
@@ -20,6 +21,9 @@ class Counted(str):
     bytes_read = 1000
 
     def read_ahead(self, model: str, first: int, stop: int) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -69,6 +73,9 @@ class Reader:
     def read_ahead(self, model: str, first: int, stop: int) -> None:
         self.asked.append((model, first, stop))
 
+    def close(self) -> None:
+        pass
+
 
 READERS: list[Reader] = []
 
@@ -91,28 +98,41 @@ def test_what_is_held_reads_the_next_layer_shard_ahead() -> None:
 
 
 class Cyclic:
-    """A hold that refers to itself, as models do."""
+    """A hold that refers to itself, as models do; closed, it no longer does."""
+
+    bytes_read = 0
 
     def __init__(self) -> None:
-        self.itself = self
+        self.itself: Cyclic | None = self
+
+    def read_ahead(self, model: str, first: int, stop: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self.itself = None
 
 
 CYCLIC: list[weakref.ref[Cyclic]] = []
 
 
-def open_cyclic(key: str) -> Cyclic:
+def open_cyclic(key: str, is_broken: bool = False) -> Cyclic:
     assert all(earlier() is None for earlier in CYCLIC), "two layer shards may not fit into memory"
     made = Cyclic()
     CYCLIC.append(weakref.ref(made))
+    if is_broken:
+        raise RuntimeError(f"{key} is broken")
     return made
 
 
-def test_what_was_held_is_gone_before_the_next_is_opened() -> None:
+@pytest.mark.parametrize("is_first_broken", [False, True])
+def test_what_was_held_is_gone_before_the_next_is_opened(is_first_broken: bool) -> None:
     CYCLIC.clear()
     worker = Worker()
     gc.disable()  # so that only the worker itself can let go in time
     try:
-        worker.open_ahead(held("a", "open_cyclic"))
+        first = held("a", "open_cyclic")
+        with pytest.raises(RuntimeError) if is_first_broken else contextlib.nullcontext():
+            worker.open_ahead(replace(first, args={**first.args, "is_broken": is_first_broken}))
         worker.open_ahead(held("b", "open_cyclic"))
     finally:
         gc.enable()

@@ -5,13 +5,15 @@ Dimensions: T tokens, D hidden size, F intermediate size, E experts, k experts a
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.calibrate.stage import CalibrationShard, open_shard
-from stages.calibrate.statistics import Blocks, ExpertsLayout, LayerStatistics
+from stages.calibrate.statistics import Blocks, LayerStatistics
+from stages.common.expert_weights import ExpertWeights
 from stages.common.streaming import enter, run_layers
 from stages.prepare.stage import survey_tables
 from tests.tiny import FAMILIES, random_ids
@@ -51,9 +53,15 @@ def test_experts_meet_all_tokens_once_and_w_down_the_routed_ones(
     assert ours == rest + due
 
 
+def weights_of(num_experts: int, intermediate: int, hidden: int) -> ExpertWeights:
+    """Experts in bfloat16 without values, as most families have them."""
+    first = torch.empty(num_experts, 2 * intermediate, hidden, dtype=torch.bfloat16)
+    down = torch.empty(num_experts, hidden, intermediate, dtype=torch.bfloat16)
+    flags = {"is_transposed": False, "has_bias": False, "has_gate": True}
+    return ExpertWeights(SimpleNamespace(gate_up_proj=first, down_proj=down, **flags))
+
+
 def test_the_cut_follows_from_shapes() -> None:
     """Small experts are multiplied together; a chunk of wide ones is never shorter than a product needs."""
-    layout = ExpertsLayout(is_transposed=False, has_bias=False, has_gate=True)
-    small, wide = torch.empty(64, 384, 512, dtype=torch.bfloat16), torch.empty(8, 28672, 8, dtype=torch.bfloat16)
-    assert Blocks.of(small, layout) == Blocks(num_tokens=512, num_experts=5)
-    assert Blocks.of(wide, layout) == Blocks(num_tokens=256, num_experts=1)
+    assert Blocks.of(weights_of(num_experts=64, intermediate=192, hidden=512)) == Blocks(num_tokens=512, num_experts=5)
+    assert Blocks.of(weights_of(num_experts=8, intermediate=14336, hidden=8)) == Blocks(num_tokens=512, num_experts=1)

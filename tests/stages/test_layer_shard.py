@@ -1,7 +1,9 @@
 """A model run layer shard by layer shard gives the bits of the whole model."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,3 +83,17 @@ def test_a_layer_without_its_weights_is_an_error_that_names_them(tmp_path: Path)
         del checkpoint.tensors[name]
     with pytest.raises(InputError, match=r"lacks tensors for model\.layers\.1\.input_layernorm\.weight"):
         LayerShard(checkpoint, 1, 2, num_threads=1)
+
+
+def test_a_closed_shard_has_let_go_of_its_weights(tiny_checkpoint: Callable[[str], Path]) -> None:
+    gc.collect()
+    gc.disable()  # a model refers to itself; nothing is to be left to the collector
+    try:
+        shard = LayerShard(Checkpoint(tiny_checkpoint("mixtral")), 0, 3, num_threads=1)
+        run_layers(shard, enter(shard, torch.from_numpy(random_ids()), None, micro_batch=2))
+        held = [weakref.ref(tensor) for tensor in (*shard.model.parameters(), *shard.model.buffers())]
+        shard.close()
+        assert len(held) > 10
+        assert not [one for one in held if one() is not None]
+    finally:
+        gc.enable()

@@ -15,6 +15,7 @@ from stages.calibrate.statistics import LayerStatistics
 from stages.calibrate.totals import finish, outputs
 from stages.cluster.certainty import adjusted_rand_index, halves, relative_standard_errors
 from stages.common import tables
+from stages.common.expert_weights import ExpertWeights
 from stages.common.paths import errors_file, groups_file, labels_file, stability_file, statistics_file
 from stages.common.schemas import read_table
 from tests.runs import FinishedRun, write_run_file
@@ -63,12 +64,13 @@ def watched(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Pat
     block = model.model.layers[layer].mlp
 
     def watch(chosen: Sample | None) -> tuple[tables.Statistics, tables.PartialStatistics, int]:
-        parts = (layer, block.experts, block.gate, "softmax")
+        weights = ExpertWeights(block.experts)
+        parts = (layer, weights, block.gate, "softmax")
         statistics = LayerStatistics(*parts) if chosen is None else SampledStatistics(*parts, chosen)
         with FlopCounterMode(display=False) as counter, statistics:
             logits(model, random_ids())
         total = statistics.result()
-        summed = finish(total, outputs(total, block.experts), block.experts.down_proj.dtype)
+        summed = finish(total, outputs(total, weights), weights.dtype)
         return summed, total, counter.get_total_flops()
 
     watch.shape = (block.experts.num_experts, *block.experts.down_proj.shape[1:])  # type: ignore[attr-defined]

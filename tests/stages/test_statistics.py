@@ -17,12 +17,13 @@ from torch.nn.functional import silu
 from stages.calibrate.statistics import LayerStatistics
 from stages.calibrate.totals import add, finish, outputs
 from stages.common.errors import InputError
+from stages.common.expert_weights import ExpertWeights
 from stages.common.tables import PartialStatistics, Statistics
 from tests.tiny import FAMILIES, load, logits, random_ids
 
 
 def finished(total: PartialStatistics, experts: Any) -> Statistics:
-    return finish(total, outputs(total, experts), experts.down_proj.dtype)
+    return finish(total, outputs(total, ExpertWeights(experts)), experts.down_proj.dtype)
 
 
 class Layer:
@@ -46,13 +47,13 @@ class Layer:
 
     def watch_part(self, ids_ST: np.ndarray) -> PartialStatistics:
         """What is kept of a token shard."""
-        with LayerStatistics(self.index, self.experts, self.router, "softmax") as statistics:
+        with LayerStatistics(self.index, ExpertWeights(self.experts), self.router, "softmax") as statistics:
             logits(self.model, ids_ST)
         return statistics.result()
 
     def watch(self, ids_ST: np.ndarray) -> tuple[Statistics, Tensor]:
         """Statistics gathered during a forward, and its logits."""
-        with LayerStatistics(self.index, self.experts, self.router, "softmax") as statistics:
+        with LayerStatistics(self.index, ExpertWeights(self.experts), self.router, "softmax") as statistics:
             found = logits(self.model, ids_ST)
         return finished(statistics.result(), self.experts), found
 
@@ -148,7 +149,7 @@ def test_an_expert_with_infinite_weights_is_named(layer: Layer) -> None:
 def test_an_expert_that_no_token_chose_has_an_output_sum_but_no_usage(layer: Layer) -> None:
     x_TD = layer.x_TD.float()
     chosen_Tk = torch.tensor([[0, 3]]).expand(len(x_TD), 2)
-    with LayerStatistics(layer.index, layer.experts, layer.router, "softmax") as watched:
+    with LayerStatistics(layer.index, ExpertWeights(layer.experts), layer.router, "softmax") as watched:
         out_TD = layer.experts(x_TD, chosen_Tk, torch.tensor([[0.75, 0.5]]).expand(len(x_TD), 2))
     statistics = finished(watched.result(), layer.experts)
     assert statistics.num_routed_E.tolist() == [len(x_TD), 0, 0, len(x_TD), 0, 0]

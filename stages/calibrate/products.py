@@ -1,0 +1,45 @@
+"""How an expert's products are best made, by device and module.
+
+Dimensions: D hidden size, F intermediate size, E experts, R routed pairs of a token and an expert, sorted by expert.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.integrations.moe import _default_apply_gate
+
+from stages.common.expert_weights import ExpertWeights
+
+_GROUPED_ALIGNMENT = 16
+"""Bytes that rows of both operands must be a multiple of."""
+
+
+def gates_by_halves(experts: Any) -> bool:
+    """Whether a module gates as most do: act(first half) * second half. Llama 4's has no method for it, and does the same."""
+    gate = getattr(type(experts), "_apply_gate", None)
+    return gate is None or gate is _default_apply_gate
+
+
+def can_group(weights: ExpertWeights) -> bool:
+    """Whether all experts' products with W_down are to be one call: on a GPU, in the dtype and shapes that its kernel takes.
+
+    A CPU gains nothing by it: there the call is a loop over experts.
+    """
+    sizes = (weights.hidden_size, weights.intermediate)
+    are_aligned = all(size * weights.dtype.itemsize % _GROUPED_ALIGNMENT == 0 for size in sizes)
+    return weights.device.type == "cuda" and weights.dtype == torch.bfloat16 and are_aligned
+
+
+def grouped_down(weights: ExpertWeights, rows_RF: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Outputs [R, D] of all experts, biases added. bounds: where each expert's rows begin, and the end."""
+    down = weights.experts.down_proj
+    ends_E = torch.tensor(bounds[1:], dtype=torch.int32, device=rows_RF.device)
+    output_RD = functional.grouped_mm(rows_RF, down if weights.layout.is_transposed else down.mT, offs=ends_E)
+    if weights.layout.has_bias:
+        for expert, (low, high) in enumerate(pairwise(bounds)):
+            output_RD[low:high] += weights.experts.down_proj_bias[expert]
+    return output_RD

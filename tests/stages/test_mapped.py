@@ -1,0 +1,136 @@
+"""Experts' matrices that stay in their files: the same statistics, no memory of ours, the same errors."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from stages.calibrate import statistics as calibrate_statistics
+from stages.calibrate.stage import CalibrationShard, open_shard
+from stages.calibrate.statistics import LayerStatistics
+from stages.calibrate.totals import outputs
+from stages.common import direct_load
+from stages.common.checkpoint import Checkpoint
+from stages.common.errors import InputError
+from stages.common.layer_shard import LayerShard
+from stages.common.streaming import enter, run_layers
+from stages.prepare.stage import survey_tables
+from tests.stages.tiny import build, save
+from tests.tiny import FAMILIES, random_ids, save_checkpoint
+
+MAPS = Path("/proc/self/maps")
+
+
+def opened(folder: Path) -> CalibrationShard:
+    plan, _ = survey_tables(str(folder))
+    return open_shard(str(folder), 0, plan["num_layers"], 1, plan["routers"])
+
+
+def calibrated(held: CalibrationShard, ids: torch.Tensor) -> tuple[dict[int, LayerStatistics], torch.Tensor]:
+    watched: dict[int, LayerStatistics] = {}
+    hidden = run_layers(held.shard, enter(held.shard, ids, None, 2), lambda layer: held.watch(layer, watched))
+    return watched, torch.cat(hidden)
+
+
+def num_mapped(folder: Path) -> int:
+    return MAPS.read_text().count(f"{folder}/")
+
+
+@pytest.fixture
+def map_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_load, "MAPPED_BYTES", 0)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "granitemoe", "gpt_oss", "llama4_text"])
+def test_statistics_and_hidden_states_are_those_of_loaded_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    folder = save(build(family, torch.float32), tmp_path / "model")
+    ids = torch.from_numpy(random_ids())
+    loaded_held = opened(folder)
+    loaded, loaded_hidden = calibrated(loaded_held, ids)
+    monkeypatch.setattr(direct_load, "MAPPED_BYTES", 0)
+    held = opened(folder)
+    with FlopCounterMode(display=False) as counter:
+        mapped, hidden = calibrated(held, ids)
+    assert counter.get_total_flops() > 0
+    torch.testing.assert_close(hidden, loaded_hidden)
+    assert set(mapped) == set(loaded)
+    for layer, one in mapped.items():
+        assert one.weights.experts.down_proj.is_meta
+        ours, theirs = one.result(), loaded[layer].result()
+        for name, value in vars(theirs).items():
+            np.testing.assert_allclose(getattr(ours, name), value, rtol=1e-5, atol=1e-6, err_msg=name)
+        pair = outputs(ours, one.weights), outputs(theirs, loaded[layer].weights)
+        np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("map_all")
+def test_a_closed_shard_has_no_file_mapped(tiny_checkpoint: Callable[[str], Path]) -> None:
+    folder = tiny_checkpoint("mixtral")
+    held = opened(folder)
+    assert num_mapped(folder) > 1
+    held.close()
+    assert num_mapped(folder) == 0
+
+
+def test_small_experts_are_loaded(tiny_checkpoint: Callable[[str], Path]) -> None:
+    folder = tiny_checkpoint("mixtral")
+    assert not opened(folder).shard.expert_weights(0).experts.down_proj.is_meta
+    assert num_mapped(folder) == 0
+
+
+def resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile")))
+
+
+def growth_of(folder: Path) -> tuple[int, CalibrationShard]:
+    """Resident bytes that opening a model and sending tokens through it adds."""
+    before = resident_bytes()
+    held = opened(folder)
+    watched, _ = calibrated(held, torch.from_numpy(random_ids()))
+    outputs(watched[0].result(), watched[0].weights)
+    return resident_bytes() - before, held
+
+
+def test_mapped_experts_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 8192, "num_hidden_layers": 1, "num_local_experts": 4}
+    folder = save(build("mixtral", torch.float32, **sizes), tmp_path / "model")
+    expert_bytes = 4 * 3 * 256 * 8192 * 4
+    growth_of(folder)[1].close()  # what the first run of anything takes
+    grown, held = growth_of(folder)
+    assert held.shard.expert_weights(0).experts.down_proj.is_meta
+    held.close()
+    monkeypatch.setattr(direct_load, "MAPPED_BYTES", 1 << 40)
+    grown_loaded, held = growth_of(folder)
+    assert grown_loaded > 0.9 * expert_bytes
+    assert grown < 0.3 * expert_bytes
+
+
+@pytest.mark.usefixtures("map_all")
+def test_a_file_that_has_become_shorter_is_named(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save_checkpoint(tmp_path / "model", "mixtral"))
+    ends = {entry.file: entry for entry in sorted(checkpoint.tensors.values(), key=lambda entry: entry.begin)}
+    last = next(entry for entry in ends.values() if ".experts." in entry.name)
+    with open(checkpoint.folder / last.file, "r+b") as raw:
+        raw.truncate(last.begin + last.num_bytes - 1)
+    with pytest.raises(InputError, match=rf"tensor {last.name}: ends at byte .*changed during the run"):
+        LayerShard(checkpoint, 0, 3, num_threads=1, maps_experts=True)
+
+
+@pytest.mark.usefixtures("map_all")
+def test_nan_is_named_with_its_tensor(tmp_path: Path) -> None:
+    model = build("mixtral", torch.bfloat16)
+    model.model.layers[1].mlp.experts.down_proj.data[2, 0, 0] = float("nan")
+    folder = save(model, tmp_path / "model")
+    with pytest.raises(InputError, match=r"tensor model\.layers\.1\..*experts\.2\.w2\.weight holds NaN"):
+        opened(folder)
+
+
+def test_the_cut_of_mapped_experts_is_one_at_a_time(tiny_checkpoint: Callable[[str], Path], map_all: None) -> None:
+    held = opened(tiny_checkpoint("mixtral"))
+    assert calibrate_statistics.Blocks.of(held.shard.expert_weights(0)).num_experts == 1
