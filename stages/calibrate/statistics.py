@@ -32,14 +32,11 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-_CHUNK_BYTES = {"cpu": 1 << 21}
+_CHUNK_BYTES = defaultdict(lambda: 1 << 28, cpu=1 << 21)
 """Bytes of first products at a time, by kind of device: what a core's cache takes. A fixed number, since bits depend on it."""
-_CHUNK_BYTES_ELSEWHERE = 1 << 28
 _LEAST_CHUNK = 512
 _GROUP_COLUMNS = 2048
 """A product has about this many columns: small experts are multiplied together, since every call has its price."""
-
-
 _SUMMED_TOKENS = defaultdict(lambda: 1 << 20, cpu=128)
 """Tokens whose float32 values are made at once to be added up, by kind of device: so that they, too, stay in the cache."""
 
@@ -62,7 +59,7 @@ class Blocks:
         """Experts are taken together only where their matrices can be one."""
         columns, can_join = weights.num_columns(weights.layout.first), weights.can_join(weights.layout.first)
         group = min(weights.num_experts, max(1, _GROUP_COLUMNS // columns)) if can_join else 1
-        most = _CHUNK_BYTES.get(weights.device.type, _CHUNK_BYTES_ELSEWHERE) // (group * columns * weights.dtype.itemsize)
+        most = _CHUNK_BYTES[weights.device.type] // (group * columns * weights.dtype.itemsize)
         return cls(max(_LEAST_CHUNK, 1 << max(most, 1).bit_length() - 1), group)
 
 
