@@ -63,12 +63,13 @@ def _hand(results: Mapping[str, Mapping[str, Any]]) -> str:
     header = ["model", "pipeline, s", "by hand, s", "wall ratio", "processor ratio", "operations", "peak GiB", "peak ratio"]
     return (
         "## 1. Against a script written by hand\n\nThe whole job, one process, start of Python and imports included; "
-        "`bench/by_hand.py` makes the same checkpoint (same labels, checked) with the whole model in memory. Target: wall "
-        "ratio at most 0.33 on mid and fine; peak ratio at most 0.25 on true-layer. The pipeline holds one layer at a time, "
-        "and leaves large experts in their files (see 4). Operations: the experts' matrix products of the pipeline (gate and up for every token, down for routed ones) over "
-        "those of the script (all three for every token, and for routed ones again). Where products bound both, and neither is "
-        "faster at them, no ratio of times is less: exact means cannot reach 0.33 on such a machine. Starting Python and "
-        "importing torch and transformers takes 2 to 3 s on either side.\n\n" + _table(header, rows)
+        "`bench/by_hand.py` makes the same checkpoint (same labels, checked) with the whole model in memory. Target: wall"
+        " ratio at most 0.33 on mid and fine; peak ratio at most 0.25 on true-layer. The pipeline holds one layer at a "
+        "time, and leaves large experts in their files (see 4). Operations: the experts' matrix products of the pipeline "
+        "(gate and up for every token, down for routed ones) over those of the script (all three for every token, and for"
+        " routed ones again). Where products bound both, and neither is faster at them, no ratio of times is less: exact "
+        "means cannot reach 0.33 on such a machine. Starting Python and importing torch and transformers takes 2 to 3 s "
+        "on either side.\n\n" + _table(header, rows)
     )
 
 
@@ -136,11 +137,11 @@ def _memory(results: Mapping[str, Mapping[str, Any]]) -> str:
         )
     header = ["model", "layers", "layer, GiB", "outside of layers, GiB", "worker", "CPU task", "driver", "any process of Ray"]
     return (
-        "## 4. Memory\n\nPeak resident memory (`VmHWM`, which counts pages of mapped files) of every process of a whole run on "
-        "Ray, one worker that holds one layer at a time, in GiB. On a CPU, experts' matrices of 8 MiB and more are mapped: "
-        "their pages belong to the system's file cache, are let go of after each use, and are read from the disk again where "
-        "memory is short. Target: worker at most a layer shard and 1 GiB, equal within 10% for any number of layers; driver under 0.39 GiB (400 MiB).\n\n"
-        + _table(header, rows)
+        "## 4. Memory\n\nPeak resident memory (`VmHWM`, which counts pages of mapped files) of every process of a whole "
+        "run on Ray, one worker that holds one layer at a time, in GiB. On a CPU, experts' matrices of 8 MiB and more are"
+        " mapped: their pages belong to the system's file cache, are let go of after each use, and are read from the disk"
+        " again where memory is short. Target: worker at most a layer shard and 1 GiB, equal within 10% for any number of"
+        " layers; driver under 0.39 GiB (400 MiB).\n\n" + _table(header, rows)
     )
 
 
