@@ -6,7 +6,7 @@ tensor, gate and up beside each other. Anything else (quantised, cast, transpose
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -63,6 +63,7 @@ def load_directly(
     state = adapted.model.state_dict()
     plan = list(adapted.model._get_dtype_plan(adapted.model.dtype))
     cast = build_glob_alternation(plan)[0] if plan else None
+    opened = cache(lambda file: MappedFile.open(adapted.checkpoint.folder / file))
     left, to_map = [], {}
     with uploads(device) as upload:
         for parameter, tensors in sources.items():
@@ -70,8 +71,11 @@ def load_directly(
             parts = None if cast is not None and cast.search(parameter) else _parts(adapted, tensors, due)
             if parts is None:
                 left += tensors
-            elif parameter in mappable and due.nbytes >= MAPPED_BYTES * len(due) and _are_aligned(parts):
-                to_map[parameter] = parts
+                continue
+            is_worth_it = parameter in mappable and due.nbytes >= MAPPED_BYTES * len(due)
+            pairs = _in_mapped_files(parts, opened) if is_worth_it else None
+            if pairs is not None:
+                to_map[parameter] = pairs
             else:
                 _set(adapted.model, parameter, _read(adapted, parts, due, device, upload))
     return left, _map(adapted, to_map, state)
@@ -120,21 +124,24 @@ def _is_stack(converter: object) -> bool:
     return len(concatenate) == 1 and type(concatenate[0]) is Concatenate and concatenate[0].dim == 1
 
 
-def _are_aligned(parts: Iterable[_Part]) -> bool:
-    return all(part.entry.begin % TORCH_DTYPES[part.entry.dtype].itemsize == 0 for part in parts)
+def _in_mapped_files(parts: list[_Part], opened: Callable[[str], MappedFile | None]) -> list[tuple[_Part, MappedFile]] | None:
+    """Parts with their files; None where a file cannot be mapped, or its numbers lie at no multiple of their size."""
+    pairs = [(part, file) for part in parts if (file := opened(part.entry.file)) is not None]
+    are_aligned = all(part.entry.begin % TORCH_DTYPES[part.entry.dtype].itemsize == 0 for part in parts)
+    return pairs if are_aligned and len(pairs) == len(parts) else None
 
 
-def _map(adapted: AdaptedModel, to_map: dict[str, list[_Part]], state: dict[str, Tensor]) -> dict[str, MappedStack]:
+def _map(
+    adapted: AdaptedModel, to_map: dict[str, list[tuple[_Part, MappedFile]]], state: dict[str, Tensor]
+) -> dict[str, MappedStack]:
     """Map parameters and check their numbers: whatever is not in the file cache is read, for that and for what comes."""
-    folder = adapted.checkpoint.folder
-    read_ahead(folder, [(one.entry.file, one.entry.begin, one.entry.num_bytes) for parts in to_map.values() for one in parts])
-    opened = cache(lambda file: MappedFile(folder / file))
+    entries = [part.entry for pairs in to_map.values() for part, _ in pairs]
+    read_ahead(adapted.checkpoint.folder, [(entry.file, entry.begin, entry.num_bytes) for entry in entries])
     stacks = {}
-    for parameter, parts in to_map.items():
-        num_experts = len(state[parameter])
-        stack: list[list[MappedRows]] = [[] for _ in range(num_experts)]
-        for part in parts:
-            file, dtype = opened(part.entry.file), TORCH_DTYPES[part.entry.dtype]
+    for parameter, pairs in to_map.items():
+        stack: list[list[MappedRows]] = [[] for _ in state[parameter]]
+        for part, file in pairs:
+            dtype = TORCH_DTYPES[part.entry.dtype]
             if part.entry.begin + part.entry.num_bytes > file.num_bytes:
                 raise _is_shorter(adapted, part.entry, f"ends at byte {file.num_bytes:,}")
             values = file.tensor(part.entry.begin, dtype, part.entry.shape)

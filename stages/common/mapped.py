@@ -3,12 +3,14 @@
 The kernel gives such pages to whoever needs memory, and reads them again when they are used again.
 """
 
+import errno
 import mmap
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,6 +23,16 @@ class MappedFile:
         with path.open("rb") as raw:
             self.num_bytes = os.fstat(raw.fileno()).st_size
             self._map = mmap.mmap(raw.fileno(), self.num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+
+    @classmethod
+    def open(cls, path: Path) -> Self | None:
+        """Map a file; None where its file system cannot (some that are FUSE), or where the process may map no more."""
+        try:
+            return cls(path)
+        except OSError as e:
+            if e.errno in (errno.ENODEV, errno.ENOMEM):
+                return None
+            raise
 
     def tensor(self, begin: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """A tensor whose memory is the file's, from byte `begin` on. Read only: writing to it ends the process."""

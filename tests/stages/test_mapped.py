@@ -1,5 +1,6 @@
 """Experts' matrices that stay in their files: the same statistics, no memory of ours, the same errors."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,3 +135,27 @@ def test_nan_is_named_with_its_tensor(tmp_path: Path) -> None:
 def test_the_cut_of_mapped_experts_is_one_at_a_time(tiny_checkpoint: Callable[[str], Path], map_all: None) -> None:
     held = opened(tiny_checkpoint("mixtral"))
     assert calibrate_statistics.Blocks.of(held.shard.expert_weights(0)).num_experts == 1
+
+
+@pytest.mark.usefixtures("map_all")
+def test_where_a_file_cannot_be_mapped_it_is_loaded(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr("stages.common.mapped.mmap.mmap", refuse)
+    assert not opened(tiny_checkpoint("mixtral")).shard.expert_weights(0).experts.down_proj.is_meta
+
+
+@pytest.mark.usefixtures("map_all")
+def test_numbers_that_are_not_aligned_are_loaded(tmp_path: Path) -> None:
+    """A header may be of any length."""
+    folder = save_checkpoint(tmp_path / "model", "mixtral")
+    due = LayerShard(Checkpoint(folder), 0, 3, num_threads=1).model.state_dict()
+    for path in folder.glob("*.safetensors"):
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        path.write_bytes((size + 1).to_bytes(8, "little") + content[8 : 8 + size] + b" " + content[8 + size :])
+    shard = LayerShard(Checkpoint(folder), 0, 3, num_threads=1, maps_experts=True)
+    assert all(torch.equal(tensor, due[name]) for name, tensor in shard.model.state_dict().items())
