@@ -9,6 +9,7 @@ import contextlib
 import shutil
 import sys
 import tempfile
+import time
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _PARALLEL_BYTES = 1 << 23
 """Size of the ranges that are read side by side."""
 _NUM_PARALLEL = 16
 """Ranges in flight: what a read needs beside the memory that it fills is so many of them, however large a tensor is."""
+
+_CONFLICT_WAITS_S = (0.1, 0.4, 1.6)
 
 
 def is_url(text: str | Path) -> bool:
@@ -118,14 +121,29 @@ def check_writable(path: Path) -> None:
 
 
 def create_exclusively(path: Path, data: bytes) -> bool:
-    """Write a small remote object unless there is one of this name: False then. One of many that try succeeds."""
+    """Write a small remote object unless there is one of this name: False then. One of many that try succeeds.
+
+    S3 may answer 409 to writes of one name at the same moment, and asks that they be tried again.
+    """
     system, name = file_system(path)
-    try:
-        with system.open(name, "xb") as out:
-            out.write(data)
-    except FileExistsError:
-        return False
-    return True
+    for wait_s in (*_CONFLICT_WAITS_S, None):
+        try:
+            with system.open(name, "xb") as out:
+                out.write(data)
+        except FileExistsError:
+            return False
+        except OSError as e:
+            if wait_s is None or not _is_conflict(e):
+                raise
+            time.sleep(wait_s)
+        else:
+            return True
+    raise AssertionError("the last try returns or raises")
+
+
+def _is_conflict(error: OSError) -> bool:
+    answer = getattr(error.__cause__, "response", {})
+    return bool(answer.get("Error", {}).get("Code") == "ConditionalRequestConflict")
 
 
 def entity_tag(path: Path) -> str | None:

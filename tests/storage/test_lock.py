@@ -6,14 +6,18 @@ import socket
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
+from s3fs import S3File
+from s3fs.errors import translate_boto_error
 
 from pipeline import lock
 from pipeline.lock import LOCK_FILE, RunLock
 from pipeline.lock_files import ObjectLockFile
 from stages.common.errors import InputError
-from stages.common.storage import as_path
+from stages.common.storage import as_path, create_exclusively
 
 
 @pytest.fixture
@@ -81,3 +85,31 @@ def test_a_heartbeat_does_not_bring_back_a_lock_that_was_taken_over(run_dir: Pat
     mine.refresh()
     found = mine.read()
     assert found is not None and found["token"] == "theirs"
+
+
+@pytest.mark.parametrize("num_conflicts", [2, 9])
+def test_writes_of_one_name_at_the_same_moment_are_tried_again(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, num_conflicts: int
+) -> None:
+    """What S3 answers then; moto never does."""
+    answer = ClientError({"Error": {"Code": "ConditionalRequestConflict", "Message": "try again"}}, "PutObject")
+    tried = []
+    call = S3File._call_s3
+
+    def conflicting(self: S3File, method: str, *args: Any, **kwargs: Any) -> Any:
+        tried.append(method)
+        if len(tried) <= num_conflicts:
+            raise translate_boto_error(answer)
+        return call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(S3File, "_call_s3", conflicting)
+    monkeypatch.setattr("stages.common.storage._CONFLICT_WAITS_S", (0.0, 0.0, 0.0))
+    if num_conflicts == 9:
+        with pytest.raises(OSError, match="try again"):
+            create_exclusively(run_dir / "name", b"ours")
+        assert len(tried) == 4
+    else:
+        assert create_exclusively(run_dir / "name", b"ours")
+        assert tried == ["put_object"] * 3
+        assert (run_dir / "name").read_bytes() == b"ours"
+        assert not create_exclusively(run_dir / "name", b"theirs")
