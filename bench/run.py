@@ -25,7 +25,7 @@ from stages.common.schemas import read_table
 STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "report")
 BENCHMARKS = ("hand", "compute", "transfer", "memory", "overhead", "scaling", "simulation")
 ON_ONE_MODEL = ("overhead", "scaling", "simulation")
-SCALING_SEQUENCES = 32
+SCALING_SEQUENCES = 64
 SCALING_WORKERS = (1, 2, 4)
 
 
