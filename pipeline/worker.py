@@ -52,7 +52,7 @@ class Worker:
         key = hold.key if hold else None
         if key == self._hold_key:
             return
-        self._let_go()  # before the next is loaded: both may not fit
+        self.let_go()  # before the next is loaded: both may not fit
         if hold is not None:
             self._has_left_overs = True
             self._held = resolve(hold.call)(**hold.args)
@@ -60,7 +60,8 @@ class Worker:
             self._opened_bytes += self._held.bytes_read if isinstance(self._held, HeldLayers) else 0
         self._hold_key = key
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Free the memory of what is held."""
         if isinstance(self._held, HeldLayers):
             self._held.close()
         self._hold_key, self._held = None, None

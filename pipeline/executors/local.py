@@ -47,7 +47,7 @@ class LocalExecutor:
 
     def make_room(self) -> None:
         """Let go of what is held."""
-        self._worker = Worker()
+        self._worker.let_go()
 
     def why_idle(self) -> str:
         """Only a cycle of units could leave this executor idle."""

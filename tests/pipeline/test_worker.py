@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.executors.local import LocalExecutor
 from pipeline.units import Hold
 from pipeline.worker import Worker
 from tests.pipeline.fake import at, unit
@@ -137,3 +138,17 @@ def test_what_was_held_is_gone_before_the_next_is_opened(is_first_broken: bool) 
     finally:
         gc.enable()
     assert len(CYCLIC) == 2
+
+
+def test_room_is_made_at_once(tmp_path: Path) -> None:
+    CYCLIC.clear()
+    executor = LocalExecutor()
+    (one,) = at(tmp_path, [unit("one")])
+    gc.disable()
+    try:
+        executor.submit(next(iter(executor.free_slots())), replace(one, hold=held("a", "open_cyclic")))
+        executor.make_room()
+        (made,) = CYCLIC
+        assert made() is None
+    finally:
+        gc.enable()
