@@ -140,13 +140,14 @@ def test_what_was_held_is_gone_before_the_next_is_opened(is_first_broken: bool) 
     assert len(CYCLIC) == 2
 
 
-def test_room_is_made_at_once(tmp_path: Path) -> None:
+def test_room_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     CYCLIC.clear()
+    worker = Worker()
+    monkeypatch.setattr("pipeline.executors.local.Worker", lambda: worker)
     executor = LocalExecutor()
-    (one,) = at(tmp_path, [unit("one")])
     gc.disable()
     try:
-        executor.submit(next(iter(executor.free_slots())), replace(one, hold=held("a", "open_cyclic")))
+        worker.open_ahead(held("a", "open_cyclic"))
         executor.make_room()
         (made,) = CYCLIC
         assert made() is None
