@@ -68,8 +68,7 @@ def _hand(results: Mapping[str, Mapping[str, Any]]) -> str:
         "time, and leaves large experts in their files (see 4). Operations: the experts' matrix products of the pipeline "
         "(gate and up for every token, down for routed ones) over those of the script (all three for every token, and for"
         " routed ones again). Where products bound both, and neither is faster at them, no ratio of times is less: exact "
-        "means cannot reach 0.33 on such a machine. Starting Python and importing torch and transformers takes 2 to 3 s "
-        "on either side.\n\n" + _table(header, rows)
+        "means cannot reach 0.33 on such a machine.\n\n" + _table(header, rows)
     )
 
 
@@ -90,9 +89,8 @@ def _compute(results: Mapping[str, Mapping[str, Any]]) -> str:
     header = ["model", "TFLOP", "of it torch.mm", "calibrate, s", "bare products, s", "share", "share by processor", "load, s"]
     return (
         "## 2. Against the compute limit\n\nOperations of calibrate, counted by torch, over the rate of its own products "
-        "repeated bare with `torch.mm`. Loading the layers is not in it. Target: at least 0.70 on true-layer, 0.50 on mid. "
-        "With matrix units (AMX), small experts' products are so fast that what is done element by element (activation, gate, "
-        "sums) takes as long as they do.\n\n" + _table(header, rows)
+        "repeated bare with `torch.mm`. Loading the layers is not in it. Target: at least 0.70 on true-layer, 0.50 on mid.\n\n"
+        + _table(header, rows)
     )
 
 

@@ -36,12 +36,13 @@ def can_group(weights: ExpertWeights) -> bool:
     return weights.device.type == "cuda" and weights.dtype == torch.bfloat16 and are_aligned
 
 
-def grouped_down(weights: ExpertWeights, rows_RF: Tensor, bounds: Sequence[int]) -> Tensor:
-    """Outputs [R, D] of all experts, biases added. bounds: where each expert's rows begin, and the end."""
-    down = weights.experts.down_proj
-    ends_E = torch.tensor(bounds[1:], dtype=torch.int32, device=rows_RF.device)
-    output_RD = functional.grouped_mm(rows_RF, down if weights.layout.is_transposed else down.mT, offs=ends_E)
+def grouped_down(weights: ExpertWeights, rows_RF: Tensor, bounds: Sequence[int], first: int) -> Tensor:
+    """Outputs [R, D] of experts from `first` on, biases added. bounds: where each expert's rows begin, and the end."""
+    stop = first + len(bounds) - 1
+    down = weights.experts.down_proj[first:stop]
+    ends = torch.tensor(bounds[1:], dtype=torch.int32, device=rows_RF.device)
+    output_RD = functional.grouped_mm(rows_RF, down if weights.layout.is_transposed else down.mT, offs=ends)
     if weights.layout.has_bias:
-        for expert, (low, high) in enumerate(pairwise(bounds)):
-            output_RD[low:high] += weights.experts.down_proj_bias[expert]
+        for bias_D, (low, high) in zip(weights.experts.down_proj_bias[first:stop], pairwise(bounds), strict=True):
+            output_RD[low:high] += bias_D
     return output_RD

@@ -53,8 +53,7 @@ class SampledStatistics(_Sampled):
         parts = []
         for expert in range(first, stop):
             tokens = routing.tokens_R[routing.begin(expert) : routing.begin(expert + 1)]
-            parts.append(self._activate(self._first_product(hidden_TD[tokens], expert, expert + 1)))
-            self.weights.release(self.weights.layout.first, expert, expert + 1)
+            parts.append(self._expert_activations(hidden_TD[tokens], expert))
         return torch.cat(parts)
 
 

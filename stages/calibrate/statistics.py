@@ -31,7 +31,6 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": lambda logits_TE: logits_TE.sigmoid(),
 }
 
-
 _CHUNK_BYTES = defaultdict(lambda: 1 << 28, cpu=1 << 21)
 """Bytes of first products at a time, by kind of device: what a core's cache takes. A fixed number, since bits depend on it."""
 _LEAST_CHUNK = 512
@@ -160,6 +159,12 @@ class LayerStatistics:
             return self.experts.act_fn(gate).mul_(up)  # type: ignore[no-any-return]
         return self.experts._apply_gate(products)  # type: ignore[no-any-return]
 
+    def _expert_activations(self, x: Tensor, expert: int) -> Tensor:
+        """Activations [rows, F] of one expert on the rows that it is given."""
+        activations = self._activate(self._first_product(x, expert, expert + 1))
+        self.weights.release(self.weights.layout.first, expert, expert + 1)
+        return activations
+
     def _groups(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         for start in range(first, stop, self.blocks.num_experts):
             yield start, min(start + self.blocks.num_experts, stop)
@@ -229,7 +234,7 @@ class LayerStatistics:
     def _down(self, rows_RF: Tensor, bounds: Sequence[int], first: int) -> Tensor:
         """Outputs [R', D] of the rows of experts from `first` on. bounds: where each expert's rows begin, and the end."""
         if self._is_grouped:
-            return grouped_down(self.weights, rows_RF, bounds)
+            return grouped_down(self.weights, rows_RF, bounds, first)
         output_RD = rows_RF.new_empty(len(rows_RF), self.weights.hidden_size)
         for expert, (low, high) in enumerate(pairwise(bounds), first):
             if low < high:
@@ -284,7 +289,7 @@ class InputGatedStatistics(LayerStatistics):
         for expert in range(self.weights.num_experts):
             (tokens,) = torch.where(self._scores_TE[:, expert] > 0)
             bounds.append(bounds[-1] + len(tokens))
-            rows = self._activate(self._first_product(gated_ETD[expert, tokens], expert, expert + 1))
+            rows = self._expert_activations(gated_ETD[expert, tokens], expert)
             output = self._down(rows, [0, len(rows)], expert)
             out_ETD[expert, tokens] = output
             gates.append(self._scores_TE[tokens, expert])

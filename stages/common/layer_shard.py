@@ -7,7 +7,7 @@ Dimensions: B sequences of a micro-batch, T tokens, D hidden size, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,9 +81,9 @@ class LayerShard:
         self.first, self.stop, self._has_head = first, stop, has_head
         self._arguments: dict[tuple[int, int], list[LayerArguments]] = {}
         prefixes = self._prefixes(first, stop)
-        self._load(self._names(first, stop), self._mappable(prefixes) if maps_experts else {})
+        mapped = self._load(self._names(first, stop), self._mappable(prefixes) if maps_experts else {})
         self._initialise_buffers(tuple(prefixes))
-        self._check_loaded(prefixes)
+        self._check_loaded(prefixes, mapped)
 
     def _prefixes(self, first: int, stop: int) -> list[str]:
         return [f"{self.adapted.layers_prefix}{layer}." for layer in range(first, stop)]
@@ -138,11 +138,11 @@ class LayerShard:
             for weight in ("gate_up_proj", "up_proj", "down_proj")
         }  # fmt: skip
 
-    def _load(self, wanted: list[str], mappable: dict[str, tuple[int, str]]) -> None:
+    def _load(self, wanted: list[str], mappable: dict[str, tuple[int, str]]) -> Collection[str]:
+        """Fill the layers; names of the parameters that are mapped instead."""
         self.bytes_read = sum(self.adapted.checkpoint.tensors[name].stored_bytes for name in wanted)
         names, mapped = load_directly(self.adapted, wanted, self.device, mappable)
         self._mapped: dict[int, dict[str, MappedStack]] = defaultdict(dict)
-        self._mapped_names = set(mapped)
         for parameter, stack in mapped.items():
             layer, weight = mappable[parameter]
             self._mapped[layer][weight] = stack
@@ -150,6 +150,7 @@ class LayerShard:
             self._convert(names)
         self.model.tie_weights()
         self.model.requires_grad_(False)
+        return mapped.keys()
 
     def _convert(self, names: list[str]) -> None:
         """Load what takes more than reading by transformers' own conversion."""
@@ -193,9 +194,9 @@ class LayerShard:
                 with torch.no_grad():
                     self.model._init_weights(module)
 
-    def _check_loaded(self, prefixes: list[str]) -> None:
+    def _check_loaded(self, prefixes: list[str], mapped: Collection[str]) -> None:
         state = self.model.state_dict()
-        due = (name for name in state if name.startswith(tuple(prefixes)) and name not in self._mapped_names)
+        due = (name for name in state if name.startswith(tuple(prefixes)) and name not in mapped)
         missing = [name for name in due if state[name].is_meta]
         if missing:
             raise InputError(f"{self.adapted.checkpoint.folder} lacks tensors for {', '.join(missing[:5])}")

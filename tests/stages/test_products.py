@@ -17,11 +17,11 @@ from tests.tiny import random_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text"])
 def test_one_call_for_all_experts_gives_what_a_call_for_each_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
 ) -> None:
-    """gpt_oss has biases, and matrices to multiply with from the right."""
+    """gpt_oss has biases, and matrices to multiply with from the right; llama4_text calls expert by expert."""
     folder, ids = save(build(family, dtype), tmp_path / "model"), torch.from_numpy(random_ids())
     each, hidden_of_each = calibrated(opened(folder), ids)
     monkeypatch.setattr(statistics, "can_group", lambda weights: True)
