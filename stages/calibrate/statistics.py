@@ -233,7 +233,7 @@ class LayerStatistics:
 
     def _down(self, rows_RF: Tensor, bounds: Sequence[int], first: int) -> Tensor:
         """Outputs [R', D] of the rows of experts from `first` on. bounds: where each expert's rows begin, and the end."""
-        if self._is_grouped:
+        if self._is_grouped and len(bounds) > 2:  # of one expert's rows, which may be none, there is nothing to group
             return grouped_down(self.weights, rows_RF, bounds, first)
         output_RD = rows_RF.new_empty(len(rows_RF), self.weights.hidden_size)
         for expert, (low, high) in enumerate(pairwise(bounds), first):
