@@ -17,12 +17,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # httpx's, by whatever name
 from huggingface_hub.utils import SafetensorsFileMetadata, disable_progress_bars  # type: ignore[attr-defined]
 
-from stages.common.checkpoint import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, Checkpoint, read_json
+from stages.common.checkpoint import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, Checkpoint
 from stages.common.errors import InputError
 from stages.common.families import family_of, num_experts_in
 from stages.common.files import DigestingFile
 from stages.common.headers import write_header
 from stages.common.storage import as_path, is_url
+from stages.common.untrusted import read_json
 
 _SMALL = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*", "README.md")
 _NOT_NEEDED = ("*/*", "*.index.json")  # other formats live in folders; the index of the weights is asked for by name

@@ -18,9 +18,9 @@ from pipeline.run_state import IDENTITY_FILE, RUN_FILE
 from pipeline.selection import select
 from pipeline.stage_keys import StageRun, Stages
 from pipeline.table import human_bytes
-from stages.common.checkpoint import read_json
 from stages.common.errors import InputError
 from stages.common.storage import absolute, as_path, check_readable
+from stages.common.untrusted import read_json
 
 _MAX_LISTED = 20
 

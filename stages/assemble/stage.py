@@ -5,13 +5,14 @@ from typing import Any
 from stages.assemble.card import model_card
 from stages.assemble.config import target_config
 from stages.common.adapter import AdaptedModel
-from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, read_json
+from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint
 from stages.common.completeness import check_complete
 from stages.common.files import WrittenFile, copy_file, link_or_copy, write_bytes, write_json
 from stages.common.headers import TensorEntry, read_header
 from stages.common.paths import CHECKPOINT_DIR
 from stages.common.tied import MODELING_FILE, modeling_source
 from stages.common.unit import Job, UnitResult
+from stages.common.untrusted import read_json
 
 CARD_FILE = "README.md"
 SOURCE_CARD_FILE = "SOURCE_README.md"

@@ -1,6 +1,5 @@
 """A Hugging Face checkpoint folder, read from its configuration and safetensors headers alone."""
 
-import json
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -9,21 +8,12 @@ from stages.common.errors import InputError
 from stages.common.headers import SafetensorsHeader, TensorEntry, read_header
 from stages.common.quantised import unpacked_entries
 from stages.common.storage import as_path, is_remote, local_copies
+from stages.common.untrusted import read_json
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises InputError when it is missing or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise InputError(f"{path} does not exist") from e
-    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number or a nesting without end
-        raise InputError(f"{path} is not valid JSON: {e}") from e
 
 
 class Checkpoint:
