@@ -1,24 +1,27 @@
 """The file under a run directory's lock: made by one of many that try, and taken away by one of many that find it stale."""
 
-import json
+import contextlib
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from pipeline.lock_content import Holder, read_holder
+from stages.common.errors import InputError
 from stages.common.storage import create_exclusively, entity_tag, replace_if_unchanged
 
 _RETRY_S = 0.2
 
 
 class LockFile(Protocol):
-    """A lock file. Its content is a JSON object with the holder's `token`."""
+    """A lock file, which names its holder."""
 
-    def create(self, content: dict[str, Any]) -> bool:
+    def create(self, content: Holder) -> bool:
         """Make the file; False if there is one."""
 
-    def read(self) -> dict[str, Any] | None:
-        """Its content, or None if there is none."""
+    def read(self) -> Holder | None:
+        """Its holder, or None if there is no file. Raises InputError for a damaged file."""
 
     def age_s(self) -> float:
         """Seconds since it was made or refreshed, by the storage's own clock, which all hosts share."""
@@ -38,11 +41,8 @@ class _Base:
         self._path = path
         self._own = path.with_name(f".{path.name}-{token}")
 
-    def read(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._path.read_text())  # type: ignore[no-any-return]
-        except FileNotFoundError:
-            return None
+    def read(self) -> Holder | None:
+        return read_holder(self._path)
 
     def age_s(self) -> float:
         self._own.write_bytes(b"")
@@ -58,10 +58,10 @@ class _Base:
 class LocalLockFile(_Base):
     """On a file system: hard links and renames decide who is first."""
 
-    def create(self, content: dict[str, Any]) -> bool:
+    def create(self, content: Holder) -> bool:
         """See LockFile."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._own.write_text(json.dumps(content))
+        self._own.write_text(content.to_json())
         try:
             os.link(self._own, self._path)  # fails if the lock exists, and never shows half a file
         except FileExistsError:
@@ -77,11 +77,14 @@ class LocalLockFile(_Base):
             os.rename(self._path, stale)
         except FileNotFoundError:
             return False
-        is_right = json.loads(stale.read_text())["token"] == token
+        is_right = False
+        with contextlib.suppress(InputError):  # damaged meanwhile: whoever reads it next explains it
+            holder = read_holder(stale)
+            is_right = holder is not None and holder.token == token
         if not is_right:  # another driver was faster: give its lock back
             os.link(stale, self._path)
         stale.unlink()
-        return bool(is_right)
+        return is_right
 
     def refresh(self) -> None:
         """See LockFile."""
@@ -91,14 +94,14 @@ class LocalLockFile(_Base):
 class ObjectLockFile(_Base):
     """On object storage: writes on condition that there is no such object decide who is first."""
 
-    def create(self, content: dict[str, Any]) -> bool:
+    def create(self, content: Holder) -> bool:
         """See LockFile."""
-        self._token = content["token"]
-        return create_exclusively(self._path, json.dumps(content).encode()) or self._is_own(self.read())
+        self._token = content.token
+        return create_exclusively(self._path, content.to_json().encode()) or self._is_own(self.read())
 
-    def _is_own(self, holder: dict[str, Any] | None) -> bool:
+    def _is_own(self, holder: Holder | None) -> bool:
         """Also after a first try that succeeded, but whose answer was lost."""
-        return holder is not None and holder["token"] == self._token
+        return holder is not None and holder.token == self._token
 
     def take_away(self, token: str, stale_s: float) -> bool:
         """See LockFile. One driver at a time looks again and removes: it holds an object named after the stale holder."""
@@ -108,7 +111,7 @@ class ObjectLockFile(_Base):
             return False
         try:
             holder = self.read()
-            if holder is None or holder["token"] != token:
+            if holder is None or holder.token != token:
                 return False
             self.remove()
             return True
@@ -135,5 +138,4 @@ class ObjectLockFile(_Base):
         tag = entity_tag(self._path)
         holder = self.read()
         if holder is not None and self._is_own(holder):
-            beats = holder.get("beats", 0) + 1
-            replace_if_unchanged(self._path, json.dumps({**holder, "beats": beats}).encode(), tag)
+            replace_if_unchanged(self._path, replace(holder, beats=holder.beats + 1).to_json().encode(), tag)

@@ -15,6 +15,7 @@ from s3fs.errors import translate_boto_error
 
 from pipeline import lock
 from pipeline.lock import LOCK_FILE, RunLock
+from pipeline.lock_content import Holder
 from pipeline.lock_files import ObjectLockFile
 from stages.common.errors import InputError
 from stages.common.storage import as_path, create_exclusively
@@ -77,14 +78,14 @@ def test_a_driver_that_died_while_it_took_over_is_in_nobodys_way(run_dir: Path, 
 
 def test_a_heartbeat_does_not_bring_back_a_lock_that_was_taken_over(run_dir: Path) -> None:
     mine = ObjectLockFile(run_dir / LOCK_FILE, "mine")
-    assert mine.create({"token": "mine"})
+    assert mine.create(Holder("here", 1, "today", "mine"))
     for beats in (1, 2):
         mine.refresh()
-        assert mine.read() == {"token": "mine", "beats": beats}
+        assert mine.read() == Holder("here", 1, "today", "mine", beats)
     _left_by(run_dir, "elsewhere", 1)
     mine.refresh()
     found = mine.read()
-    assert found is not None and found["token"] == "theirs"
+    assert found is not None and found.token == "theirs"
 
 
 @pytest.mark.parametrize("num_conflicts", [2, 9])
