@@ -297,7 +297,8 @@ class Graph:
             "targets": [self._reported(target) for target in self.stages.targets],
             "never_routed": self._never_routed(),
             "certainty_dir": self.stages.cluster.dir if self.config.calibration.sampling else None,
-            "settings": self.config.model_dump(mode="json"),
+            "settings": self.stages.report.identity["settings"]["run"],
+            "versions": self.stages.versions,
         }
         return [self._unit(self.stages.report, "report", "report_unit", args, "report.json")]
 

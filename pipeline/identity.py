@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.weights_identity import weights_identity
 from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from stages.common.errors import InputError
 from stages.common.files import sha256_of
-from stages.common.storage import is_url, read_range
+from stages.common.storage import is_url
 
 KEY_LENGTH = 12
-_END_BYTES = 1 << 16
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
@@ -22,27 +22,11 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The root: content of config, index and side files, and of each weight file its size and the digest of both its ends.
-
-    Reading 94 GB to know that they are unchanged would cost more than the work saved; a header and the ends of the data
-    change whenever a checkpoint is trained on or written anew.
-    """
+    """The root: content of config, index and side files, and a digest for each weight file (see `weights_identity`)."""
     small = [checkpoint.folder / CONFIG_FILE, *checkpoint.side_files()]
     if (checkpoint.folder / INDEX_FILE).exists():
         small.append(checkpoint.folder / INDEX_FILE)
-    return {
-        "files": {path.name: sha256_of(path) for path in small},
-        "weights": {name: _ends(checkpoint.folder / name) for name in checkpoint.files},
-    }
-
-
-def _ends(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        ends = read_range(path, 0, _END_BYTES) + read_range(path, max(0, size - _END_BYTES), _END_BYTES)
-        return f"{size}:{hashlib.sha256(ends).hexdigest()}"
-    except OSError as e:
-        raise InputError(f"{path} cannot be read: {e.strerror or e}; the checkpoint is incomplete") from e
+    return {"files": {path.name: sha256_of(path) for path in small}, "weights": weights_identity(checkpoint)}
 
 
 def data_identity(data: tuple[str, ...], revision: str | None, place: str) -> dict[str, str]:

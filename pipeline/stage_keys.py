@@ -2,14 +2,37 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import metadata
 from typing import Any
 
+from pipeline import __version__
 from pipeline.config import RunConfig, TextData
 from pipeline.identity import key_of
 
 # Raised when a stage computes something else from the same inputs: old results are then not reused.
 VERSIONS = {"prepare": 2, "calibrate": 4, "cluster": 1, "merge": 2, "assemble": 3, "evaluate": 1, "report": 1}
+
+# Libraries that compute a stage's numbers. What only stores or moves them is left out.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "prepare": ("numpy", "tokenizers", "transformers"),
+    "calibrate": ("numpy", "torch", "transformers"),
+    "cluster": ("numpy", "scipy"),
+    "merge": ("numpy", "torch"),
+    "assemble": ("transformers",),
+    "evaluate": ("torch", "transformers"),
+    "report": (),
+}
+
+
+@cache
+def library_version(name: str) -> str:
+    """The installed version, read without an import. The build after "+" (cpu, cu128) is left out: the driver's says nothing
+    about a worker's device, and a run may be looked at from a machine without one."""
+    try:
+        return metadata.version(name).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return "not installed"  # enough to look at a run
 
 
 @dataclass(frozen=True)
@@ -37,7 +60,14 @@ class StageRun:
 
 
 def _stage(stage: str, part: str, settings: Mapping[str, Any], **upstream: str) -> StageRun:
-    return StageRun(stage, part, {"stage": stage, "version": VERSIONS[stage], "settings": dict(settings), "upstream": upstream})
+    identity = {
+        "stage": stage,
+        "version": VERSIONS[stage],
+        "libraries": {"hcsmoe": __version__, **{name: library_version(name) for name in LIBRARIES[stage]}},
+        "settings": dict(settings),
+        "upstream": upstream,
+    }
+    return StageRun(stage, part, identity)
 
 
 @dataclass(frozen=True)
@@ -114,11 +144,17 @@ class Stages:
 
     @cached_property
     def report(self) -> StageRun:
-        """The report depends on every result before it."""
+        """The report depends on every result before it, and shows the settings that are in its key: `resources`, which change
+        no result, are in neither."""
         upstream = {target.assemble.name: target.assemble.key for target in self.targets}
         evaluates = [self.evaluate_source, *(target.evaluate for target in self.targets)]
         upstream |= {stage.name: stage.key for stage in evaluates if stage is not None}
         return _stage("report", "", {"run": self.config.model_dump(mode="json", exclude={"resources"})}, **upstream)
+
+    @property
+    def versions(self) -> dict[str, Mapping[str, str]]:
+        """Versions of the libraries that compute each stage, by the stage's name, for the report."""
+        return {stage.name: stage.identity["libraries"] for stage in self.all()}
 
     def all(self) -> list[StageRun]:
         """Every stage, in the order in which they run."""

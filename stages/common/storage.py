@@ -13,7 +13,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from stages.common.errors import InputError
@@ -151,6 +151,13 @@ def entity_tag(path: Path) -> str | None:
     system, name = file_system(path)
     tag = system.info(name).get("ETag")
     return None if tag is None else str(tag)
+
+
+def entity_tags(folder: Path) -> dict[str, str]:
+    """The tags of the objects in a remote folder by their names, from one listing; none of a store that has no such tags."""
+    system, name = file_system(folder)
+    listed = ((PurePosixPath(found["name"]).name, found.get("ETag")) for found in system.ls(name, detail=True))
+    return {name: str(tag) for name, tag in listed if tag is not None}
 
 
 def replace_if_unchanged(path: Path, data: bytes, tag: str | None) -> None:

@@ -1,14 +1,8 @@
 """Unit of report: `report.json`."""
 
 import json
-import platform
 from collections.abc import Mapping
 from typing import Any
-
-import pyarrow
-import scipy
-import torch
-import transformers
 
 from stages.common.files import write_json
 from stages.common.paths import PLAN_FILE, REPORT_FILE, SCORES_FILE, errors_file, stability_file
@@ -70,7 +64,7 @@ def report_unit(job: Job) -> UnitResult:
 
     args: survey_dir, source (name, path, evaluate_dir), targets (name, target, format, num_experts, path, parameters, bytes,
     evaluate_dir, unweighted_clusters, num_merged), never_routed (layer -> experts), certainty_dir (of cluster, or None),
-    settings.
+    settings, versions (of the libraries that computed each stage).
     """
     args = job.args
     plan = json.loads((job.run_dir / args["survey_dir"] / PLAN_FILE).read_text())
@@ -96,12 +90,6 @@ def report_unit(job: Job) -> UnitResult:
         **({"certainty": certainty} if certainty else {}),
         "plan": plan,
         "settings": args["settings"],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "scipy": scipy.__version__,
-            "pyarrow": pyarrow.__version__,
-        },
+        "versions": args["versions"],
     }
     return UnitResult((write_json(job.stage_dir / REPORT_FILE, report),), facts={"num_models": len(report["models"])})

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import __version__, stage_keys
 from pipeline.config import load_config
 from pipeline.identity import data_identity, differences, key_of
 from pipeline.preflight import check
 from pipeline.stage_keys import Stages
+from pipeline.status import describe_status
 from stages.common.errors import InputError
+from tests.conftest import REPOSITORY
 from tests.runs import FinishedRun, write_run_file
+from tests.test_architecture import imported
 from tests.tiny import save_token_ids
 
 ALL = {
@@ -42,6 +46,16 @@ CHANGES: dict[str, set[str]] = {
 }
 
 
+LIBRARIES: dict[str, set[str]] = {
+    "transformers": ALL,
+    "tokenizers": ALL,
+    "numpy": ALL,
+    "torch": {"calibrate", "cluster", "report", *EVALUATES, *OF_TARGETS},
+    "scipy": {"cluster", "report", *OF_TARGETS},
+    "pyarrow": set(),
+}
+
+
 @pytest.fixture
 def run_file(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], token_ids: Path) -> Path:
     model = shutil.copytree(tiny_checkpoint("mixtral"), tmp_path / "model")
@@ -67,6 +81,34 @@ def test_every_stage_of_a_run_has_a_key(run_file: Path) -> None:
 @pytest.mark.parametrize("setting", CHANGES)
 def test_a_setting_changes_the_stages_that_depend_on_it_and_no_other(run_file: Path, setting: str) -> None:
     assert changed(keys(run_file), keys(run_file, setting)) == CHANGES[setting]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_another_version_of_a_library_changes_the_stages_that_it_computes(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    before, installed = keys(run_file), stage_keys.library_version
+    monkeypatch.setattr(stage_keys, "library_version", lambda name: "99.1" if name == library else installed(name))
+    assert changed(before, keys(run_file)) == LIBRARIES[library]
+
+
+def test_another_version_of_this_project_is_computed_anew(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys(run_file)
+    monkeypatch.setattr(stage_keys, "__version__", "99.1")
+    assert changed(before, keys(run_file)) == ALL
+
+
+def test_every_numeric_library_that_a_stage_imports_is_in_its_key() -> None:
+    for stage, libraries in stage_keys.LIBRARIES.items():
+        found = {name.split(".")[0] for path in (REPOSITORY / "stages" / stage).glob("*.py") for name in imported(path)}
+        assert found & {"numpy", "scipy", "tokenizers", "torch", "transformers"} <= set(libraries), stage
+
+
+def test_a_version_is_read_without_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage_keys.library_version.cache_clear()
+    monkeypatch.setattr("pipeline.stage_keys.metadata.version", lambda name: "2.13.0+cu128")
+    assert stage_keys.library_version("torch") == "2.13.0"
+    stage_keys.library_version.cache_clear()
 
 
 def test_a_new_target_leaves_everything_but_the_report(run_file: Path) -> None:
@@ -142,3 +184,27 @@ def test_the_identity_of_every_stage_is_kept_in_its_folder(run_file: Path) -> No
         kept = json.loads((done.run_dir / stage.dir / "identity.json").read_text())
         assert key_of(kept) == stage.key
         assert stage.dir.endswith(stage.key)
+
+
+def test_a_report_names_the_versions_that_computed_its_numbers_and_no_setting_that_its_key_leaves_out(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a later run, with another version installed, computes only a part anew."""
+    done = FinishedRun.of(run_file)
+    report = json.loads((done.run_dir / "report.json").read_text())
+    assert report["versions"].keys() == ALL
+    assert report["versions"]["calibrate"] == {
+        "hcsmoe": __version__, **{name: stage_keys.library_version(name) for name in ("numpy", "torch", "transformers")}
+    }  # fmt: skip
+    assert "resources" not in report["settings"]
+    was = report["versions"]["cluster"]["scipy"]
+    installed = stage_keys.library_version
+    monkeypatch.setattr(stage_keys, "library_version", lambda name: "99.1" if name == "scipy" else installed(name))
+    shown = [line for line in describe_status(done.run_dir) if isinstance(line, str)]
+    (line,) = [line for line in shown if line.startswith("cluster is not reused")]
+    assert line == f"cluster is not reused from {done.stages.cluster.dir}: libraries.scipy: {was} -> 99.1"
+    again = FinishedRun.of(run_file, ["resources.max_attempts=5"])
+    assert again.recorder.stages == {"cluster", "merge", "assemble", "evaluate", "report"}
+    after = json.loads((again.run_dir / "report.json").read_text())["versions"]
+    assert after["cluster"]["scipy"] == "99.1"
+    assert after["calibrate"] == report["versions"]["calibrate"]
