@@ -12,6 +12,15 @@ from stages.common.storage import is_remote
 MAX_SMALL_BYTES = 1 << 28
 """Bound for configs, indices and tokenizers. The largest that we know, an index of 90,000 tensors, takes 10 MB."""
 
+MAX_SHOWN = 1000
+"""Characters of a name that an error shows; longer names are shortened."""
+
+
+def shown(text: str) -> str:
+    """Text from outside as an error shows it: one line, not too long. What models really have is shown as it is."""
+    shortened = text if len(text) <= MAX_SHOWN else f"{text[:80]}... ({len(text):,} characters)"
+    return shortened if shortened.isprintable() else ascii(shortened)
+
 
 def check_regular(path: Path) -> None:
     """Raise InputError unless path is a regular file or a link to one. A pipe or a device may never end, or never begin.

@@ -1,6 +1,7 @@
 """Safetensors headers and checkpoint folders are checked before anything in them is used."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,15 +62,28 @@ BAD_FIELDS: dict[str, tuple[Any, str]] = {
     "dtype of a wrong type": (changed("a", dtype=["F32"]), "tensor a has the unknown dtype"),
     "metadata of a wrong type": ({**GOOD, "__metadata__": {"n": 1}}, "__metadata__ must map strings to strings"),
     "a list": ([1, 2], "not a JSON object"),
-}
+    "sizes of a huge product": (changed("a", shape=[2**62] * 60), r"tensor a \(F32 .*\) needs more bytes than the \S+ of"),
+    "a size with a thousand digits": (changed("a", shape=[10**999, 0]), "all must be integers >= 0 and below 2\\^63"),
+    "a million axes": (changed("a", shape=[1] * 10**6), "tensor a has 1,000,000 axes; at most 64 are read"),
+    "a product beyond 64 bits, then a zero": (
+        {"z": {"dtype": "F32", "shape": [2**62, 8, 0], "data_offsets": [0, 0]}, **GOOD}, "tensor z .* needs more bytes",
+    ),
+    "half a byte": (changed("a", dtype="F4", shape=[47]), r"tensor a \(F4 \[47\]\) ends within a byte"),
+    "half a character in a name": ({"a\ud800": GOOD["a"]}, r"tensor 'a\\ud800': a name has .* printable"),
+    "a name of two lines": ({"a\nb": GOOD["a"]}, r"tensor 'a\\nb': a name has .* printable"),
+    "a name without end": ({"a" * 2000: GOOD["a"]}, r"tensor a{80}\.\.\. \(2,000 characters\): a name has at most 1000"),
+    "half a character in the metadata": ({**GOOD, "__metadata__": {"x": "\udfff"}}, "__metadata__ holds half a character"),
+    "half a character in a key of the metadata": ({**GOOD, "__metadata__": {"\udfff": ""}}, "__metadata__ holds half a char"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_FIELDS)
 def test_a_header_that_lies_is_refused_with_file_and_tensor(tmp_path: Path, case: str) -> None:
     fields, message = BAD_FIELDS[case]
     path = write(tmp_path / "x.safetensors", fields)
-    with pytest.raises(InputError, match=f"{re.escape(str(path))}.*{message}"):
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}.*{message}") as caught:
         read_header(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2500, "one line that can be read"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +95,69 @@ def test_a_header_that_is_not_json_is_refused(tmp_path: Path, header: bytes) -> 
     path = write(tmp_path / "x.safetensors", None, header=header)
     with pytest.raises(InputError, match=rf"{path}: the safetensors header is not JSON"):
         read_header(path)
+
+
+def test_what_stands_twice_in_a_header_is_refused(tmp_path: Path) -> None:
+    one = json.dumps(GOOD["a"])
+    path = write(tmp_path / "x.safetensors", None, num_data_bytes=24, header=f'{{"a": {one}, "a": {one}}}'.encode())
+    with pytest.raises(InputError, match=rf"{path}: the safetensors header has a twice; download the file again"):
+        read_header(path)
+
+
+def test_a_header_of_many_values_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("json.loads", lambda *_, **__: pytest.fail("it was parsed"))
+    path = write(tmp_path / "x.safetensors", None, header=b'{"a": [' + b"[]," * 3_000_000 + b"0]}")
+    with pytest.raises(InputError, match=r"has some 6,000,002 values; at most 4,194,304 are read"):
+        read_header(path)
+
+
+def test_holes_in_place_of_a_header_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as raw:
+        raw.write((99_999_999).to_bytes(8, "little"))
+        raw.truncate(10**9)
+    monkeypatch.setattr("stages.common.headers.read_range", lambda p, begin, count: read.append(count) or p.open("rb").read(9))
+    with pytest.raises(InputError, match=r"the safetensors header is not JSON: it begins with b'\\x00'"):
+        read_header(path)
+    assert read == [9]
+
+
+def test_empty_tensors_and_absent_metadata_are_fine(tmp_path: Path) -> None:
+    empty = {name: {"dtype": "F32", "shape": [4, 0], "data_offsets": [24, 24]} for name in ("x", "y")}
+    path = write(tmp_path / "x.safetensors", {**empty, **GOOD, "__metadata__": None})
+    header = read_header(path)
+    assert [(entry.name, entry.num_bytes) for entry in header.entries] == [("a", 24), ("x", 0), ("y", 0), ("b", 8)]
+    assert header.metadata == {}
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_only_regular_files_are_opened(kind: str, name: str, tmp_path: Path) -> None:
+    folder_with(tmp_path, {"a": "x.safetensors"}, {"x.safetensors": ONE})
+    path = tmp_path / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    found = "folder" if kind == "folder" else "pipe, socket or device"
+    with pytest.raises(InputError, match=rf"{path} is a {found}; a regular file is needed"):
+        _ = Checkpoint(tmp_path).config, Checkpoint(tmp_path).tensors
+
+
+def test_links_are_followed_as_in_the_hubs_cache_and_dangling_ones_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots" / "1"
+    folder.mkdir(parents=True)
+    folder_with(folder, {"a": "x.safetensors"}, {"x.safetensors": ONE})
+    (folder / "x.safetensors").rename(tmp_path / "blob")
+    (folder / "x.safetensors").symlink_to("../../blob")
+    assert list(Checkpoint(folder).tensors) == ["a"]
+    (tmp_path / "blob").unlink()
+    with pytest.raises(InputError, match=r"x\.safetensors does not exist; download the checkpoint's missing file"):
+        _ = Checkpoint(folder).tensors
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 60, -1])
