@@ -25,6 +25,7 @@ from stages.common.adapter import AdaptedModel
 from stages.common.errors import InputError
 from stages.common.file_cache import read_ahead
 from stages.common.files import read_into
+from stages.common.finite import is_finite
 from stages.common.headers import TensorEntry
 from stages.common.mapped import MappedFile, MappedRows, MappedStack
 from stages.common.reader import TORCH_DTYPES
@@ -187,8 +188,7 @@ def _is_shorter(adapted: AdaptedModel, entry: TensorEntry, what: str) -> InputEr
 
 
 def _check_finite(adapted: AdaptedModel, entry: TensorEntry, piece: Tensor) -> None:
-    # a sum is one pass at the speed of the cache; float16 sums may overflow, hence the second look
-    if piece.is_floating_point() and not torch.isfinite(piece.sum()) and not torch.isfinite(piece).all():
+    if not is_finite(piece):
         path = adapted.checkpoint.folder / entry.file
         raise InputError(f"{path}: tensor {entry.name} holds NaN or infinity; download the checkpoint again")
 

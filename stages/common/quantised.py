@@ -73,7 +73,7 @@ def _num_blocks(size: int, block: int) -> int:
 
 def _join_fp8(raw: Mapping[str, TensorEntry], section: Mapping[str, Any], place: str) -> dict[str, TensorEntry]:
     block = section.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
         raise InputError(
             f"{place}: config.json: quantization_config.weight_block_size is {block!r}; two positive integers are due"
         )

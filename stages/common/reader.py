@@ -24,7 +24,7 @@ TORCH_DTYPES = {
 def dequantise_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     """Values float32 [..., R, C] of FP8 numbers [..., R, C] with a scale for each block of rows and columns."""
     rows, columns = weight.shape[-2:]
-    scale = scales.float().repeat_interleave(block[1], -1)[..., :columns]
+    scale = scales.float().repeat_interleave(min(block[1], columns), -1)[..., :columns]  # a block may be wider than the tensor
     values = torch.empty(weight.shape)
     for number, first in enumerate(range(0, rows, block[0])):  # a block of rows stays in the cache: 1.7 times as fast
         some = values[..., first : first + block[0], :]

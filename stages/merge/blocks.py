@@ -3,6 +3,9 @@
 A thread reads blocks of the source, one member after another; a second one sums them; the caller writes. However large a
 tensor is, `BUFFERS` blocks of `BLOCK_BYTES` are in memory on either side of the arithmetic. Computed values are the exception:
 those of a quantised tensor come one expert at a time.
+
+Every block is checked before it is written, copies too: what transformers loads must be finite. A tensor that it does not load
+may hold infinities, as masks do, but no NaN.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -16,7 +19,8 @@ from torch import Tensor
 from stages.common.ahead import ahead
 from stages.common.errors import InputError
 from stages.common.files import DigestingFile, read_into
-from stages.merge.weights import WeightedSum
+from stages.common.finite import is_finite
+from stages.merge.weights import WeightedSum, dtype_name
 
 BLOCK_BYTES = 1 << 22
 DEPTH = 6
@@ -43,7 +47,7 @@ class Buffers:
 class Part:
     """A block of one member, flat. share: None for values that are written as they are. is_last: completes its output block.
 
-    dtype, place: of the output, and for messages.
+    dtype, place: of the output, and for messages. may_be_infinite: whether only NaN is refused in what is copied.
     """
 
     values: Tensor
@@ -51,6 +55,7 @@ class Part:
     is_last: bool
     dtype: torch.dtype
     place: str
+    may_be_infinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,15 @@ class Stretch:
 
 @dataclass(frozen=True)
 class PlainMean:
-    """The weighted sum of stretches of one size and dtype, with their shares; one alone is copied byte for byte."""
+    """The weighted sum of stretches of one size and dtype, with their shares; one alone is copied byte for byte.
+
+    dtype: bytes that torch has no numbers for are copied as uint8. may_be_infinite: see Part.
+    """
 
     members: Sequence[tuple[Stretch, float]]
     dtype: torch.dtype
     place: str
+    may_be_infinite: bool = False
 
     def parts(self, buffers: Buffers) -> Iterator[Part]:
         """Block by block, each of all members: every byte is read once."""
@@ -85,7 +94,7 @@ class PlainMean:
                 block = buffers.take(min(BLOCK_BYTES, num_bytes - offset))
                 stretch.read(offset, block)
                 if num_members == 1:
-                    yield Part(block, None, True, self.dtype, self.place)
+                    yield Part(block.view(self.dtype), None, True, self.dtype, self.place, self.may_be_infinite)
                 else:
                     yield Part(block.view(self.dtype), share, number == num_members, self.dtype, self.place)
 
@@ -103,7 +112,10 @@ class ComputedMean:
         """One member at a time, whole."""
         for number, (values, share) in enumerate(self.members, 1):
             if self.num_members == 1:
-                yield Part(values.to(self.dtype).contiguous().view(-1).view(torch.uint8), None, True, self.dtype, self.place)
+                written = values.to(self.dtype).contiguous().view(-1)
+                if self.dtype == torch.float16 and not is_finite(written) and is_finite(values):
+                    raise InputError(f"{self.place} exceeds {dtype_name(self.dtype)}; set export.dtype to bfloat16")
+                yield Part(written, None, True, self.dtype, self.place)
             else:
                 yield Part(values.reshape(-1), share, number == self.num_members, self.dtype, self.place)
 
@@ -123,7 +135,10 @@ def _summed(means: Iterable[Mean]) -> Generator[Tensor, None, None]:
     with closing(ahead(_read(means), DEPTH)) as parts:
         for part in parts:
             if part.share is None:
-                yield buffers.take(len(part.values)).copy_(part.values)
+                if not is_finite(part.values, part.may_be_infinite):
+                    bad = "NaN" if part.may_be_infinite else "NaN or infinity"
+                    raise InputError(f"{part.place} holds {bad}; download the checkpoint again")
+                yield buffers.take(part.values.nbytes).copy_(part.values.view(torch.uint8))
                 continue
             total.add(part.values, part.share)
             if part.is_last:

@@ -16,9 +16,15 @@ from stages.common.paths import CHECKPOINT_DIR, TENSORS_FILE, labels_file, stati
 from stages.common.reader import TORCH_DTYPES, TensorReader
 from stages.common.unit import Job, UnitResult
 from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch, write_means
-from stages.merge.layout import OutputTensor, output_files, read_tensor_rows
+from stages.merge.layout import OutputFile, OutputTensor, output_files, read_tensor_rows
 from stages.merge.shares import METHODS, ROUTERS, Shares, shares_by_cluster
 from stages.merge.weights import merge_rows
+
+_COPIED_DTYPES = {
+    "C64": torch.complex64, "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+"""Numbers that can be NaN and that no supported model computes with. What is in no table (U16, F4, ...) is bytes."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,14 @@ def _stretch(entry: TensorEntry, source: TensorReader, expert: int | None = None
     return Stretch(path, entry.begin + expert * num_bytes, num_bytes)
 
 
-def _mean(members: list[tuple[str, float]], dtype: torch.dtype, source: TensorReader, place: str) -> Mean:
+def _mean(
+    members: list[tuple[str, float]], dtype: torch.dtype, source: TensorReader, place: str, may_be_infinite: bool = False
+) -> Mean:
     """The weighted sum of tensors, by name."""
     entries = [source.checkpoint.tensors[name] for name, _ in members]
     if entries[0].packing is None:
         stretches = [(_stretch(entry, source), share) for entry, (_, share) in zip(entries, members, strict=True)]
-        return PlainMean(stretches, dtype, place)
+        return PlainMean(stretches, dtype, place, may_be_infinite)
     return ComputedMean(((source.read(name), share) for name, share in members), len(members), dtype, place)
 
 
@@ -98,9 +106,9 @@ def _sources(tensor: OutputTensor, layers: Mapping[int, LayerMerge]) -> list[str
 def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, LayerMerge]) -> Iterator[Mean]:
     """The bytes of an output tensor, one mean after another."""
     row = tensor.source
-    dtype, place = TORCH_DTYPES[tensor.dtype], source.place(row["name"])
+    dtype, place = (TORCH_DTYPES | _COPIED_DTYPES).get(tensor.dtype, torch.uint8), source.place(row["name"])
     if tensor.rule == "copy":
-        yield _mean([(row["name"], 1.0)], dtype, source, place)
+        yield _mean([(row["name"], 1.0)], dtype, source, place, may_be_infinite=not row["parameter"])
         return
     assert tensor.layer is not None
     layer = layers[tensor.layer]
@@ -127,6 +135,19 @@ def _surveyed(model: str, survey_dir: Path) -> tuple[Checkpoint, list[dict[str, 
     return Checkpoint(model), read_tensor_rows(survey_dir / TENSORS_FILE)
 
 
+@lru_cache(maxsize=1)
+def _laid_out(
+    model: str, survey_dir: Path, num_merged: tuple[tuple[int, int], ...], *plan: Any
+) -> tuple[Checkpoint, list[OutputFile]]:
+    """The checkpoint and a target's files, kept for the target's next file. plan: further arguments of `output_files`.
+
+    One target is kept: the driver hands out the files of one after those of another.
+    """
+    checkpoint, rows = _surveyed(model, survey_dir)
+    num_experts, *rest = plan
+    return checkpoint, output_files(rows, num_experts, dict(num_merged), *rest)
+
+
 def merge_unit(job: Job) -> UnitResult:
     """Write one output file under its final name.
 
@@ -137,9 +158,10 @@ def merge_unit(job: Job) -> UnitResult:
     args: Mapping[str, Any] = job.args
     torch.set_num_threads(args["num_threads"])
     num_merged = {int(layer): count for layer, count in args["num_merged"].items()}
-    checkpoint, rows = _surveyed(args["model"], job.run_dir / args["survey_dir"])
-    plan = (args["num_experts"], num_merged, args["format"], args["max_file_bytes"], args["value_dtype"])
-    file = output_files(rows, *plan)[args["file"]]
+    plan = (args["num_experts"], args["format"], args["max_file_bytes"], args["value_dtype"])
+    survey_dir = job.run_dir / args["survey_dir"]
+    checkpoint, files = _laid_out(args["model"], survey_dir, tuple(num_merged.items()), *plan)
+    file = files[args["file"]]
     layers = {
         layer: LayerMerge(
             statistics_file(job.run_dir / args["statistics_dir"], layer),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.common.errors import InputError
+from stages.common.finite import is_finite
 from stages.merge.shares import Shares
 
 _PIECE = 1 << 18
@@ -34,9 +35,17 @@ class WeightedSum:
         """Write the sum, rounded once to the dtype of `out`, and begin a new one. Raises InputError if it is not finite."""
         assert self._total is not None
         total, self._total = self._total, None
-        if not total.sum().isfinite() and not total.isfinite().all():  # a sum of finite numbers may overflow
-            raise InputError(f"{place}: the merged expert is not finite; a source expert holds NaN or infinity")
         out.copy_(total)
+        if is_finite(out):
+            return
+        if is_finite(total):
+            raise InputError(f"{place}: the merged expert exceeds {dtype_name(out.dtype)}; set export.dtype to bfloat16")
+        raise InputError(f"{place}: the merged expert is not finite; a source expert holds NaN or infinity")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as messages and settings name it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def weighted_sum(members: Iterable[tuple[Tensor, float]], dtype: torch.dtype, place: str) -> Tensor:

@@ -60,10 +60,72 @@ def test_blocks_give_the_bytes_that_whole_tensors_give(dtype: torch.dtype, size:
 
 
 def test_a_copy_keeps_what_arithmetic_would_change(tmp_path: Path) -> None:
-    bits = torch.tensor([-(2**31), 0x7FC01234, 1, 0x7F800000], dtype=torch.int32)
-    mean = PlainMean([(stored(tmp_path, bits.view(torch.float32)), 1.0)], torch.float32, "copy")
+    bits = torch.tensor([-(2**31), 0x00001234, 1, 0x7F800000], dtype=torch.int32)
+    mean = PlainMean([(stored(tmp_path, bits.view(torch.float32)), 1.0)], torch.float32, "copy", may_be_infinite=True)
     write_file(tmp_path / "out", lambda out: write_means(out, [mean]))
     assert (tmp_path / "out").read_bytes() == bits.numpy().tobytes()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64])
+def test_a_copy_that_is_not_finite_is_refused_and_no_file_left(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
+    tensor = torch.zeros(1000, dtype=dtype)
+    tensor[999] = value
+    (tmp_path / "out").mkdir()
+    for mean in (PlainMean([(stored(tmp_path, tensor), 1.0)], dtype, "f: tensor x"), computed(tensor, dtype)):
+        with pytest.raises(InputError, match=r"^f: tensor x holds NaN or infinity; download the checkpoint again$"):
+            write_file(tmp_path / "out" / "x", lambda out, mean=mean: write_means(out, [mean]))
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+def computed(tensor: Tensor, dtype: torch.dtype) -> Mean:
+    return ComputedMean([(tensor, 1.0)], 1, dtype, "f: tensor x")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [
+        (torch.float8_e4m3fn, 0x7F), (torch.float8_e5m2, 0x7D), (torch.float8_e8m0fnu, 0xFF), (torch.float8_e4m3fnuz, 0x80),
+        (torch.float8_e5m2fnuz, 0x80),
+    ],
+)  # fmt: skip
+def test_codes_of_nan_in_one_byte_are_known(dtype: torch.dtype, code: int, tmp_path: Path) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2)
+    fine = codes[torch.isfinite(codes.view(dtype).float())]
+    write_file(tmp_path / "out", lambda out: write_means(out, [PlainMean([(stored(tmp_path, fine), 1.0)], dtype, "x")]))
+    assert (tmp_path / "out").read_bytes() == fine.numpy().tobytes()
+    fine[7] = code
+    with pytest.raises(InputError, match=r"^x holds NaN"):
+        write_file(tmp_path / "bad", lambda out: write_means(out, [PlainMean([(stored(tmp_path, fine), 1.0)], dtype, "x")]))
+
+
+def test_what_is_not_loaded_may_hold_infinities_of_both_signs_but_no_nan(tmp_path: Path) -> None:
+    mask = torch.tensor([float("inf"), 0.0, float("-inf")])
+    for values, is_fine in ((mask, True), (torch.tensor([float("nan"), 0.0]), False)):
+        mean = PlainMean([(stored(tmp_path, values), 1.0)], torch.float32, "x", may_be_infinite=True)
+        if is_fine:
+            write_file(tmp_path / "out", lambda out, mean=mean: write_means(out, [mean]))
+            assert (tmp_path / "out").read_bytes() == values.numpy().tobytes()
+        else:
+            with pytest.raises(InputError, match=r"^x holds NaN; download the checkpoint again$"):
+                write_file(tmp_path / "bad", lambda out, mean=mean: write_means(out, [mean]))
+
+
+def test_sums_that_overflow_are_not_mistaken_for_infinity(tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+        name = tmp_path / str(dtype)
+        write_file(name, lambda out, t=large: write_means(out, [PlainMean([(stored(tmp_path, t), 1.0)], t.dtype, "x")]))
+        assert name.read_bytes() == large.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("num_members", [1, 2])
+def test_values_too_large_for_float16_are_refused_with_the_setting(num_members: int, tmp_path: Path) -> None:
+    values = torch.full((10,), 7e4)
+    members = [(values, 1 / num_members)] * num_members
+    with pytest.raises(InputError, match=r"^x(: the merged expert)? exceeds float16; set export\.dtype to bfloat16$"):
+        write_file(tmp_path / "out", lambda out: write_means(out, [ComputedMean(members, num_members, torch.float16, "x")]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
