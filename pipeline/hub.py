@@ -1,7 +1,7 @@
 """Models of the hub: which commit a name means, and its files in a folder. Called by the driver alone, so once per cluster."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,12 +86,12 @@ def fetch_headers(model: str, revision: str | None, folder: Path) -> Path:
     try:
         api = HfApi()
         info = api.model_info(model, revision=revision)
-        _files(info, place)
+        present = _files(info, place)
         small = [*_SMALL, INDEX_FILE]
         snapshot = Path(
             snapshot_download(model, revision=info.sha, local_dir=folder, allow_patterns=small, ignore_patterns="*/*")
         )
-        for file in _weight_files(snapshot, place):
+        for file in _weight_files(snapshot, place, present):
             header = api.parse_safetensors_file_metadata(model, file, revision=info.sha)
             _write_hole(snapshot / file, header)
         return snapshot
@@ -150,7 +150,7 @@ def _download(model: str, revision: str | None, cache_dir: Path, place: str) -> 
     config = Checkpoint(folder).config
     family_of(config, place)
     num_experts_in(config, place)
-    files = _weight_files(folder, place)
+    files = _weight_files(folder, place, present)
     missing = sorted(set(files) - present)
     if missing:
         raise InputError(f"model: {place}: {INDEX_FILE} names {', '.join(missing)}, which the hub does not have")
@@ -158,8 +158,9 @@ def _download(model: str, revision: str | None, cache_dir: Path, place: str) -> 
     return folder
 
 
-def _weight_files(folder: Path, place: str) -> list[str]:
-    if not (folder / INDEX_FILE).exists():
+def _weight_files(folder: Path, place: str, present: Collection[str]) -> list[str]:
+    """Names of the weight files; present: of all files. As in transformers, a single file comes before an index."""
+    if SINGLE_FILE in present or INDEX_FILE not in present:
         return [SINGLE_FILE]
     index = read_json(folder / INDEX_FILE)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -173,7 +174,8 @@ def _cached(model: str, revision: str | None, cache_dir: Path, place: str, reaso
     """The snapshot that an earlier run has fetched, when the hub cannot be reached."""
     try:
         folder = _fetch(model, revision, cache_dir, _SMALL, _NOT_NEEDED, is_offline=True)
-        _fetch(model, folder.name, cache_dir, _weight_files(folder, place), is_offline=True)
+        present = {path.name for path in folder.iterdir()}
+        _fetch(model, folder.name, cache_dir, _weight_files(folder, place, present), is_offline=True)
     except LocalEntryNotFoundError:
         raise InputError(
             f"model: {place} is not a folder, is not complete in {cache_dir}, and the hub cannot be reached: "

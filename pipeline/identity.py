@@ -24,7 +24,7 @@ def key_of(identity: Mapping[str, Any]) -> str:
 def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """The root: content of config, index and side files, and a digest for each weight file (see `weights_identity`)."""
     small = [checkpoint.folder / CONFIG_FILE, *checkpoint.side_files()]
-    if (checkpoint.folder / INDEX_FILE).exists():
+    if checkpoint.index:
         small.append(checkpoint.folder / INDEX_FILE)
     return {"files": {path.name: sha256_of(path) for path in small}, "weights": weights_identity(checkpoint)}
 

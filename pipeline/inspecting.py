@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.hub import headers_of
-from pipeline.table import human_bytes
+from pipeline.table import human_bytes, weights_lines
 from pipeline.worker import resolve
 
 
@@ -34,6 +34,7 @@ def describe_model(facts: Mapping[str, Any]) -> Iterator[Table | str]:
     yield f"shared       {', '.join(f'{name} {value}' for name, value in shared.items()) or 'none'}"
     yield f"router       {router['score']}{', with a bias' if router['has_bias'] else ''}{groups}"
     yield f"layout       {facts['layout']}{', quantised: ' + facts['quantisation'] if facts['quantisation'] else ''}"
+    yield from weights_lines(facts)
     roles = Table("part", "bytes", title=None)
     for part, size in facts["bytes_by_role"].items():
         roles.add_row(part, human_bytes(size))

@@ -11,7 +11,7 @@ from pipeline.hub import headers_of
 from pipeline.partition import held_bytes, layer_shards
 from pipeline.preflight import check, check_layers, check_mtp
 from pipeline.stage_keys import Stages
-from pipeline.table import human_bytes
+from pipeline.table import human_bytes, weights_lines
 from pipeline.worker import resolve
 from stages.common.storage import absolute
 from stages.merge.layout import output_files
@@ -46,6 +46,7 @@ def _describe(config: RunConfig, folder: Path) -> Iterator[Table | str]:
         f"{config.model}: {plan['architecture']}, {num_layers} layers ({num_moe} MoE), {plan['num_experts']} experts, "
         f"top-{plan['top_k']}, {plan['num_parameters']:,} parameters, {human_bytes(plan['total_bytes'])}, {plan['dtype']}"
     )
+    yield from weights_lines(plan)
     targets = Table("target", "experts a layer", "files", "bytes", title=None)
     num_files, written = 0, 0
     for target in stages.targets:

@@ -18,7 +18,7 @@ from pipeline.progress import Reporter
 from pipeline.publish import publish_model, publish_report
 from pipeline.selection import delete, leftovers, select, sweep
 from pipeline.stage_keys import Stages
-from pipeline.table import human_bytes
+from pipeline.table import human_bytes, weights_lines
 from pipeline.units import Outcome, Unit
 from stages.common.errors import InputError
 from stages.common.files import write_json
@@ -154,6 +154,8 @@ class RunState:
         if stage == "prepare":
             preflight.check_layers(self.config, len(self.graph.plan["moe_layers"]))
             preflight.check_mtp(self.config, self.graph.plan)
+            for line in weights_lines(self.graph.plan):
+                self._reporter.line(line)
         if stage is None or (self.options.only_stage not in (None, stage)):
             return
         self._reporter.end()

@@ -12,7 +12,6 @@ from stages.common.headers import TensorEntry, read_header
 from stages.common.paths import CHECKPOINT_DIR
 from stages.common.tied import MODELING_FILE, modeling_source
 from stages.common.unit import Job, UnitResult
-from stages.common.untrusted import read_json
 
 CARD_FILE = "README.md"
 SOURCE_CARD_FILE = "SOURCE_README.md"
@@ -54,8 +53,7 @@ def assemble_unit(job: Job) -> UnitResult:
 
 
 def _index(source: Checkpoint, tensors: list[TensorEntry]) -> dict[str, Any]:
-    path = source.folder / INDEX_FILE
-    metadata = dict(read_json(path).get("metadata") or {}) if path.exists() else {}
+    metadata = dict(source.index.get("metadata") or {})
     metadata["total_size"] = sum(entry.num_bytes for entry in tensors)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(entry.num_elements for entry in tensors)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
@@ -180,6 +181,20 @@ class AdaptedModel:
                 renamed, pattern = name, None
             targets[name] = Target(renamed if renamed in state else "", renamed, pattern)
         return targets
+
+    @cached_property
+    def ignored(self) -> set[str]:
+        """Of the names in the model of what transformers does not load, those that it does not even report as unexpected.
+
+        Its own rules decide: what a class lists, and what all of them left behind (`rotary_emb.inv_freq` in each layer).
+        """
+        unloaded = {target.renamed for target in self.targets.values() if not target.parameter}
+        info = LoadStateDictInfo(
+            missing_keys=set(), unexpected_keys=set(unloaded), mismatched_keys=set(), error_msgs=[], conversion_errors={},
+            skipped_pp_keys=set(),
+        )  # fmt: skip
+        self.model._adjust_missing_and_unexpected_keys(info)
+        return unloaded - info.unexpected_keys
 
     def experts_modules(self) -> dict[int, nn.Module]:
         """The experts module of every MoE layer."""

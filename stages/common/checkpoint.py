@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint folder, read from its configuration and safetensors headers alone."""
 
+import json
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -8,11 +9,14 @@ from stages.common.errors import InputError
 from stages.common.headers import SafetensorsHeader, TensorEntry, read_header
 from stages.common.quantised import unpacked_entries
 from stages.common.storage import as_path, is_remote, local_copies
-from stages.common.untrusted import read_json
+from stages.common.untrusted import read_json, shown
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+WEIGHTS_FIELD = "transformers_weights"
+"""Setting of a config by which transformers takes weights of another name."""
+_MAX_CONFIG_BYTES, _MAX_INDEX_BYTES = 1 << 24, 1 << 26
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -30,7 +34,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The raw `config.json`."""
-        value = read_json(self.folder / CONFIG_FILE)
+        value = read_json(self.folder / CONFIG_FILE, _MAX_CONFIG_BYTES)
         if not isinstance(value, dict) or not isinstance(value.get("model_type"), str):
             raise InputError(f"{self.folder / CONFIG_FILE} has no model_type; it does not describe a transformers model")
         return value
@@ -41,22 +45,47 @@ class Checkpoint:
         return tuple(sorted(set(self._weight_map.values()))) if self._weight_map else (SINGLE_FILE,)
 
     @cached_property
-    def _weight_map(self) -> dict[str, str]:
+    def index(self) -> dict[str, Any]:
+        """The index of the weight files; empty where there is a single one.
+
+        As in transformers, `model.safetensors` comes before an index that lies beside it.
+        """
+        named = self.config.get(WEIGHTS_FIELD)
+        if named is not None:
+            raise InputError(
+                f"{self.folder / CONFIG_FILE}: {WEIGHTS_FIELD} is {shown(repr(named))}, but weights are read only from "
+                f"{SINGLE_FILE} or {INDEX_FILE}; give them one of these names and remove the setting"
+            )
         path = self.folder / INDEX_FILE
-        if not path.exists():
-            if not (self.folder / SINGLE_FILE).exists():
-                self._refuse_without_safetensors()
+        if (self.folder / SINGLE_FILE).exists():
             return {}
-        index = read_json(path)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
+        if not path.exists():
+            self._refuse_without_safetensors()
+        index = read_json(path, _MAX_INDEX_BYTES)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
             raise InputError(f"{path} has no weight_map")
+        _check_metadata(index.get("metadata"), path)
+        return index
+
+    @cached_property
+    def _weight_map(self) -> dict[str, str]:
+        weight_map: dict[str, str] = self.index.get("weight_map", {})
+        path = self.folder / INDEX_FILE
         for name, file in weight_map.items():
             if not isinstance(file, str) or PurePosixPath(file).name != file or "\\" in file or file in ("", ".", ".."):
-                raise InputError(f"{path}: tensor {name} is said to lie in {file!r}; only files in the folder itself are read")
+                place = f"{path}: tensor {shown(name)} is said to lie in {shown(repr(file))}"
+                raise InputError(f"{place}; only files in the folder itself are read")
             if not file.endswith(".safetensors"):
-                raise InputError(f"{path}: tensor {name} lies in {file!r}, which is not a safetensors file")
+                raise InputError(f"{path}: tensor {shown(name)} lies in {shown(repr(file))}, which is not a safetensors file")
         return weight_map
+
+    @cached_property
+    def ignored_files(self) -> tuple[str, ...]:
+        """An index that lies beside `model.safetensors` and so is not read, and the weight files beside it that are there."""
+        if self.index or not (self.folder / INDEX_FILE).exists():
+            return ()
+        shards = {path.name for path in self.folder.iterdir() if path.name.endswith(".safetensors")} - {SINGLE_FILE}
+        return (INDEX_FILE, *sorted(shards))
 
     def _refuse_without_safetensors(self) -> None:
         pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
@@ -79,7 +108,9 @@ class Checkpoint:
             raise InputError(f"{self.folder}: the same tensor name stands in several weight files")
         for name, file in self._weight_map.items():
             if found.get(name) != file:
-                raise InputError(f"{self.folder / INDEX_FILE} puts tensor {name} in {file}, which does not hold it")
+                raise InputError(
+                    f"{self.folder / INDEX_FILE} puts tensor {shown(name)} in {shown(file)}, which does not hold it"
+                )
         return headers
 
     @cached_property
@@ -112,3 +143,11 @@ class Checkpoint:
             path for path in self.folder.iterdir()
             if path.is_file() and path.name not in skipped and not path.name.startswith(".") and not path.name.endswith(weights)
         )  # fmt: skip
+
+
+def _check_metadata(metadata: Any, path: Path) -> None:
+    """What an index says of itself is written into exports; raise InputError where that is not possible."""
+    try:
+        json.dumps(dict(metadata or {}), ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as e:
+        raise InputError(f"{path}: metadata must be an object of numbers and text that JSON can hold: {shown(str(e))}") from e

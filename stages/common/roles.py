@@ -1,6 +1,5 @@
 """What every tensor on disk is to the merge: derived from the meta model, from headers alone."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ class TensorRole:
     parameter: the transformers parameter or buffer it becomes part of; empty when transformers does not load it.
     layer: decoder layer, or None outside of the layers.
     role: "copy", "expert" (one expert's), "fused_expert" (all experts'), "router" (anything else with an expert axis) or
-    "mtp" (of the layers that predict further tokens).
+    "mtp" (of the layers that predict further tokens). What transformers does not load is copied, unless it is of such layers.
     expert, template: for "expert", its index and the name with {} in the index's place.
     expert_axis: for "fused_expert" and "router".
     """
@@ -43,13 +42,14 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
     num_experts = num_experts_in(adapted.checkpoint.config, str(adapted.checkpoint.folder))
     inside_experts = _experts_parameters(adapted)
     per_expert = _per_expert_names(adapted, axes, num_experts)
+    blocks = _moe_blocks(adapted)
     roles = []
     for name, entry in adapted.checkpoint.tensors.items():
         target = adapted.targets[name]
         parameter = target.parameter
         layer = adapted.layer_of(parameter)
         if not parameter:
-            roles.append(TensorRole(entry, "", None, "mtp" if _is_mtp(adapted, entry, target) else "copy"))
+            roles.append(TensorRole(entry, "", None, "mtp" if _is_mtp(adapted, entry, target, blocks) else "copy"))
         elif name in per_expert:
             expert, template = per_expert[name]
             roles.append(TensorRole(entry, parameter, layer, "expert", expert=expert, template=template))
@@ -67,26 +67,35 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
     return roles
 
 
-def _is_mtp(adapted: AdaptedModel, entry: TensorEntry, target: Target) -> bool:
+def _is_mtp(adapted: AdaptedModel, entry: TensorEntry, target: Target, blocks: tuple[str, ...]) -> bool:
     """Whether a tensor that transformers does not load belongs to a layer that predicts further tokens.
 
-    Raises InputError for a layer that the config does not know, and for experts that are no part of the model.
+    blocks: prefixes of the modules that hold the experts and routers of the layers. Raises InputError for a layer that the
+    config does not know, and for what looks like a part of experts or routers but is no part of the model: a merge could not
+    keep it true to the merged experts. Anything else is as little of the model's as transformers says.
     """
     place = f"{adapted.checkpoint.folder / entry.file}: tensor {entry.name}"
     if any(part.startswith(("mtp", "nextn")) for part in entry.name.split(".")):
         return True
     layer, num_layers = adapted.layer_of(target.renamed), len(adapted.layers)
+    is_ignored = target.renamed in adapted.ignored
     if layer is not None and layer >= num_layers:
-        ignored = adapted.model._keys_to_ignore_on_load_unexpected or ()
-        if not mtp_fields(adapted.checkpoint.config) and not any(re.search(pattern, entry.name) for pattern in ignored):
+        if not mtp_fields(adapted.checkpoint.config) and not is_ignored:
             raise InputError(
                 f"{place} belongs to layer {layer} but config.json has {num_layers} layers and none of "
                 f"{', '.join(MTP_FIELDS)}; config and weights do not belong together"
             )
         return True
-    if ".experts." in entry.name or layer is not None:
+    is_of_experts = "expert" in entry.name if layer is not None else ".experts." in entry.name
+    if is_of_experts or (target.renamed.startswith(blocks) and not is_ignored):
         raise InputError(f"{place} is no part of {type(adapted.model).__name__}; config and weights do not belong together")
     return False
+
+
+def _moe_blocks(adapted: AdaptedModel) -> tuple[str, ...]:
+    """Prefix of the module around the experts of every MoE layer, with a trailing dot."""
+    names = {module: name for name, module in adapted.model.named_modules()}
+    return tuple(f"{names[experts].rpartition('.')[0]}." for experts in adapted.experts_modules().values())
 
 
 def _experts_parameters(adapted: AdaptedModel) -> set[str]:
@@ -113,13 +122,15 @@ def _per_expert_names(adapted: AdaptedModel, axes: Mapping[str, int], num_expert
     found: dict[str, tuple[int, str]] = {}
     for (parameter, _), names in groups.items():
         parts = [name.split(".") for name in names]
-        places = [i for i in range(len(parts[0])) if len({part[i] for part in parts}) > 1]
-        indices = sorted(int(part[places[0]]) for part in parts) if len(places) == 1 else []
-        if indices != list(range(num_experts)):
-            missing = sorted(set(range(num_experts)) - set(indices))
+        places = [i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1]
+        indices = {part[places[0]] for part in parts} if len(places) == 1 and len(set(map(len, parts))) == 1 else set()
+        due = {str(expert) for expert in range(num_experts)}
+        if indices != due or len(names) != num_experts or "{" in names[0] or "}" in names[0]:
+            odd = next((name for name in names if not set(name.split(".")) & due), names[0])
+            missing = sorted(due - indices, key=int)
             raise InputError(
                 f"{adapted.checkpoint.folder}: {parameter} needs one tensor for each of {num_experts} experts but "
-                f"{len(names)} are there (such as {names[0]}); missing experts: {missing or 'none, some are doubled'}"
+                f"{len(names)} are there (such as {odd}); missing experts: {', '.join(missing) or 'none, some are doubled'}"
             )
         shapes = {adapted.checkpoint.tensors[name].shape for name in names}
         dtypes = {adapted.checkpoint.tensors[name].dtype for name in names}

@@ -32,6 +32,7 @@ def inspect_checkpoint(folder: str) -> dict[str, Any]:
         "num_files": len(checkpoint.files),
         "total_bytes": checkpoint.total_bytes,
         "bytes_by_dtype": dict(sorted(dtypes.items(), key=lambda item: -item[1])),
+        "ignored_files": list(checkpoint.ignored_files),
         "reason": None,
     }
     try:
@@ -63,6 +64,8 @@ def _described(checkpoint: Checkpoint, plan: dict[str, Any], roles: list[TensorR
         "dtype": plan["dtype"],
         "quantisation": quantisation.get("quant_method") if quantisation else None,
         "layout": _layout(roles),
+        "unloaded_tensors": plan["unloaded_tensors"],
+        "first_unloaded_tensor": plan["first_unloaded_tensor"],
         "bytes_by_role": bytes_by_role(roles),
         "targets": target_bytes(roles, plan["num_experts"], stock_targets(checkpoint.config, str(checkpoint.folder))),
     }

@@ -50,7 +50,8 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
         if role.role in ("expert", "fused_expert"):
             expert_bytes[role.layer] += role.entry.num_bytes
     text = text_config(checkpoint.config)
-    mtp = [f"{checkpoint.folder / role.entry.file}: tensor {role.entry.name}" for role in roles if role.role == "mtp"]
+    mtp = [role for role in roles if role.role == "mtp"]
+    unloaded = [role for role in roles if role.role == "copy" and not role.parameter]
     plan = {
         "family": family_name(checkpoint.config),
         "architecture": type(adapted.model).__name__,
@@ -66,9 +67,17 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
         "num_parameters": sum(role.entry.num_elements for role in roles),
         "total_bytes": checkpoint.total_bytes,
         "mtp_tensors": len(mtp),
-        "first_mtp_tensor": mtp[0] if mtp else None,
+        "first_mtp_tensor": _first_place(checkpoint, mtp),
+        "unloaded_tensors": len(unloaded),
+        "first_unloaded_tensor": _first_place(checkpoint, unloaded),
+        "ignored_files": list(checkpoint.ignored_files),
         "outside_bytes": layer_bytes[None],
         "layer_bytes": [layer_bytes[layer] for layer in range(len(adapted.layers))],
         "layer_expert_bytes": [expert_bytes[layer] for layer in range(len(adapted.layers))],
     }
     return plan, roles
+
+
+def _first_place(checkpoint: Checkpoint, roles: list[TensorRole]) -> str | None:
+    """How a message names the first of some tensors."""
+    return f"{checkpoint.folder / roles[0].entry.file}: tensor {roles[0].entry.name}" if roles else None

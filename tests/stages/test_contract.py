@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 from transformers.integrations import moe
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from stages.common.families import SUPPORTED
 from tests.stages.tiny import NUM_EXPERTS, build, save, tiny_config
@@ -91,6 +92,15 @@ def test_attributes_of_a_model() -> None:
     assert callable(model._init_weights) and callable(model.tie_weights) and callable(type(model)._from_config)
     rotary = next(module for module in model.modules() if "inv_freq" in module._buffers)
     assert "inv_freq" in rotary._non_persistent_buffers_set
+
+
+def test_rules_for_what_is_left_unloaded_in_silence() -> None:
+    names = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.61.norm.weight", "model.layers.0.self_attn.extra.weight"
+    }  # fmt: skip
+    found = LoadStateDictInfo(set(), set(names), set(), [], {}, set())
+    meta_model("deepseek_v3")._adjust_missing_and_unexpected_keys(found)
+    assert found.unexpected_keys == {"model.layers.0.self_attn.extra.weight"}
 
 
 @pytest.mark.parametrize("family", sorted(SUPPORTED))
