@@ -17,7 +17,7 @@ from pipeline.errors import RunFailed
 from pipeline.progress import Reporter
 from pipeline.run_state import RunOptions, RunState
 from pipeline.runner import MakeExecutor, run_all
-from pipeline.table import human_bytes
+from pipeline.table import human_bytes, perplexity_text
 from stages.common.errors import InputError
 from stages.common.files import write_json
 from stages.common.storage import as_path
@@ -93,17 +93,28 @@ def run_batch(batch: BatchConfig, make_executor: MakeExecutor, console: Console,
         console.print(f"[{number + 1}] refused: {message}", markup=False, highlight=False, soft_wrap=True)
     run_all(list(states.values()), make_executor, Reporter(console))
     records = [_record(batch.runs[number], states.get(number), refused.get(number)) for number in range(len(batch.runs))]
+    for number, record in enumerate(records, 1):
+        for warning in record["warnings"]:
+            Reporter(console, f"[{number}] ").line(f"warning: {warning}")
     path = write_json(as_path(batch.batch_dir) / BATCH_FILE, {"runs": records}).path
     return BatchResult(_summary(records), path, sum(record["error"] is not None for record in records))
 
 
 def _record(entry: BatchEntry, state: RunState | None, refusal: str | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"run": str(entry.run), "set": entry.set, "run_dir": None, "error": refusal, "models": []}
+    record: dict[str, Any] = {
+        "run": str(entry.run),
+        "set": entry.set,
+        "run_dir": None,
+        "error": refusal,
+        "models": [],
+        "warnings": [],
+    }
     if state is not None:
         record["run_dir"] = str(state.run_dir)
         try:
             result = state.result()
-            record |= {"models": result.report["models"], "num_run": result.num_run, "num_reused": result.num_reused}
+            record |= {key: result.report[key] for key in ("models", "warnings")}
+            record |= {"num_run": result.num_run, "num_reused": result.num_reused}
         except (InputError, RunFailed) as e:
             record["error"] = str(e)
     return record
@@ -115,8 +126,6 @@ def _summary(records: Sequence[dict[str, Any]]) -> Table:
         if record["error"] is not None:
             table.add_row(str(number), record["run"], "", "", "", f"failed: {record['error'].splitlines()[0]}")
         for model in record["models"]:
-            perplexity = f"{model['perplexity']:.3f}" if "perplexity" in model else "-"
-            table.add_row(
-                str(number), model["name"], str(model["num_experts"]), human_bytes(model["bytes"]), perplexity, model["path"]
-            )
+            cells = (model["name"], str(model["num_experts"]), human_bytes(model["bytes"]), perplexity_text(model))
+            table.add_row(str(number), *cells, model["path"])
     return table

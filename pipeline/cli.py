@@ -99,6 +99,8 @@ def run(
         console.print(result_table(result.report))
         for line in certainty_lines(result.report):
             console.print(line, soft_wrap=True, highlight=False)
+        for warning in result.report["warnings"]:
+            reporter.line(f"warning: {warning}")
         console.print(f"report       {result.report_path}", soft_wrap=True, highlight=False)
         console.print(f"checkpoints  {run_dir / 'models'}", soft_wrap=True, highlight=False)
     console.print(f"{result.num_run} units run, {result.num_reused} reused, {result.elapsed_s:.1f} s", highlight=False)

@@ -222,7 +222,7 @@ class RunState:
             raise self._error()
         path = self.run_dir / REPORT_FILE
         is_reported = self.options.only_stage in (None, STAGES[-1])
-        report = json.loads(path.read_text()) if is_reported else {"models": []}
+        report = json.loads(path.read_text()) if is_reported else {"models": [], "warnings": []}
         return RunResult(report, path, self._num_run, self._num_reused, time.monotonic() - self._started)
 
     def _error(self) -> InputError | RunFailed:

@@ -15,6 +15,17 @@ def human_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
+def perplexity_text(model: Mapping[str, Any]) -> str:
+    """A model's perplexity for people: "-" where it was not evaluated or has no loss, "inf" where no float is so large."""
+    if model.get("loss") is None:
+        return "-"
+    return "inf" if model["perplexity"] is None else f"{model['perplexity']:.3f}"
+
+
+def _percentage(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
 def result_table(report: Mapping[str, Any]) -> Table:
     """One row a model of `report.json`; a model's name is that of its folder. Fits into 80 columns."""
     table = Table(title=None)
@@ -22,10 +33,9 @@ def result_table(report: Mapping[str, Any]) -> Table:
     for column in ("experts a layer", "parameters", "bytes on disk", "perplexity"):
         table.add_column(column, justify="right")
     for model in report["models"]:
-        perplexity = f"{model['perplexity']:.3f}" if "perplexity" in model else "-"
         count = model["num_experts"]
         experts = str(count) if isinstance(count, int) else f"{min(count)}-{max(count)}"
-        table.add_row(model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity)
+        table.add_row(model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity_text(model))
     return table
 
 
@@ -50,7 +60,8 @@ def certainty_lines(report: Mapping[str, Any]) -> Iterator[str]:
     fraction = report["settings"]["calibration"]["sampling"]["fraction"]
     yield (
         f"sampled      {fraction:.0%} of the tokens for mean outputs: standard error "
-        f"{certainty['mean_relative_standard_error']:.1%} of a mean, at most {certainty['largest_relative_standard_error']:.1%}"
+        f"{_percentage(certainty['mean_relative_standard_error'])} of a mean, "
+        f"at most {_percentage(certainty['largest_relative_standard_error'])}"
     )
     for target, found in certainty["stability"].items():
         yield (

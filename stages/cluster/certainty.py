@@ -17,7 +17,7 @@ NUM_DRAWS = 32
 
 
 def relative_standard_errors(num_sampled_G: Array, output_sum_EGD: Array) -> Array:
-    """Standard error of every expert's mean output over the norm of the mean, [E]; without bound where that is zero.
+    """Standard error of every expert's mean output over the norm of the mean, [E]; infinite or NaN where that is zero.
 
     Random groups (Wolter, Introduction to Variance Estimation, 2nd ed., section 2.4): with the mean m_g of group g and the
     mean m of all, var(m) = sum_g ||m_g - m||^2 / (G (G - 1)), here summed over the D dimensions. Groups are of sequences,

@@ -42,15 +42,27 @@ def evaluate_unit(job: Job) -> UnitResult:
 
 
 def score_unit(job: Job) -> UnitResult:
-    """Write `scores.json`: perplexity over all sequences, summed in the order of the token shards. args: num_shards."""
+    """Write `scores.json`: perplexity over all sequences, summed in the order of the token shards. args: num_shards.
+
+    A loss that is not finite, and a perplexity that is larger than any float, are null: JSON has no number for them.
+    """
     total, num_predictions = 0.0, 0
     for shard in range(job.args["num_shards"]):
         table = read_table(losses_file(job.stage_dir, shard))
-        total += math.fsum(table["negative_log_likelihood"].to_pylist())
+        losses = table["negative_log_likelihood"].to_pylist()
+        total += math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
         num_predictions += sum(table["num_predictions"].to_pylist())
+    loss = total / num_predictions
     scores = {
-        "perplexity": math.exp(total / num_predictions),
-        "loss": total / num_predictions,
+        "perplexity": _exp(loss),
+        "loss": loss if math.isfinite(loss) else None,
         "num_predictions": num_predictions,
     }
     return UnitResult((write_json(job.stage_dir / SCORES_FILE, scores),), facts=scores)
+
+
+def _exp(loss: float) -> float | None:
+    try:
+        return math.exp(loss) if math.isfinite(loss) else None
+    except OverflowError:
+        return None

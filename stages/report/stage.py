@@ -1,6 +1,7 @@
 """Unit of report: `report.json`."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from stages.common.files import write_json
 from stages.common.paths import PLAN_FILE, REPORT_FILE, SCORES_FILE, errors_file, stability_file
 from stages.common.schemas import read_table
 from stages.common.unit import Job, UnitResult
+from stages.report.warnings import of_certainty, of_scores
 
 _NOT_REPORTED = ("evaluate_dir", "num_merged")
 
@@ -19,27 +21,37 @@ def _scores(job: Job, evaluate_dir: str | None) -> dict[str, Any]:
 
 
 def _tied_stock_gaps(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Perplexity of stock minus that of tied, for each target exported as both."""
+    """Perplexity of stock minus that of tied, for each target exported as both; null where either has none."""
     by_target: dict[str, dict[str, Mapping[str, Any]]] = {}
     for model in models:
         if model["format"] is not None and "perplexity" in model:
             by_target.setdefault(model["target"], {})[model["format"]] = model
-    return [
-        {"target": target, "perplexity_gap": formats["stock"]["perplexity"] - formats["tied"]["perplexity"]}
-        for target, formats in by_target.items()
-        if len(formats) == 2
-    ]
+    gaps = []
+    for target, formats in by_target.items():
+        if len(formats) == 2:
+            stock, tied = (formats[name]["perplexity"] for name in ("stock", "tied"))
+            gaps.append({"target": target, "perplexity_gap": None if stock is None or tied is None else stock - tied})
+    return gaps
 
 
 def _certainty(job: Job) -> dict[str, Any] | None:
     """Under sampling: mean and largest relative standard error of mean outputs, and for each target and layer how often halves
-    of the data give its labels again, and how alike they are."""
+    of the data give its labels again, and how alike they are.
+
+    A standard error that is not finite is null, and left out of the mean and the largest; those are null where none is finite.
+    """
     if job.args["certainty_dir"] is None:
         return None
     folder = job.run_dir / job.args["certainty_dir"]
     moe_layers = job.args["targets"][0]["num_merged"]
-    errors = {layer: read_table(errors_file(folder, int(layer)))["relative_standard_error"].to_pylist() for layer in moe_layers}
-    every = [error for values in errors.values() for error in values]
+    errors = {
+        layer: [
+            error if math.isfinite(error) else None
+            for error in read_table(errors_file(folder, int(layer)))["relative_standard_error"].to_pylist()
+        ]
+        for layer in moe_layers
+    }
+    finite = [error for values in errors.values() for error in values if error is not None]
     stability: dict[str, Any] = {}
     for target in job.args["targets"]:
         rows = {
@@ -52,8 +64,8 @@ def _certainty(job: Job) -> dict[str, Any] | None:
             "layers": rows,
         }
     return {
-        "mean_relative_standard_error": sum(every) / len(every),
-        "largest_relative_standard_error": max(every),
+        "mean_relative_standard_error": sum(finite) / len(finite) if finite else None,
+        "largest_relative_standard_error": max(finite, default=None),
         "relative_standard_errors": errors,
         "stability": stability,
     }
@@ -83,8 +95,10 @@ def report_unit(job: Job) -> UnitResult:
         for target in args["targets"]
     ]
     certainty = _certainty(job)
+    models = [source, *targets]
     report = {
-        "models": [source, *targets],
+        "models": models,
+        "warnings": [*of_scores(models), *of_certainty(certainty)],
         "tied_stock_gaps": _tied_stock_gaps(targets),
         "never_routed": args["never_routed"],
         **({"certainty": certainty} if certainty else {}),
@@ -92,4 +106,4 @@ def report_unit(job: Job) -> UnitResult:
         "settings": args["settings"],
         "versions": args["versions"],
     }
-    return UnitResult((write_json(job.stage_dir / REPORT_FILE, report),), facts={"num_models": len(report["models"])})
+    return UnitResult((write_json(job.stage_dir / REPORT_FILE, report),), facts={"num_models": len(models)})

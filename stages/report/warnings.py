@@ -1,0 +1,33 @@
+"""Warnings of a report: each says in one line which number is null, and why. Such models exist, so they are no errors."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+
+def of_scores(models: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Of evaluated models (rows of the report) whose loss or perplexity is null."""
+    for model in models:
+        if "loss" not in model:
+            continue
+        if model["loss"] is None:
+            yield (
+                f"{model['name']}: the loss on the evaluation text is not finite, since the logits are not; loss and "
+                "perplexity are written as null"
+            )
+        elif model["perplexity"] is None:
+            yield (
+                f"{model['name']}: the loss is {model['loss']:.6g} nats a token; its perplexity, exp(loss), is larger than any "
+                "number of 64 bits, and is written as null"
+            )
+
+
+def of_certainty(certainty: Mapping[str, Any] | None) -> Iterator[str]:
+    """Of experts whose relative standard error is null: finite outputs leave it undefined only where their mean is zero."""
+    errors = certainty["relative_standard_errors"] if certainty else {}
+    for layer, values in errors.items():
+        for expert, error in enumerate(values):
+            if error is None:
+                yield (
+                    f"layer {layer}, expert {expert}: its mean output is zero on the calibration text, so its relative "
+                    "standard error is not defined and is written as null; means over experts leave it out"
+                )
