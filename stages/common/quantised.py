@@ -18,6 +18,7 @@ VALUE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 SCHEMES = ("fp8", "mxfp4")
 _FP8_SCALES = "_scale_inv"
+_SCALE_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E8M0")
 _MXFP4_BLOCKS, _MXFP4_SCALES = "_blocks", "_scales"
 _MXFP4_BLOCK = 32
 
@@ -93,6 +94,10 @@ def _join_fp8(raw: Mapping[str, TensorEntry], section: Mapping[str, Any], place:
         scales = raw.get(name + _FP8_SCALES)
         if scales is None or len(entry.shape) < 2:
             raise InputError(f"{place}/{entry.file}: tensor {name} is {entry.dtype} but {name}{_FP8_SCALES} is missing")
+        if scales.dtype not in _SCALE_DTYPES:
+            raise InputError(
+                f"{place}/{scales.file}: tensor {scales.name} is {scales.dtype}; scales are one of {', '.join(_SCALE_DTYPES)}"
+            )
         due = (*entry.shape[:-2], _num_blocks(entry.shape[-2], rows), _num_blocks(entry.shape[-1], columns))
         if scales.shape != due:
             raise InputError(

@@ -75,6 +75,17 @@ def test_a_run_fetches_what_it_needs_once_and_states_the_commit(model: Path, tmp
     assert offline.returncode == 0, offline.stderr
 
 
+def test_a_single_file_is_fetched_rather_than_the_shards_of_an_index(model: Path, tmp_path: Path) -> None:
+    both = Path(shutil.copytree(model, tmp_path / "both"))
+    save(build("mixtral", torch.float32, seed=5), tmp_path / "single", max_shard_size="1GB")
+    shutil.copy(tmp_path / "single" / "model.safetensors", both)
+    with serve(Hub({"org/tiny": both})) as hub:
+        done = hcsmoe(hub, tmp_path, "run", str(write_run_file(tmp_path)), "--executor", "local", "--only", "prepare")
+    assert done.returncode == 0, done.stderr
+    assert [name for name in hub.downloads() if name.endswith(".safetensors")] == ["model.safetensors"]
+    assert "not read     model.safetensors.index.json: model.safetensors comes first, as in transformers" in done.stderr
+
+
 def test_plan_keeps_no_weights_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
     with serve(Hub({"org/tiny": model})) as hub:
         done = hcsmoe(hub, tmp_path, "plan", str(write_run_file(tmp_path)))

@@ -81,6 +81,12 @@ def test_fp8_arithmetic_is_that_of_transformers() -> None:
     assert torch.equal(dequantise_fp8(numbers, scales, (16, 16)), torch.stack(theirs))
 
 
+def test_a_block_wider_than_the_tensor_takes_no_more_memory_than_the_tensor() -> None:
+    numbers, scales = torch.randn(32, 48).to(torch.float8_e4m3fn), torch.rand(2, 1)
+    assert torch.equal(dequantise_fp8(numbers, scales, (16, 10**12)), dequantise_fp8(numbers, scales, (16, 48)))
+    assert torch.equal(dequantise_fp8(numbers, scales[:1], (10**12, 10**12)), numbers.float() * scales[0])
+
+
 def test_mxfp4_arithmetic_is_that_of_transformers_and_of_the_format() -> None:
     blocks = torch.randint(0, 256, (2, 3, 2, 16), dtype=torch.uint8)
     scales = torch.randint(100, 140, (2, 3, 2), dtype=torch.uint8)
@@ -135,6 +141,33 @@ BLOCKS = "model.layers.1.mlp.experts.down_proj_blocks"
         ("fp8", {}, {"quantization_config": None}, "quantised but config.json has no quantization_config"),
         ("fp8", {}, {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
         ("fp8", {}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
+        *(
+            (
+                "fp8",
+                {},
+                {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}},
+                f"weight_block_size is {block}",
+            )
+            for block in ([0, 20], [16, -20], [True, 20], [16.0, 20], [16], 16)
+        ),
+        (
+            "fp8",
+            {},
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [10**9, 1]}},
+            "blocks of 1000000000 x 1",
+        ),
+        ("fp8", {f"{EXPERT}_scale_inv": torch.ones(2, 2, dtype=torch.int32)}, {}, f"{EXPERT}_scale_inv is I32"),
+        ("mxfp4", {BLOCKS: torch.ones(8, 32, 0, 16, dtype=torch.uint8)}, {}, BLOCKS),
+        (
+            "mxfp4",
+            {
+                BLOCKS: torch.ones(8, 32, 0, 16, dtype=torch.uint8),
+                BLOCKS.replace("_blocks", "_scales"): torch.ones(8, 32, 0, dtype=torch.uint8),
+            },
+            {},
+            "down_proj",
+        ),
+        ("mxfp4", {BLOCKS: torch.ones(8, 32, 1, 0, dtype=torch.uint8)}, {}, BLOCKS),
         ("mxfp4", {BLOCKS.replace("_blocks", "_scales"): None}, {}, BLOCKS),
         ("mxfp4", {BLOCKS: None}, {}, BLOCKS.replace("_blocks", "_scales")),
         ("mxfp4", {}, {"quantization_config": None}, "_blocks"),
