@@ -1,23 +1,23 @@
 """`batch`: many run files on one cluster in one job. Their units interleave; one run's failure does not stop the others."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import preflight
-from pipeline.config import Resources, RunConfig, load_config, located
+from pipeline.config import Resources, RunConfig, load_config, problems
 from pipeline.errors import RunFailed
+from pipeline.printing import add_row, show
 from pipeline.progress import Reporter
 from pipeline.run_state import RunOptions, RunState
 from pipeline.runner import MakeExecutor, run_all
 from pipeline.table import human_bytes, perplexity_text
+from pipeline.yaml_files import read_yaml
 from stages.common.errors import InputError
 from stages.common.files import write_json
 from stages.common.storage import as_path
@@ -31,7 +31,7 @@ class BatchEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: Path
-    set: dict[str, Any] = {}
+    set: dict[str, JsonValue] = {}
 
 
 class BatchConfig(BaseModel):
@@ -57,19 +57,17 @@ class BatchResult:
 
 def load_batch(path: Path) -> BatchConfig:
     """Read a batch file. Raises InputError naming the file, the key and what is allowed."""
+    values = read_yaml(path, "batch file")
+    if not isinstance(values, dict):
+        raise InputError(f"batch file {path} must hold batch_dir and runs")
     try:
-        return BatchConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as e:
-        raise InputError(f"batch file {path} cannot be read: {e.strerror}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f"batch file {path} is not YAML: {e}") from e
+        return BatchConfig.model_validate(values)
     except ValidationError as e:
-        raise InputError(located(e, path)) from e
+        raise InputError(f"{path}: {problems(e)}") from e
 
 
 def _config(batch: BatchConfig, entry: BatchEntry) -> RunConfig:
-    settings = [f"{key}={json.dumps(value)}" for key, value in entry.set.items()]
-    return load_config(entry.run, settings).model_copy(update={"resources": batch.resources})
+    return load_config(entry.run, [], entry.set).model_copy(update={"resources": batch.resources})
 
 
 def run_batch(batch: BatchConfig, make_executor: MakeExecutor, console: Console, options: RunOptions) -> BatchResult:
@@ -80,7 +78,7 @@ def run_batch(batch: BatchConfig, make_executor: MakeExecutor, console: Console,
         try:
             config = _config(batch, entry)
             state = RunState(config, preflight.check(config), Reporter(console, f"[{number + 1}] "), options)
-        except InputError as e:
+        except (InputError, RunFailed) as e:
             refused[number] = str(e)
             continue
         for other, earlier in states.items():
@@ -90,7 +88,7 @@ def run_batch(batch: BatchConfig, make_executor: MakeExecutor, console: Console,
     if not states:
         raise InputError("\n".join(refused.values()))
     for number, message in refused.items():
-        console.print(f"[{number + 1}] refused: {message}", markup=False, highlight=False, soft_wrap=True)
+        show(console, f"[{number + 1}] refused: {message}")
     run_all(list(states.values()), make_executor, Reporter(console))
     records = [_record(batch.runs[number], states.get(number), refused.get(number)) for number in range(len(batch.runs))]
     for number, record in enumerate(records, 1):
@@ -124,8 +122,9 @@ def _summary(records: Sequence[dict[str, Any]]) -> Table:
     table = Table("run", "model", "experts a layer", "bytes", "perplexity", "result", title=None)
     for number, record in enumerate(records, 1):
         if record["error"] is not None:
-            table.add_row(str(number), record["run"], "", "", "", f"failed: {record['error'].splitlines()[0]}")
+            first_line = record["error"].partition("\n")[0]
+            add_row(table, (number, record["run"], "", "", "", f"failed: {first_line}"))
         for model in record["models"]:
-            cells = (model["name"], str(model["num_experts"]), human_bytes(model["bytes"]), perplexity_text(model))
-            table.add_row(str(number), *cells, model["path"])
+            size = human_bytes(model["bytes"])
+            add_row(table, (number, model["name"], model["num_experts"], size, perplexity_text(model), model["path"]))
     return table

@@ -1,31 +1,62 @@
 """`clean`: what no key of the last run uses."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.lock import RunLock
+from pipeline.manifest import MANIFESTS_DIR
+from pipeline.owned import remove_stage_folder, stage_folders
 from pipeline.publish import unpublish_lost
-from pipeline.run_state import IDENTITY_FILE
-from pipeline.status import load_graph
-from stages.common.storage import absolute, remove_tree
+from pipeline.record import RunRecord, read_record
+from pipeline.table import human_bytes
+from stages.common.storage import absolute, is_remote
 
 
-def unused(run_dir: str | Path) -> list[Path]:
-    """Stage directories of other settings than the last run's. Raises InputError when there was no run."""
-    graph = load_graph(run_dir)
-    used = {stage.dir for stage in graph.stages.all()}
-    return sorted(path.parent for path in graph.run_dir.glob(f"*/{IDENTITY_FILE}") if path.parent.name not in used)
-
-
-def remove(where: str | Path, folders: list[Path]) -> None:
-    """Remove stage directories, and the names under `models/` that led to them. Raises InputError while a driver runs."""
+def describe_unused(where: str | Path) -> Iterator[str]:
+    """Lines that list the stage folders that the last run does not use. Raises InputError when there was no run."""
     run_dir = absolute(where)
+    folders = unused(run_dir, read_record(run_dir))
+    for folder in folders:
+        yield f"{folder.name}  {human_bytes(size_of(folder))}"
+    yield f"{len(folders)} directories not used by the last run; --yes removes them"
+
+
+def remove_unused(where: str | Path) -> Iterator[str]:
+    """Remove them, and the names under `models/` that led to them: a line for each that is gone.
+
+    Raises InputError when there was no run or a driver is at work, OSError for what cannot be removed.
+    """
+    run_dir = absolute(where)
+    read_record(run_dir)  # before a lock is made in what is no run directory
     with RunLock(run_dir):
+        record = read_record(run_dir)
+        folders = unused(run_dir, record)
         for folder in folders:
-            (folder / IDENTITY_FILE).unlink()  # first: what is half removed is no result any more
-            remove_tree(folder)
-        unpublish_lost(run_dir)
+            num_bytes = size_of(folder)
+            remove_stage_folder(run_dir, folder, MANIFESTS_DIR)
+            yield f"{folder.name}  {human_bytes(num_bytes)}  removed"
+        unpublish_lost(run_dir, keep=_top(run_dir / "models", record.model))
+    yield f"{len(folders)} directories removed"
+
+
+def unused(run_dir: Path, record: RunRecord) -> list[Path]:
+    """Folders that stages of other settings have made, but for those that the last run reads: its model may be a result of an
+    earlier run in the same run directory."""
+    texts = [record.config.calibration, record.config.evaluation]
+    inputs = [record.model, *(name for text in texts if text is not None for name in text.data)]
+    used = {*record.stage_dirs, *(_top(run_dir, name) for name in inputs)}
+    return [folder for folder in stage_folders(run_dir) if folder.name not in used]
+
+
+def _top(folder: Path, name: str) -> str | None:
+    """The entry of a folder that a path leads through; None if it leads elsewhere."""
+    if is_remote(folder):
+        inside = name.removeprefix(f"{folder}/")
+        return inside.partition("/")[0] if inside != name else None
+    path = Path(name).resolve()
+    return path.relative_to(folder).parts[0] if path != folder and path.is_relative_to(folder) else None
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder; hard links count each time."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files below a folder; hard links count each time, links not."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if not path.is_symlink() and path.is_file())

@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 
 from pipeline.names import StageName
+from pipeline.printing import show
 from stages.common.errors import InputError
-from stages.common.storage import failures
+from stages.common.storage import failures, is_outside
 
 if TYPE_CHECKING:
     from pipeline.config import Resources
@@ -96,14 +97,14 @@ def run(
     run_dir = result.report_path.parent
     console = _output()
     if result.report["models"]:
-        console.print(result_table(result.report))
+        show(console, result_table(result.report))
         for line in certainty_lines(result.report):
-            console.print(line, soft_wrap=True, highlight=False)
+            show(console, line)
         for warning in result.report["warnings"]:
             reporter.line(f"warning: {warning}")
-        console.print(f"report       {result.report_path}", soft_wrap=True, highlight=False)
-        console.print(f"checkpoints  {run_dir / 'models'}", soft_wrap=True, highlight=False)
-    console.print(f"{result.num_run} units run, {result.num_reused} reused, {result.elapsed_s:.1f} s", highlight=False)
+        show(console, f"report       {result.report_path}")
+        show(console, f"checkpoints  {run_dir / 'models'}")
+    show(console, f"{result.num_run} units run, {result.num_reused} reused, {result.elapsed_s:.1f} s")
 
 
 @app.command()
@@ -122,8 +123,8 @@ def batch(
     errors = Console(stderr=True)
     make_executor = _executor_maker(executor, address, config.resources, Reporter(errors))
     result = run_batch(config, make_executor, errors, RunOptions(verify))
-    _output().print(result.table)
-    _output().print(f"summary  {result.path}", soft_wrap=True, highlight=False)
+    show(_output(), result.table)
+    show(_output(), f"summary  {result.path}")
     if result.num_failed:
         raise typer.Exit(1)
 
@@ -134,16 +135,10 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only listed.")] = False,
 ) -> None:
     """List, and with --yes remove, what no setting of the last run uses."""
-    from pipeline.cleaning import remove, size_of, unused
-    from pipeline.table import human_bytes
+    from pipeline.cleaning import describe_unused, remove_unused
 
-    folders = unused(run_dir)
-    for folder in folders:
-        _output().print(f"{folder.name}  {human_bytes(size_of(folder))}", highlight=False, soft_wrap=True)
-    if yes:
-        remove(run_dir, folders)
-    verb = "removed" if yes else "not used by the last run; --yes removes them"
-    _output().print(f"{len(folders)} directories {verb}", highlight=False)
+    for line in remove_unused(run_dir) if yes else describe_unused(run_dir):
+        show(_output(), line)
 
 
 @app.command()
@@ -153,7 +148,7 @@ def plan(run_file: RunFile, settings: Settings = None) -> None:
     from pipeline.planning import describe_plan
 
     for item in describe_plan(load_config(run_file, settings or [])):
-        _output().print(item, highlight=False)
+        show(_output(), item)
 
 
 @app.command()
@@ -166,12 +161,11 @@ def inspect(
     from pipeline.inspecting import describe_model, inspect_model
 
     facts = inspect_model(model, revision)
-    console = Console(width=None if sys.stdout.isatty() else 160)
     if as_json:
-        console.print_json(data=facts)
+        _output().print_json(data=facts, ensure_ascii=True)
         return
     for item in describe_model(facts):
-        console.print(item, highlight=False, markup=False)
+        show(_output(), item)
 
 
 @app.command()
@@ -182,7 +176,7 @@ def status(
     from pipeline.status import describe_status
 
     for item in describe_status(run_dir):
-        _output().print(item, highlight=False)
+        show(_output(), item)
 
 
 def _on_terminate(signum: int, _frame: FrameType | None) -> NoReturn:
@@ -190,21 +184,27 @@ def _on_terminate(signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+
+    A fault of our own keeps its traceback, also where it is an OSError.
+    """
     from pipeline.errors import RunFailed
 
     signal.signal(signal.SIGTERM, _on_terminate)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    errors = Console(stderr=True)
     try:
         app()
     except InputError as e:
-        errors.print(f"error: {e}")
+        show(errors, f"error: {e}")
         sys.exit(2)
     except RunFailed as e:
-        errors.print(f"failed: {e}")
+        show(errors, f"failed: {e}")
         sys.exit(1)
     except failures() as e:
-        errors.print(f"failed: {e}\nWhat was finished is kept; mend this and the same command continues from there.")
+        if not is_outside(e):
+            raise
+        reason = " ".join(str(e).split())
+        show(errors, f"failed: {reason}; what was finished is kept: mend this and the same command continues from there")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,14 +1,20 @@
 """The run file: typed, frozen, checked once."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.printing import printable
+from pipeline.yaml_files import parse_yaml, read_yaml
 from stages.common.errors import InputError
 
+_MAX_BYTES = 1 << 63
+_MAX_DEPTH = 8
+_MAX_SHOWN = 200
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -18,7 +24,10 @@ def _parse_bytes(value: Any) -> Any:
         match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?b)?\s*", value.lower())
         if match is None:
             raise ValueError(f"{value!r} is not a size; write for example 8 GB")
-        return int(float(match[1]) * _UNITS[match[2] or ""])
+        num_bytes = float(match[1]) * _UNITS[match[2] or ""]
+        if num_bytes >= _MAX_BYTES:
+            raise ValueError(f"{value!r} is larger than any file or memory; write for example 8 GB")
+        return int(num_bytes)
     return value
 
 
@@ -179,11 +188,13 @@ class RunConfig(_Section):
     """Leave out to skip evaluation."""
     resources: Resources = Resources()
 
-    @field_validator("run_dir", "model")
+    @field_validator("run_dir", "model", "cache_dir")
     @classmethod
-    def _not_empty(cls, value: str) -> str:
-        if not value.strip():
+    def _is_a_path(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
             raise ValueError("must not be empty")
+        if value is not None and "\0" in value:
+            raise ValueError("must not hold the character NUL")
         return value
 
     @model_validator(mode="after")
@@ -200,17 +211,19 @@ class RunConfig(_Section):
 
     @property
     def model_name(self) -> str:
-        """Last part of the model's path or hub id."""
-        return Path(self.model.rstrip("/")).name
+        """Last part of the model's path or hub id; a link keeps its own name."""
+        path = Path(self.model)
+        return (path.resolve() if path.name == ".." else path.absolute()).name or "model"
 
 
-def located(error: ValidationError, path: Path) -> str:
-    """One line that names the file and every key that is wrong, with the value."""
+def problems(error: ValidationError) -> str:
+    """One line that names every key that is wrong, with the value."""
     lines = []
     for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "constrained-")))
+        parts = [str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "constrained-"))]
+        place = printable(".".join(parts))
         given = problem["input"]
-        shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+        shown = f" (it is {_shortened(given)})" if isinstance(given, str | int | float | bool) or given is None else ""
         if problem["type"] == "extra_forbidden":
             lines.append(f"{place} is not a setting")
         elif problem["type"] == "missing":
@@ -218,7 +231,12 @@ def located(error: ValidationError, path: Path) -> str:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{place}: {message}{shown}" if place else message)
-    return f"{path}: " + "; ".join(dict.fromkeys(lines))
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def apply_setting(values: dict[str, Any], setting: str) -> None:
@@ -226,33 +244,36 @@ def apply_setting(values: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals or not key:
         raise InputError(f"--set {setting}: write KEY=VALUE, for example --set clustering.linkage=single")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise InputError(f"--set {setting}: the value is not YAML: {e}") from e
+    set_value(values, key, parse_yaml(text, f"the value of --set {setting}"), f"--set {setting}")
+
+
+def set_value(values: dict[str, Any], key: str, value: Any, place: str) -> None:
+    """Put a value at a dotted key. Raises InputError, naming the place, for a key that cannot be one."""
     *parents, last = key.split(".")
+    if not all((*parents, last)) or len(parents) > _MAX_DEPTH:
+        raise InputError(f"{place}: {key} is no setting; write names with a dot between them, such as clustering.linkage")
     section = values
     for name in parents:
         nested = section.setdefault(name, {})
         if not isinstance(nested, dict):
-            raise InputError(f"--set {setting}: {name} is not a section")
+            raise InputError(f"{place}: {name} is not a section")
         section = nested
     section[last] = value
 
 
-def load_config(path: Path, settings: list[str]) -> RunConfig:
-    """Read a run file and apply `--set` on top. Raises InputError naming the file, the key and what is allowed."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"run file {path} cannot be read: {e.strerror}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f"run file {path} is not YAML: {e}") from e
+def load_config(path: Path, settings: Sequence[str], values_on_top: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
+    """Read a run file and apply `--set`, and values by their dotted keys, on top.
+
+    Raises InputError naming the file, the key and what is allowed.
+    """
+    values = read_yaml(path, "run file")
     if not isinstance(values, dict):
         raise InputError(f"run file {path} must hold keys and values; see examples/tiny-mixtral.yaml")
     for setting in settings:
         apply_setting(values, setting)
+    for key, value in values_on_top.items():
+        set_value(values, key, value, f"set of {path}")
     try:
         return RunConfig.model_validate(values)
     except ValidationError as e:
-        raise InputError(located(e, path)) from e
+        raise InputError(f"{path}: {problems(e)}") from e

@@ -4,20 +4,25 @@ An object cannot be appended to: on object storage the log is a folder `events/`
 """
 
 import json
+import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.common.files import write_bytes
 from stages.common.storage import is_remote
+from stages.common.untrusted import check_regular, read_small
 
 EVENTS_FILE = "events.jsonl"
 EVENTS_DIR = "events"
 FLUSH_S = 2.0
 PART_CHARACTERS = 1 << 18
+_MAX_LINE_BYTES = 1 << 20
 RUN_BEGINS, RUN_ENDS, STAGE_BEGINS = "run begins", "run ends", "stage begins"
 STARTED, SEALED, LOST, FAILED = "started", "sealed", "lost", "failed"
 
@@ -40,7 +45,7 @@ class EventLog:
         if self._parts is not None:
             self._parts.append(line, is_urgent=event in (RUN_BEGINS, RUN_ENDS))
             return
-        with open(self._path, "a", encoding="utf-8") as out:
+        with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as out:
             out.write(line)
 
 
@@ -73,9 +78,23 @@ class _Parts:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-            write_bytes(self._folder / self._name, "".join(self._lines).encode())
+            write_bytes(self._folder / self._name, "".join(self._lines).encode(errors="backslashreplace"))
             if sum(map(len, self._lines)) > PART_CHARACTERS:
                 self._name, self._lines = self._new_name(), []
+
+
+class Event(BaseModel):
+    """One event as it is read again; what a kind of event does not have is empty."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    time: Annotated[float, Field(ge=0, le=1e11)]
+    event: str
+    unit: str = ""
+    stage: str = ""
+    num_reused: int = 0
+    host: str = ""
+    message: str = ""
 
 
 @dataclass
@@ -83,47 +102,61 @@ class LastRun:
     """What the log knows of the last run, units by their path in the run directory.
 
     running: when they were started (seconds since 1970). failed: their last event. reused: units by stage. num_lost: how often
-    a unit had to be tried again. is_over: whether the driver has ended as it should.
+    a unit had to be tried again. is_over: whether the driver has ended as it should. num_unreadable: lines of the whole log
+    that are no events, such as one that a killed driver has left half written.
     """
 
     running: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    failed: dict[str, Event] = field(default_factory=dict)
     reused: dict[str, int] = field(default_factory=dict)
     num_lost: int = 0
     is_over: bool = False
+    num_unreadable: int = 0
 
 
-def _events(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """All events; a line that a killed driver has left half written is passed over."""
-    paths = sorted((run_dir / EVENTS_DIR).glob("*.jsonl"), key=str) if is_remote(run_dir) else [run_dir / EVENTS_FILE]
-    for path in paths:
+def _lines(run_dir: Path) -> Iterator[bytes]:
+    """All lines of the log, cut where they are longer than any event. Raises InputError if the log is no regular file."""
+    if is_remote(run_dir):
+        for path in sorted((run_dir / EVENTS_DIR).glob("*.jsonl"), key=str):
+            yield from read_small(path).splitlines()
+        return
+    path = run_dir / EVENTS_FILE
+    try:
+        check_regular(path)
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as lines:
+            while line := lines.readline(_MAX_LINE_BYTES):
+                yield line
+    except FileNotFoundError:
+        return
+
+
+def _events(run_dir: Path) -> Iterator[Event | None]:
+    """All events; None for a line that is none."""
+    for line in _lines(run_dir):
         try:
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError:
-                        continue
-        except FileNotFoundError:
-            return
+            yield Event.model_validate_json(line)
+        except ValidationError:
+            yield None
 
 
 def last_run(run_dir: Path) -> LastRun:
     """What the log tells of the last run; nothing if there was none."""
-    found = LastRun()
+    found, num_unreadable = LastRun(), 0
     for event in _events(run_dir):
-        kind = event["event"]
-        if kind == RUN_BEGINS:
+        if event is None:
+            num_unreadable += 1
+        elif event.event == RUN_BEGINS:
             found = LastRun()
-        elif kind == RUN_ENDS:
+        elif event.event == RUN_ENDS:
             found.is_over = True
-        elif kind == STAGE_BEGINS:
-            found.reused[event["stage"]] = event["num_reused"]
-        elif kind == STARTED:
-            found.running[event["unit"]] = event["time"]
+        elif event.event == STAGE_BEGINS:
+            found.reused[event.stage] = event.num_reused
+        elif event.event == STARTED:
+            found.running[event.unit] = event.time
         else:
-            found.running.pop(event["unit"], None)
-            found.num_lost += kind == LOST
-            if kind == FAILED:
-                found.failed[event["unit"]] = event
+            found.running.pop(event.unit, None)
+            found.num_lost += event.event == LOST
+            if event.event == FAILED:
+                found.failed[event.unit] = event
+    found.num_unreadable = num_unreadable
     return found

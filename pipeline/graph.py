@@ -1,5 +1,6 @@
 """The units of each stage of a run. Stages run one after another; a stage's units are known once the one before is sealed."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import cached_property
@@ -9,11 +10,13 @@ from typing import Any
 
 from pipeline.config import RunConfig, TextData
 from pipeline.manifest import read_manifest
-from pipeline.partition import LayerRange, held_bytes, layer_shards
+from pipeline.partition import LayerRange, held_bytes, layer_shards, read_partition
 from pipeline.stage_keys import StageRun, Stages, TargetRun
 from pipeline.units import Hold, Unit
 from stages.common import paths
+from stages.common.errors import InputError
 from stages.common.files import write_json
+from stages.common.untrusted import read_small
 from stages.merge.layout import output_files, read_tensor_rows
 
 PARTITION_FILE = "partition.json"
@@ -39,8 +42,15 @@ class Graph:
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        """The survey's `plan.json`."""
-        return json.loads((self.run_dir / self.stages.survey.dir / paths.PLAN_FILE).read_text())  # type: ignore[no-any-return]
+        """The survey's `plan.json`. Raises InputError unless it is the file that the survey has sealed."""
+        relative = f"{self.stages.survey.dir}/{paths.PLAN_FILE}"
+        path = self.run_dir / relative
+        manifest = read_manifest(self._survey_unit())
+        sealed = manifest.files.get(relative) if manifest is not None else None
+        content = read_small(path) if path.exists() else b""
+        if sealed is None or hashlib.sha256(content).hexdigest() != sealed.sha256:
+            raise InputError(f"{path} is not what the survey wrote; run again with --from prepare")
+        return json.loads(content)  # type: ignore[no-any-return]
 
     def units(self, stage: str) -> list[Unit]:
         """All units of a stage, done or not, in the order in which one worker would run them."""
@@ -54,12 +64,15 @@ class Graph:
 
     def _prepare(self) -> list[Unit]:
         units = [
-            self._unit(self.stages.survey, "survey", "survey_unit", {"model": str(self.model)}, "checkpoint"),
+            self._survey_unit(),
             self._tokens_unit(self.stages.calibration, "calibration", self.config.calibration),
         ]
         if self.stages.evaluation and self.config.evaluation:
             units.append(self._tokens_unit(self.stages.evaluation, "evaluation", self.config.evaluation))
         return units
+
+    def _survey_unit(self) -> Unit:
+        return self._unit(self.stages.survey, "survey", "survey_unit", {"model": str(self.model)}, "checkpoint")
 
     def _tokens_unit(self, stage: StageRun, place: str, data: TextData) -> Unit:
         args = {
@@ -75,10 +88,9 @@ class Graph:
         """The layer shards of a stage. Kept in its directory: a rerun on another number of workers resumes the same units."""
         path = self.run_dir / stage.dir / PARTITION_FILE
         asked = self.config.resources.model_dump(include={"worker_memory", "layers_per_shard"})
-        if path.exists():
-            kept = json.loads(path.read_text())
-            if kept["asked"] == asked:
-                return [(first, stop) for first, stop in kept["layer_shards"]]
+        kept = read_partition(path, self.plan["num_layers"])
+        if kept is not None and kept.asked == asked:
+            return kept.layer_shards
         shards = layer_shards(self.plan, data, self.config.resources, self.num_workers or 1)
         if self.num_workers is not None:
             write_json(path, {"asked": asked, "layer_shards": shards})
@@ -248,7 +260,7 @@ class Graph:
         for unit in self._merged[target.name]:
             manifest = read_manifest(unit)
             assert manifest is not None, unit.id
-            files |= {Path(path).name: recorded["sha256"] for path, recorded in manifest.files.items()}
+            files |= {Path(path).name: recorded.sha256 for path, recorded in manifest.files.items()}
         args = {
             "model": str(self.model),
             "merge_dir": target.merge.dir,

@@ -35,8 +35,16 @@ def is_hub_name(model: str) -> bool:
 
 
 def model_folder(model: str) -> Path:
-    """The folder that a model names, here or on object storage; whether it is there is seen when it is read."""
-    return as_path(model) if is_url(model) else Path(model).expanduser()
+    """The folder that a model names, here or on object storage; whether it is there is seen when it is read.
+
+    Raises InputError for the home of an unknown user.
+    """
+    if is_url(model):
+        return as_path(model)
+    try:
+        return Path(model).expanduser()
+    except RuntimeError as e:
+        raise InputError(f"model: {model} names no folder: {e}") from e
 
 
 def resolve_model(model: str, revision: str | None, cache_dir: Path) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.hub import headers_of
+from pipeline.printing import add_row
 from pipeline.table import human_bytes, weights_lines
 from pipeline.worker import resolve
 
@@ -37,7 +38,7 @@ def describe_model(facts: Mapping[str, Any]) -> Iterator[Table | str]:
     yield from weights_lines(facts)
     roles = Table("part", "bytes", title=None)
     for part, size in facts["bytes_by_role"].items():
-        roles.add_row(part, human_bytes(size))
+        add_row(roles, (part, human_bytes(size)))
     yield roles
     targets = Table("experts a layer", "tied", "stock", title=None)
     for target in facts["targets"]:

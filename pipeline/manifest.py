@@ -1,29 +1,41 @@
 """Manifests: the seal of a unit, written last, by whoever ran it. Whether work is done is read from here only."""
 
-import json
 import os
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.units import Unit
+from stages.common.errors import InputError
 from stages.common.files import WrittenFile, sha256_of, write_json
 from stages.common.storage import as_path
 from stages.common.unit import UnitResult
+from stages.common.untrusted import check_regular, read_small
 
 MANIFESTS_DIR = "manifests"
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """A sealed unit: what it wrote (paths relative to the run directory, size, digest), its facts, and by whom and when."""
+class FileRecord:
+    """Size and digest of a file, as its seal has them."""
 
-    files: Mapping[str, Mapping[str, Any]]
-    transient: Mapping[str, Mapping[str, Any]]
-    facts: Mapping[str, Any]
+    bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A sealed unit: its stage directory and name, what it wrote (paths relative to the run directory, size, digest), its
+    facts, and by whom and when."""
+
+    unit: str
+    files: dict[str, FileRecord]
+    transient: dict[str, FileRecord]
+    facts: dict[str, Any]
     host: str
     started: float
     elapsed_s: float
@@ -37,13 +49,21 @@ class Manifest:
         return path in self.transient and _is_whole(as_path(unit.run_dir) / path, self.transient[path], verify)
 
 
-def _is_whole(path: Path, recorded: Mapping[str, Any], verify: bool) -> bool:
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def _name(unit: Unit) -> str:
+    return f"{unit.stage_dir}/{unit.name}"
+
+
+def _is_whole(path: Path, recorded: FileRecord, verify: bool) -> bool:
     try:
-        if path.stat().st_size != recorded["bytes"]:
+        check_regular(path)
+        if path.stat().st_size != recorded.bytes:
             return False
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no regular file, or a path that cannot be one
         return False
-    return not verify or sha256_of(path) == recorded["sha256"]
+    return not verify or sha256_of(path) == recorded.sha256
 
 
 def manifest_path(unit: Unit) -> Path:
@@ -59,7 +79,7 @@ def seal(unit: Unit, result: UnitResult, started: float) -> None:
     """Write a unit's manifest."""
     run_dir = as_path(unit.run_dir)
     manifest = {
-        "unit": f"{unit.stage_dir}/{unit.name}",
+        "unit": _name(unit),
         "files": _records(run_dir, result.files),
         "transient": _records(run_dir, result.transient),
         "facts": dict(result.facts),
@@ -74,9 +94,7 @@ def seal(unit: Unit, result: UnitResult, started: float) -> None:
 def read_manifest(unit: Unit) -> Manifest | None:
     """A unit's manifest, or None if it is not sealed. A damaged manifest (they are written whole) seals nothing."""
     try:
-        value = json.loads(manifest_path(unit).read_text())
-        return Manifest(
-            **{key: value[key] for key in ("files", "transient", "facts", "host", "started", "elapsed_s")},
-        )
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        manifest = _MANIFEST.validate_json(read_small(manifest_path(unit)))
+    except (FileNotFoundError, NotADirectoryError, InputError, ValidationError):
         return None
+    return manifest if manifest.unit == _name(unit) else None

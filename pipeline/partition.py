@@ -1,9 +1,16 @@
 """Cutting a model to layer shards: what a worker holds at once. The cut changes who computes, never what is computed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from pipeline.config import Resources, TextData
+from stages.common.errors import InputError
+from stages.common.untrusted import read_small
 
 LayerRange = tuple[int, int]
 
@@ -49,3 +56,26 @@ def layer_shards(
         shards.append((first, stop))
         first = stop
     return shards
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Layer shards as a stage keeps them, and the settings that they were made for."""
+
+    asked: dict[str, Any]
+    layer_shards: list[LayerRange]
+
+
+_PARTITION = TypeAdapter(Partition)
+
+
+def read_partition(path: Path, num_layers: int) -> Partition | None:
+    """A kept partition; None if there is none that can be read and covers every layer once: it is then made anew."""
+    try:
+        kept = _PARTITION.validate_json(read_small(path))
+    except (FileNotFoundError, InputError, ValidationError):
+        return None
+    ends = [0, *(stop for _, stop in kept.layer_shards)]
+    firsts = [first for first, _ in kept.layer_shards]
+    is_whole = firsts == ends[:-1] and ends[-1] == num_layers and all(first < stop for first, stop in pairwise(ends))
+    return kept if is_whole else None

@@ -10,6 +10,7 @@ from pipeline.graph import tokens_args
 from pipeline.hub import headers_of
 from pipeline.partition import held_bytes, layer_shards
 from pipeline.preflight import check, check_layers, check_mtp
+from pipeline.printing import add_row
 from pipeline.stage_keys import Stages
 from pipeline.table import human_bytes, weights_lines
 from pipeline.worker import resolve
@@ -58,7 +59,7 @@ def _describe(config: RunConfig, folder: Path) -> Iterator[Table | str]:
         num_files += len(files)
         num_bytes = sum(file.num_bytes for file in files)
         written += num_bytes
-        targets.add_row(target.name, str(target.num_experts), str(len(files)), human_bytes(num_bytes))
+        add_row(targets, (target.name, target.num_experts, len(files), human_bytes(num_bytes)))
     yield targets
 
     calibration = layer_shards(plan, config.calibration, config.resources, num_workers)

@@ -5,6 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pipeline.printing import printable, show
 from pipeline.units import Outcome, Unit
 
 
@@ -26,7 +27,7 @@ class Reporter:
         if self.console.is_terminal and not self._prefix:
             self._bars = Progress(
                 TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("{task.fields[unit]}"), console=self.console,
+                TextColumn("{task.fields[unit]}", markup=False), console=self.console,
             )  # fmt: skip
             self._bar = self._bars.add_task(stage, total=num_units, unit=reused.lstrip(", "))
             self._bars.start()
@@ -37,7 +38,7 @@ class Reporter:
         """A unit is sealed."""
         self._num_done += 1
         if self._bars is not None and self._bar is not None:
-            self._bars.update(self._bar, advance=1, unit=unit.label)
+            self._bars.update(self._bar, advance=1, unit=printable(unit.label))
             return
         tokens = f"{outcome.facts['num_tokens']:,} tokens, " if "num_tokens" in outcome.facts else ""
         self.line(
@@ -57,5 +58,5 @@ class Reporter:
         self._num_units = 0
 
     def line(self, text: str) -> None:
-        """One line for a log."""
-        self.console.print(self._prefix + text, highlight=False, markup=False, soft_wrap=True)
+        """A message for a log; lines after its first are indented."""
+        show(self.console, self._prefix + text)

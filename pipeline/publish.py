@@ -2,13 +2,17 @@
 
 import os
 import uuid
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from pipeline.owned import is_stage_dir, is_unlinked_folder
 from stages.common.checkpoint import CONFIG_FILE
 from stages.common.files import copy_file, link_or_copy, write_bytes
+from stages.common.paths import CHECKPOINT_DIR
 from stages.common.storage import is_remote, remove_tree
+from stages.common.untrusted import read_small
 
 MODELS_DIR = "models"
+_MAX_NAME_BYTES = 1 << 12
 PUBLISHED_FILE = ".published"
 """On object storage: names the folder that a published one is a copy of; written last."""
 
@@ -48,20 +52,29 @@ def _publish_copy(published: Path, folder: Path) -> None:
 def _published_from(published: Path) -> str | None:
     """Stage directory of the folder that a published one is a whole copy of."""
     try:
-        return (published / PUBLISHED_FILE).read_text()
+        return read_small(published / PUBLISHED_FILE, _MAX_NAME_BYTES).decode(errors="replace")
     except FileNotFoundError:
         return None
 
 
-def unpublish_lost(run_dir: Path) -> None:
-    """Remove the names under `models/` whose folders are gone."""
-    for path in (run_dir / MODELS_DIR).glob("*"):
-        if is_remote(run_dir):
-            source = _published_from(path)
-            if source is None or not (run_dir / source).exists():
+def unpublish_lost(run_dir: Path, keep: str | None = None) -> None:
+    """Remove the names under `models/` that led to stage folders of this run directory that are gone. keep: a name to leave."""
+    models = run_dir / MODELS_DIR
+    if not is_unlinked_folder(models):
+        return
+    for path in models.iterdir():
+        source = _published_from(path) if is_remote(run_dir) else _linked_from(path)
+        if source is not None and is_stage_dir(source) and not (run_dir / source).exists() and path.name != keep:
+            if is_remote(run_dir):
                 remove_tree(path)
-        elif path.is_symlink() and not path.exists():
-            path.unlink()
+            else:
+                path.unlink()
+
+
+def _linked_from(link: Path) -> str | None:
+    """Stage directory that a link under `models/` leads to; None for what is no link of that kind."""
+    parts = PurePosixPath(os.readlink(link)).parts if link.is_symlink() else ()
+    return parts[1] if len(parts) == 3 and parts[0] == ".." and parts[2] == CHECKPOINT_DIR else None
 
 
 def publish_report(run_dir: Path, report: Path) -> Path:

@@ -14,8 +14,11 @@ from pipeline.events import FAILED, LOST, RUN_BEGINS, RUN_ENDS, SEALED, STAGE_BE
 from pipeline.graph import Graph
 from pipeline.manifest import MANIFESTS_DIR
 from pipeline.names import STAGES
+from pipeline.owned import IDENTITY_FILE, recorded_key
 from pipeline.progress import Reporter
 from pipeline.publish import publish_model, publish_report
+from pipeline.record import write_record
+from pipeline.run_dir import check_run_dir
 from pipeline.selection import delete, leftovers, select, sweep
 from pipeline.stage_keys import Stages
 from pipeline.table import human_bytes, weights_lines
@@ -24,9 +27,6 @@ from stages.common.errors import InputError
 from stages.common.files import write_json
 from stages.common.paths import REPORT_FILE, TRANSIENT_DIRS
 from stages.common.storage import absolute
-
-RUN_FILE = "run.json"
-IDENTITY_FILE = "identity.json"
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,17 @@ class RunResult:
 
 
 class RunState:
-    """A run in progress. `checked` is what `preflight.check` returned for its config."""
+    """A run in progress. `checked` is what `preflight.check` returned for its config.
+
+    Raises InputError or RunFailed for a run directory that it cannot work in.
+    """
 
     def __init__(self, config: RunConfig, checked: preflight.Checked, reporter: Reporter, options: RunOptions) -> None:
         self.config, self.options, self._reporter = config, options, reporter
         self.run_dir = absolute(config.run_dir)
         self.stages = Stages(config, checked.identities)
         self.model, self._identities = checked.model, checked.identities
+        check_run_dir(self.run_dir, self.model, self.stages)
         self.failures: list[UnitFailure] = []
         self._refusal: InputError | None = None
         self.is_active = True
@@ -84,13 +88,13 @@ class RunState:
         """The lock is held and the executor is up: record what is run, clear what killed workers have left."""
         self._started = time.monotonic()
         self._graph = Graph(self.config, self.stages, self.run_dir, self.model, num_workers)
+        stage_dirs = [stage.dir for stage in self.stages.all()]
+        sweep(self.run_dir, stage_dirs)
         for stage in self.stages.all():
-            path = self.run_dir / stage.dir / IDENTITY_FILE
-            if not path.exists():
-                write_json(path, stage.identity)
-        recorded = {"config": self.config.model_dump(mode="json"), "model": str(self.model), "identities": self._identities}
-        write_json(self.run_dir / RUN_FILE, recorded)
-        sweep(self.run_dir, [stage.dir for stage in self.stages.all()])
+            folder = self.run_dir / stage.dir
+            if recorded_key(folder) != stage.key:
+                write_json(folder / IDENTITY_FILE, stage.identity)
+        write_record(self.run_dir, self.config, self.model, self._identities, stage_dirs)
         self._forget_seals()
         self._events = EventLog(self.run_dir)
         self._events.write(RUN_BEGINS, num_workers=num_workers)

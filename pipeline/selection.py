@@ -1,9 +1,11 @@
 """Which units must run, read from manifests and files alone."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.manifest import read_manifest
+from pipeline.owned import check_unlinked, remove_file
 from pipeline.units import Unit
 from stages.common.files import TEMPORARY_PREFIX
 from stages.common.storage import is_remote, remove_tree
@@ -39,17 +41,23 @@ def leftovers(units: Sequence[Unit], selected: Sequence[Unit]) -> set[str]:
 
 
 def delete(run_dir: Path, paths: Iterable[str]) -> None:
-    """Delete transient files of a run."""
+    """Delete transient files of a run. Raises InputError for one that lies behind a link."""
     for path in paths:
-        (run_dir / path).unlink(missing_ok=True)
+        remove_file(run_dir, path)
 
 
 def sweep(run_dir: Path, stage_dirs: Iterable[str], folders: Sequence[str] = ()) -> None:
-    """Delete the temporary files that killed workers have left in the stages' directories, and these folders of them."""
+    """Delete the temporary files that killed workers have left in the stages' directories, and these folders of them.
+
+    Raises InputError for a stage's directory that is a link.
+    """
     for stage_dir in stage_dirs:
+        check_unlinked(run_dir, run_dir / stage_dir)
         for folder in folders:
             remove_tree(run_dir / stage_dir / folder)
         if is_remote(run_dir):
             continue  # an object is whole or not there
-        for path in (run_dir / stage_dir).rglob(f"{TEMPORARY_PREFIX}*"):
-            path.unlink(missing_ok=True)
+        for folder_name, _, names in os.walk(run_dir / stage_dir):  # follows no link
+            for name in names:
+                if name.startswith(TEMPORARY_PREFIX):
+                    Path(folder_name, name).unlink(missing_ok=True)

@@ -1,26 +1,25 @@
 """`status`: how far a run is, from its files alone."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.table import Table
 
-from pipeline.config import RunConfig
-from pipeline.events import LastRun, last_run
+from pipeline.events import EVENTS_FILE, LastRun, last_run
 from pipeline.graph import Graph
 from pipeline.identity import differences
 from pipeline.lock import describe_holder
 from pipeline.manifest import read_manifest
 from pipeline.names import STAGES
-from pipeline.run_state import IDENTITY_FILE, RUN_FILE
+from pipeline.owned import IDENTITY_FILE, read_identity, stage_folders
+from pipeline.printing import add_row
+from pipeline.record import read_record
 from pipeline.selection import select
 from pipeline.stage_keys import StageRun, Stages
 from pipeline.table import human_bytes
 from stages.common.errors import InputError
-from stages.common.storage import absolute, as_path, check_readable
-from stages.common.untrusted import read_json
+from stages.common.storage import absolute, as_path
 
 _MAX_LISTED = 20
 
@@ -28,43 +27,47 @@ _MAX_LISTED = 20
 def load_graph(where: str | Path) -> Graph:
     """The graph of the last run in a run directory, to look at. Raises InputError when there was none."""
     run_dir = absolute(where)
-    check_readable(run_dir)
-    if not (run_dir / RUN_FILE).exists():
-        raise InputError(f"{run_dir} is not a run directory: it has no {RUN_FILE}; give the run_dir of a run file")
-    recorded = read_json(run_dir / RUN_FILE)
-    config = RunConfig.model_validate(recorded["config"])
-    return Graph(config, Stages(config, recorded["identities"]), run_dir, as_path(recorded["model"]), num_workers=None)
+    record = read_record(run_dir)
+    stages = Stages(record.config, record.identities)
+    return Graph(record.config, stages, run_dir, as_path(record.model), num_workers=None)
 
 
 def describe_status(run_dir: str | Path) -> Iterator[Table | str]:
     """Lines and tables for the terminal."""
     graph = load_graph(run_dir)
     yield describe_holder(graph.run_dir)
-    last = last_run(graph.run_dir)
+    try:
+        last = last_run(graph.run_dir)
+    except InputError as e:
+        yield f"{e}; what ran is not known"
+        last = LastRun()
     table = Table("stage", "units", "sealed", "reused", "to run", "bytes", "unit seconds", title=None)
     waits_for = ""
     for stage in STAGES:
         if waits_for:
-            table.add_row(stage, "?", "", "", f"after {waits_for}", "", "")
+            add_row(table, (stage, "?", "", "", f"after {waits_for}", "", ""))
             continue
         units = graph.units(stage)
         to_run = select(units, verify=False)
         manifests = [manifest for unit in units if (manifest := read_manifest(unit)) is not None]
-        num_bytes = sum(recorded["bytes"] for manifest in manifests for recorded in manifest.files.values())
+        num_bytes = sum(recorded.bytes for manifest in manifests for recorded in manifest.files.values())
         seconds = sum(manifest.elapsed_s for manifest in manifests)
         counts = (len(units), len(manifests), last.reused.get(stage, 0), len(to_run))
-        table.add_row(stage, *map(str, counts), human_bytes(num_bytes), f"{seconds:.1f}")
+        add_row(table, (stage, *counts, human_bytes(num_bytes), f"{seconds:.1f}"))
         if to_run:
             waits_for = stage
     yield table
     yield from _running(last)
     for unit, event in list(last.failed.items())[:_MAX_LISTED]:
-        where = f" on {event['host']}" if event.get("host") else ""
-        yield f"failed{where} at {_clock(event['time'])}: {unit}: {event.get('message', 'no cause is recorded')}"
+        where = f" on {event.host}" if event.host else ""
+        yield f"failed{where} at {_clock(event.time)}: {unit}: {event.message or 'no cause is recorded'}"
     if len(last.failed) > _MAX_LISTED:
         yield f"failed: {len(last.failed) - _MAX_LISTED} more, in events.jsonl"
     if last.num_lost:
         yield f"units given to another worker in the last run: {last.num_lost}"
+    if last.num_unreadable:
+        lines = "1 line" if last.num_unreadable == 1 else f"{last.num_unreadable} lines"
+        yield f"{lines} of {EVENTS_FILE} cannot be read"
     yield from _reasons(graph)
 
 
@@ -90,15 +93,12 @@ def _reasons(graph: Graph) -> Iterator[str]:
         if any((graph.run_dir / stage.dir / "manifests").rglob("*.json")):
             continue
         older = _newest_other(graph.run_dir, stage)
-        if older is not None:
-            changes = "; ".join(differences(json.loads((older / IDENTITY_FILE).read_text()), stage.identity))
+        identity = read_identity(older) if older is not None else None
+        if older is not None and identity is not None:
+            changes = "; ".join(differences(identity, stage.identity))
             yield f"{stage.name} is not reused from {older.name}: {changes}"
 
 
 def _newest_other(run_dir: Path, stage: StageRun) -> Path | None:
-    others = [
-        path
-        for path in run_dir.glob(f"{stage.name}-*")
-        if path.name != stage.dir and path.name.rsplit("-", 1)[0] == stage.name and (path / IDENTITY_FILE).exists()
-    ]
+    others = [path for path in stage_folders(run_dir) if path.name != stage.dir and path.name.rsplit("-", 1)[0] == stage.name]
     return max(others, key=lambda path: (path / IDENTITY_FILE).stat().st_mtime, default=None)

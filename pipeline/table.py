@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from pipeline.printing import add_row
+
 
 def human_bytes(num_bytes: float) -> str:
     """Bytes in decimal units with three digits."""
@@ -35,7 +37,7 @@ def result_table(report: Mapping[str, Any]) -> Table:
     for model in report["models"]:
         count = model["num_experts"]
         experts = str(count) if isinstance(count, int) else f"{min(count)}-{max(count)}"
-        table.add_row(model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity_text(model))
+        add_row(table, (model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity_text(model)))
     return table
 
 

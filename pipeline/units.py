@@ -53,9 +53,9 @@ class Unit:
 class Failure:
     """Why a unit did not finish.
 
-    kind: "input" (the user's to mend), "error" (ours or the machine's; `detail` holds the traceback), "lost" (its worker
-    died or hung; tried again), "node" (its whole node died; tried again, and not held against the unit), "memory" (killed for
-    memory; tried again alone).
+    kind: "input" (the user's to mend), "outside" (what a file system or a store refuses), "error" (ours; `detail` holds the
+    traceback), "lost" (its worker died or hung; tried again), "node" (its whole node died; tried again, and not held against
+    the unit), "memory" (killed for memory; tried again alone).
     """
 
     kind: str

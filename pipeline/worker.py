@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from pipeline.manifest import seal
 from pipeline.units import Failure, Hold, Outcome, Unit
 from stages.common.errors import InputError
-from stages.common.storage import as_path
+from stages.common.storage import as_path, is_outside
 from stages.common.unit import Job
 
 
@@ -96,6 +96,9 @@ class Worker:
         except InputError as e:
             failure = Failure("input", str(e))
         except Exception as e:  # nothing is swallowed: the driver reports it with its traceback and ends the run
-            kind = "memory" if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" else "error"
-            failure = Failure(kind, f"{type(e).__name__}: {e}", traceback.format_exc())
+            kind = "outside" if is_outside(e) else "error"
+            if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+                kind = "memory"
+            message = str(e) if kind == "outside" else f"{type(e).__name__}: {e}"
+            failure = Failure(kind, message, traceback.format_exc())
         return Outcome(socket.gethostname(), time.time() - started, facts, failure, bytes_read, bytes_written)

@@ -95,7 +95,9 @@ def _temporary(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
     try:
         yield temporary
-    except BaseException:
+    except BaseException as e:
+        if isinstance(e, OSError) and e.errno is not None and e.filename is None:  # a write knows no name
+            e.filename = str(path)
         temporary.unlink(missing_ok=True)
         raise
 

@@ -6,6 +6,7 @@ this module and in `files.py`, everything else is written once.
 """
 
 import contextlib
+import errno
 import shutil
 import sys
 import tempfile
@@ -82,6 +83,23 @@ def failures() -> tuple[type[Exception], ...]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     return (OSError, BotoCoreError, ClientError)
+
+
+_OUTSIDE = {
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG,
+    errno.ENFILE, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
+    errno.ESTALE,
+}  # fmt: skip
+
+
+def is_outside(error: BaseException) -> bool:
+    """Whether a failure is none of ours: the store's answer, or what a file system says of a file that the error names
+    (permissions, a full disk, a missing path)."""
+    if not isinstance(error, failures()):
+        return False
+    if isinstance(error, OSError) and not isinstance(error.__cause__, failures()):
+        return error.errno in _OUTSIDE and error.filename is not None
+    return True
 
 
 @contextlib.contextmanager
@@ -200,10 +218,15 @@ def read_ranges_into(path: Path, begin: int, view: memoryview) -> None:
             view[start:end] = piece
 
 
-def remove_tree(folder: Path) -> None:
-    """Remove a folder and what is in it; one that is not there is fine."""
+def remove_tree(folder: Path, is_strict: bool = False) -> None:
+    """Remove a folder and what is in it; one that is not there is fine. No link is followed.
+
+    is_strict: raise OSError if anything stays. Otherwise what cannot be removed (a worker that was given up may still write
+    to it) stays.
+    """
     if not is_remote(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder, ignore_errors=not is_strict)
         return
     system, name = file_system(folder)
     with contextlib.suppress(FileNotFoundError):

@@ -1,0 +1,42 @@
+"""Text at the edge to a terminal or a log: names, messages and paths may come from anybody.
+
+Control characters and terminal escapes, direction marks and the like are shown as Python writes them (`\\x1b`), and rich never
+sees such text as markup or emoji codes.
+"""
+
+import unicodedata
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_INDENT = "  "
+
+
+def printable(text: object) -> str:
+    """One line: every character that is not one to see is escaped, line breaks too."""
+    return "".join(one if _is_seen(one) else one.encode("unicode_escape").decode() for one in str(text))
+
+
+def _is_seen(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"
+
+
+def printable_lines(text: object) -> str:
+    """The same for a message that may have several lines. All but the first are indented: none of them passes for another
+    message, whatever name stands in it."""
+    return f"\n{_INDENT}".join(printable(line) for line in str(text).split("\n"))
+
+
+def add_row(table: Table, cells: Iterable[object]) -> None:
+    """Add a row of plain text to a table."""
+    table.add_row(*(Text(printable(cell)) for cell in cells))
+
+
+def show(console: Console, item: Table | object) -> None:
+    """Print a table, or a text as it is: unwrapped and without colours."""
+    if isinstance(item, Table):
+        console.print(item, highlight=False)
+    else:
+        console.print(Text(printable_lines(item)), highlight=False, soft_wrap=True)
