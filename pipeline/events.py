@@ -40,13 +40,18 @@ class EventLog:
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with the time in seconds since 1970; fields that are None are left out."""
         record = {"time": round(time.time(), 3), "event": event}
-        record |= {name: value for name, value in fields.items() if value is not None}
+        record |= {name: _encodable(value) for name, value in fields.items() if value is not None}
         line = json.dumps(record, ensure_ascii=False) + "\n"
         if self._parts is not None:
             self._parts.append(line, is_urgent=event in (RUN_BEGINS, RUN_ENDS))
             return
-        with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as out:
+        with open(self._path, "a", encoding="utf-8") as out:
             out.write(line)
+
+
+def _encodable(value: Any) -> Any:
+    """Names of files may hold what is no text (lone surrogates), which no JSON reader takes."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 class _Parts:
@@ -78,7 +83,7 @@ class _Parts:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-            write_bytes(self._folder / self._name, "".join(self._lines).encode(errors="backslashreplace"))
+            write_bytes(self._folder / self._name, "".join(self._lines).encode())
             if sum(map(len, self._lines)) > PART_CHARACTERS:
                 self._name, self._lines = self._new_name(), []
 
