@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipeline.printing import printable
 from pipeline.yaml_files import parse_yaml, read_yaml
 from stages.common.errors import InputError
+from stages.common.storage import absolute
 
 _MAX_BYTES = 1 << 63
 _MAX_DEPTH = 8
@@ -48,11 +49,12 @@ class TextData(_Section):
     """A text and what is drawn from it."""
 
     data: Names
-    """Files (.txt, .jsonl, .parquet; or token ids as .npy or .safetensors), or one dataset of the hub, `org/name[:split]`."""
+    """Files and folders of one kind (.txt, .json, .jsonl, also .gz, .bz2, .xz, .zst; .parquet; or token ids in one .npy or
+    .safetensors file), or one dataset of the hub, `org/name[:split]`. Every name is that file: no patterns."""
     text_field: str = "text"
-    """Column of jsonl, parquet or hub data that holds the text."""
+    """Column of JSON or Parquet that holds the text; no other is read."""
     revision: str | None = None
-    """Commit of a hub dataset."""
+    """Branch, tag or commit of a hub dataset."""
     num_sequences: Count = 32
     sequence_length: Annotated[int, Field(ge=2, strict=True)] = 2048
     """Tokens."""
@@ -177,7 +179,7 @@ class RunConfig(_Section):
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint, for its tokenizer only: the model's classes are always those of transformers."""
     cache_dir: str | None = None
-    """Where hub models are downloaded to, on storage that every node reaches. Default: `source` in `run_dir`."""
+    """Where what comes from the hub is downloaded to, on storage that every node reaches. Default: `source` in `run_dir`."""
     run_dir: str
     """Everything the run knows and writes; a folder on storage that every node reaches, or a URL of object storage."""
     calibration: Calibration
@@ -214,6 +216,17 @@ class RunConfig(_Section):
         """Last part of the model's path or hub id; a link keeps its own name."""
         path = Path(self.model)
         return (path.resolve() if path.name == ".." else path.absolute()).name or "model"
+
+
+def texts_of(config: RunConfig) -> dict[str, TextData]:
+    """The texts of a run, by the sections that name them."""
+    texts = {"calibration": config.calibration, "evaluation": config.evaluation}
+    return {place: data for place, data in texts.items() if data is not None}
+
+
+def hub_dir(config: RunConfig) -> Path:
+    """Where models and datasets of the hub are downloaded to."""
+    return absolute(config.cache_dir or absolute(config.run_dir) / "source")
 
 
 def problems(error: ValidationError) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.config import RunConfig, TextData
+from pipeline.config import RunConfig, TextData, hub_dir, texts_of
+from pipeline.hub_data import dataset_paths
 from pipeline.manifest import read_manifest
 from pipeline.partition import LayerRange, held_bytes, layer_shards, read_partition
 from pipeline.stage_keys import StageRun, Stages, TargetRun
@@ -22,11 +23,20 @@ from stages.merge.layout import output_files, read_tensor_rows
 PARTITION_FILE = "partition.json"
 
 
-def tokens_args(place: str, model: Path, data: TextData) -> dict[str, Any]:
-    """What `stages.prepare.stage.sequences` is given for a text."""
-    settings = data.model_dump(include={"text_field", "revision", "num_sequences", "sequence_length", "seed"})
-    files = [str(Path(name).resolve()) if Path(name).exists() else name for name in data.data]
-    return {**settings, "place": place, "model": str(model), "data": files}
+def tokens_args(config: RunConfig, place: str, model: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What `stages.prepare.stage.sequences` is given for a text. identity: of the text; it names the files of a dataset."""
+    data = texts_of(config)[place]
+    settings = data.model_dump(include={"text_field", "num_sequences", "sequence_length", "seed"})
+    files = [str(path) for name in data.data for path in _paths(config, name, identity)]
+    return {
+        **settings, "place": place, "model": str(model), "data": files, "trust_remote_code": config.trust_remote_code,
+    }  # fmt: skip
+
+
+def _paths(config: RunConfig, name: str, identity: Mapping[str, Any]) -> list[Path]:
+    if name in identity:
+        return dataset_paths(hub_dir(config), name.partition(":")[0], identity[name])
+    return [Path(name).expanduser().absolute()]
 
 
 class Graph:
@@ -76,8 +86,7 @@ class Graph:
 
     def _tokens_unit(self, stage: StageRun, place: str, data: TextData) -> Unit:
         args = {
-            **tokens_args(place, self.model, data),
-            "trust_remote_code": self.config.trust_remote_code,
+            **tokens_args(self.config, place, self.model, self.stages.identities[place]),
             "sequences_per_shard": data.sequences_per_shard,
         }
         return self._unit(stage, "tokens", "tokens_unit", args, f"{place} tokens")
@@ -277,6 +286,7 @@ class Graph:
         """What the model card states."""
         config, data = self.config, self.config.calibration
         clustering = config.clustering.model_dump(exclude={"num_experts"})
+        commit = self.stages.dataset_commit("calibration")
         return {
             "name": target.name,
             "source": config.model,
@@ -286,11 +296,11 @@ class Graph:
             "source_parameters": self.plan["num_parameters"],
             "source_bytes": self.plan["total_bytes"],
             "router": config.export.router,
-            "calibration": f"{data.num_sequences} sequences of {data.sequence_length} tokens of {', '.join(data.data)}, "
-            f"seed {data.seed}{_sampled(config)}",
+            "calibration": f"{data.num_sequences} sequences of {data.sequence_length} tokens of {', '.join(data.data)}"
+            f"{f' (revision {commit})' if commit else ''}, seed {data.seed}{_sampled(config)}",
             "clustering": ", ".join(f"{key} {value}" for key, value in clustering.items()),
             "merging": config.merging.method,
-            "settings": _settings(config, target),
+            "settings": _settings(config, target, commit),
         }
 
     def checkpoint_dir(self, target: TargetRun) -> Path:
@@ -355,9 +365,14 @@ def _layers(hold: Hold) -> LayerRange:
     return hold.args["first"], hold.args["stop"]
 
 
-def _settings(config: RunConfig, target: TargetRun) -> dict[str, Any]:
-    """The run file of one target alone: what the same command needs to make the same checkpoint."""
+def _settings(config: RunConfig, target: TargetRun, commit: str | None) -> dict[str, Any]:
+    """The run file of one target alone: what the same command needs to make the same checkpoint.
+
+    commit: of the calibration text, if it is a dataset of the hub.
+    """
     settings = config.model_dump(mode="json", exclude={"run_dir", "cache_dir", "resources", "evaluation"}, exclude_none=True)
     settings["clustering"]["num_experts"] = [target.num_experts]
     settings["export"]["formats"] = [target.format]
+    if commit:
+        settings["calibration"]["revision"] = commit
     return settings

@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.weights_identity import weights_identity
 from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from stages.common.errors import InputError
 from stages.common.files import sha256_of
-from stages.common.storage import is_url
+from stages.prepare.texts import TextFile, list_files
 
 KEY_LENGTH = 12
 
@@ -29,23 +28,16 @@ def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"files": {path.name: sha256_of(path) for path in small}, "weights": weights_identity(checkpoint)}
 
 
-def data_identity(data: tuple[str, ...], revision: str | None, place: str) -> dict[str, str]:
-    """Content of the files of a text, in their order, or name and revision of a hub dataset.
+def files_identity(data: Sequence[str], place: str) -> dict[str, str]:
+    """Content of the files of a text, in their order. Raises InputError for a file that is missing or cannot be read."""
+    return {f"{number} {file.name}": _digest(file, place) for number, file in enumerate(list_files(data, place), 1)}
 
-    Raises InputError for a missing file.
-    """
-    identity = {}
-    for number, name in enumerate(data, 1):
-        path = Path(name)
-        if path.is_file():
-            identity[f"{number} {path.name}"] = sha256_of(path)
-        elif is_url(name):
-            raise InputError(f"{place}.data: {name} is a URL; texts are read from files that every node reaches: copy it")
-        elif path.suffix or name.count("/") != 1:
-            raise InputError(f"{place}.data: {name} does not exist; give a file, or a dataset of the hub as org/name[:split]")
-        else:
-            identity[name] = f"hub:{revision or 'main'}"
-    return identity
+
+def _digest(file: TextFile, place: str) -> str:
+    try:
+        return sha256_of(file.path)
+    except OSError as e:
+        raise InputError(f"{place}.data: {file.path} cannot be read: {e.strerror or e}") from e
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

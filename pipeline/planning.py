@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, hub_dir, texts_of
 from pipeline.graph import tokens_args
 from pipeline.hub import headers_of
 from pipeline.partition import held_bytes, layer_shards
@@ -33,12 +33,9 @@ def _describe(config: RunConfig, folder: Path) -> Iterator[Table | str]:
     plan, columns = resolve("stages.prepare.stage:survey_tables")(str(model))
     check_layers(config, len(plan["moe_layers"]))
     check_mtp(config, plan)
-    texts = {"calibration": config.calibration, "evaluation": config.evaluation}
-    for place, data in texts.items():
-        if data is not None:
-            resolve("stages.prepare.stage:sequences")(
-                {**tokens_args(place, model, data), "trust_remote_code": config.trust_remote_code}
-            )
+    for place in texts_of(config):
+        if place not in checked.datasets:
+            resolve("stages.prepare.stage:sequences")(tokens_args(config, place, model, checked.identities[place]))
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     num_workers = config.resources.num_workers or 1
     num_layers, num_moe = plan["num_layers"], len(plan["moe_layers"])
@@ -92,3 +89,7 @@ def _describe(config: RunConfig, folder: Path) -> Iterator[Table | str]:
     if needed > worker_memory:
         yield "  that is more, since a worker holds at least one layer; lower tokens_per_shard or use a larger worker"
     yield f"disk in {run_dir}: {human_bytes(written)} for checkpoints, meanwhile {human_bytes(2 * hidden)} for hidden states"
+    for place, dataset in checked.datasets.items():
+        if dataset.note:
+            yield dataset.note
+        yield f"disk in {hub_dir(config)}: {place}.data {dataset}; only a run downloads and reads them"

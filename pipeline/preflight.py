@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, TextData, hub_dir, texts_of
 from pipeline.hub import is_hub_name, resolve_model
-from pipeline.identity import data_identity, model_identity
+from pipeline.hub_data import Dataset, choose_files, fetch_files, is_dataset_name
+from pipeline.identity import files_identity, model_identity
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
 from stages.common.families import family_of, num_experts_in, stock_targets, top_k_in
@@ -16,17 +17,22 @@ from stages.common.storage import absolute, as_path, check_readable, check_writa
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that may start: the checkpoint folder (absolute), and the identities of model and texts."""
+    """A run that may start: the checkpoint folder (absolute), and the identities of model and texts.
+
+    datasets: those of the hub, by the section that names them.
+    """
 
     model: Path
     identities: Mapping[str, Mapping[str, Any]]
+    datasets: Mapping[str, Dataset]
 
 
 def check(config: RunConfig, folder: Path | None = None) -> Checked:
-    """Check a run. folder: of the checkpoint where it is known; otherwise a hub model is fetched now.
+    """Check a run. folder: of the checkpoint, to look only; without it a hub model is fetched now, and datasets of the hub.
 
     Raises InputError for a checkpoint that is missing, damaged or not MoE, for a target out of bounds, for a missing text.
     """
+    is_run = folder is None
     if folder is None:
         folder = _model_folder(config)
     checkpoint = Checkpoint(folder)
@@ -37,11 +43,27 @@ def check(config: RunConfig, folder: Path | None = None) -> Checked:
     check_groups(config, stock_targets(checkpoint.config, place))
     assert checkpoint.tensors
     identities: dict[str, Mapping[str, Any]] = {"model": model_identity(checkpoint)}
-    texts = {"calibration": config.calibration, "evaluation": config.evaluation}
-    for name, data in texts.items():
-        if data is not None:
-            identities[name] = data_identity(data.data, data.revision, name)
-    return Checked(absolute(checkpoint.folder), identities)
+    datasets: dict[str, Dataset] = {}
+    for place, data in texts_of(config).items():
+        if is_dataset_name(data.data):
+            datasets[place] = _dataset(config, place, data, is_run)
+            identities[place] = {data.data[0]: datasets[place].identity}
+        else:
+            identities[place] = files_identity(data.data, place)
+    return Checked(absolute(checkpoint.folder), identities, datasets)
+
+
+def _dataset(config: RunConfig, place: str, data: TextData, is_run: bool) -> Dataset:
+    run_dir = absolute(config.run_dir)
+    if config.cache_dir is None and is_remote(run_dir):
+        raise InputError(
+            f"cache_dir is missing: {data.data[0]} is downloaded to files, and run_dir {run_dir} is object storage; give a "
+            f"folder that every node reaches, or download the dataset and give its files"
+        )
+    dataset = choose_files(data.data[0], data.revision, data.seed, hub_dir(config), place)
+    if is_run and not dataset.note:
+        fetch_files(dataset, data.revision, hub_dir(config), place)
+    return dataset
 
 
 def _model_folder(config: RunConfig) -> Path:
@@ -55,7 +77,7 @@ def _model_folder(config: RunConfig) -> Path:
             f"cache_dir is missing: {config.model} is downloaded to files, and run_dir {run_dir} is object storage; give a "
             f"folder that every node reaches, or upload the model and give its URL"
         )
-    return resolve_model(config.model, config.revision, absolute(config.cache_dir or run_dir / "source"))
+    return resolve_model(config.model, config.revision, hub_dir(config))
 
 
 def check_targets(config: RunConfig, num_experts: int, top_k: int) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import __version__
 from pipeline.config import RunConfig, problems
+from pipeline.hub_data import is_identity
 from stages.common.errors import InputError
 from stages.common.files import write_json
 from stages.common.storage import check_readable
@@ -70,6 +71,6 @@ def read_record(run_dir: Path) -> RunRecord:
             f"{problems(e)}; {remedy}"
         ) from e
     texts = ["calibration", *(["evaluation"] if record.config.evaluation else [])]
-    if not {"model", *texts} <= record.identities.keys():
+    if not {"model", *texts} <= record.identities.keys() or not all(is_identity(record.identities[text]) for text in texts):
         raise InputError(f"{path} is no record of a run; run the run file again, which writes it anew")
     return record

@@ -73,6 +73,9 @@ class RunState:
         self.stages = Stages(config, checked.identities)
         self.model, self._identities = checked.model, checked.identities
         check_run_dir(self.run_dir, self.model, self.stages)
+        for dataset in checked.datasets.values():
+            if dataset.note:
+                reporter.line(dataset.note)
         self.failures: list[UnitFailure] = []
         self._refusal: InputError | None = None
         self.is_active = True

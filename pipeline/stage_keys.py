@@ -109,7 +109,9 @@ class Stages:
         ]
 
     def _tokens(self, part: str, data: TextData) -> StageRun:
-        settings = data.model_dump(exclude={"data", "metrics", "tokens_per_shard", "tokens_per_micro_batch", "sampling"})
+        # `data` and `revision` say where a text is; what it is stands in its identity
+        excluded = {"data", "revision", "metrics", "tokens_per_shard", "tokens_per_micro_batch", "sampling"}
+        settings = data.model_dump(exclude=excluded)
         settings |= {
             "data": self.identities[part],
             "micro_batch": data.micro_batch,
@@ -141,6 +143,11 @@ class Stages:
         return TargetRun(
             card["name"] or "", target, num_experts, export_format, merge, assemble, self._evaluate(part, assemble)
         )
+
+    def dataset_commit(self, part: str) -> str | None:
+        """The commit of a text that is a dataset of the hub; None of files."""
+        (first, *_) = self.identities[part].values()
+        return str(first["commit"]) if isinstance(first, Mapping) else None
 
     @cached_property
     def report(self) -> StageRun:

@@ -1,18 +1,21 @@
 """Units of prepare: the survey of the checkpoint, and the token shards of one text."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
+from stages.common.families import text_config
 from stages.common.files import WrittenFile, write_json
 from stages.common.paths import PLAN_FILE, TENSORS_FILE, tokens_file
 from stages.common.schemas import TENSORS, TOKENS, write_table
 from stages.common.tables import Array
 from stages.common.unit import Job, UnitResult
+from stages.prepare.documents import read_documents
+from stages.prepare.ids import checked_ids, read_ids
 from stages.prepare.survey import survey
-from stages.prepare.tokens import ID_SUFFIXES, check_ids, crop_ids, draw_sequences, read_texts, read_token_ids
+from stages.prepare.texts import kind_of, list_files
+from stages.prepare.tokens import POOL_FACTOR, draw_sequences
 
 
 def survey_unit(job: Job) -> UnitResult:
@@ -56,30 +59,25 @@ def tokens_unit(job: Job) -> UnitResult:
 def sequences(args: Mapping[str, Any]) -> Array:
     """Token ids int32 [S, T] of one text.
 
-    args: place (for messages), model (folder), trust_remote_code (for the tokenizer), data (paths), text_field, revision,
+    args: place (for messages), model (folder), trust_remote_code (for the tokenizer), data (files and folders), text_field,
     num_sequences, sequence_length, seed.
     Raises InputError for a text that is too short or unreadable, and for ids that are not the model's.
     """
-    place, data = args["place"], args["data"]
-    num_sequences, sequence_length = args["num_sequences"], args["sequence_length"]
+    place, num_sequences, sequence_length = args["place"], args["num_sequences"], args["sequence_length"]
     checkpoint = Checkpoint(args["model"])
-    text = checkpoint.config.get("text_config") or checkpoint.config
+    text = text_config(checkpoint.config)
     max_positions = text.get("max_position_embeddings")
     if max_positions is not None and sequence_length > max_positions:
         raise InputError(f"{place}.sequence_length is {sequence_length} but the model has {max_positions} positions; lower it")
-    if len(data) == 1 and Path(data[0]).suffix in ID_SUFFIXES:
-        ids = crop_ids(read_token_ids(Path(data[0])), num_sequences, sequence_length, place)
+    files = [file.path for file in list_files(args["data"], place)]
+    if kind_of(files[0].name) == "ids":
+        ids_ST = read_ids(files[0], num_sequences, sequence_length, place)
     else:
-        from transformers import AutoTokenizer
+        from stages.prepare.tokenizer import Tokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.local_folder, local_files_only=True, trust_remote_code=args["trust_remote_code"]
-            )
-        except (OSError, ValueError) as e:
-            raise InputError(f"{checkpoint.folder} has no tokenizer that transformers can load: {e}") from e
-        texts = read_texts(data, args["text_field"], args["seed"], args["revision"], place)
-        documents = (tokenizer(document, verbose=False)["input_ids"] for document in texts)
-        ids = draw_sequences(documents, num_sequences, sequence_length, args["seed"], place)
-    check_ids(ids, int(text["vocab_size"]), place)
-    return ids
+        tokenizer = Tokenizer(checkpoint, args["trust_remote_code"])
+        max_characters = POOL_FACTOR * num_sequences * sequence_length
+        documents = read_documents(files, args["text_field"], args["seed"], max_characters, place)
+        source = f"{place}.data ({files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''})"
+        ids_ST = draw_sequences(map(tokenizer.encode, documents), num_sequences, sequence_length, args["seed"], source)
+    return checked_ids(ids_ST, int(text["vocab_size"]), place)

@@ -9,25 +9,30 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Models by name, each a folder; `token`: what a request must bring, if anything; `requests`: what was asked for."""
+    """Models and datasets by name, each a folder; `token`: what a request must bring, if anything; `requests`: what was asked
+    for; `commit`: what `main` means now, of any content."""
 
-    def __init__(self, models: dict[str, Path], token: str | None = None) -> None:
-        self.models, self.token = models, token
+    def __init__(self, models: dict[str, Path], token: str | None = None, datasets: dict[str, Path] | None = None) -> None:
+        self.models, self.token, self.datasets, self.commit = models, token, datasets or {}, COMMIT
         self.requests: list[str] = []
         self.url = ""
 
-    def files(self, name: str) -> dict[str, Path]:
-        folder = self.models[name]
+    def files(self, folder: Path) -> dict[str, Path]:
         return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
     def downloads(self) -> list[str]:
         """Files whose content was sent."""
-        return [line.split(f"{COMMIT}/", 1)[1] for line in self.requests if line.startswith("GET") and "/resolve/" in line]
+        return [
+            re.split("/resolve/[^/]+/", unquote(line), maxsplit=1)[1]
+            for line in self.requests
+            if line.startswith("GET") and "/resolve/" in line
+        ]
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -57,18 +62,19 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
                 self._send(401, b"{}", has_body, X_Error_Code="GatedRepo", X_Error_Message="log in")
                 return
-            asked = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
-            tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path)
-            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            folders = hub.datasets if path.startswith(("/api/datasets/", "/datasets/")) else hub.models
+            asked = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
+            tree = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", path)
+            file = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", unquote(path))
             match = asked or tree or file
-            if match is None or match[1] not in hub.models or match[2] not in (None, "main", COMMIT):
-                code = "RevisionNotFound" if match is not None and match[1] in hub.models else "RepoNotFound"
+            if match is None or match[1] not in folders or match[2] not in (None, "main", hub.commit):
+                code = "RevisionNotFound" if match is not None and match[1] in folders else "RepoNotFound"
                 self._send(404, b"{}", has_body, X_Error_Code=code)
                 return
-            files = hub.files(match[1])
+            files = hub.files(folders[match[1]])
             if asked:
-                siblings = [{"rfilename": name} for name in files]
-                self._json({"id": match[1], "modelId": match[1], "sha": COMMIT, "siblings": siblings}, has_body)
+                siblings = [{"rfilename": name, "size": p.stat().st_size} for name, p in files.items()]
+                self._json({"id": match[1], "modelId": match[1], "sha": hub.commit, "siblings": siblings}, has_body)
             elif tree:
                 self._json(
                     [{"type": "file", "path": name, "size": p.stat().st_size, "oid": "0" * 40} for name, p in files.items()],
@@ -83,7 +89,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self._send(200, json.dumps(value).encode(), has_body, Content_Type="application/json")
 
         def _file(self, data: bytes, has_body: bool) -> None:
-            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": hub.commit, "Accept-Ranges": "bytes"}
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
             if asked:
                 first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)

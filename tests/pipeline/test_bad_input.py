@@ -257,7 +257,7 @@ IN_PREPARE: dict[str, tuple[Change, list[str], tuple[str, ...]]] = {
     "damaged parquet": (text("PAR?", "x.parquet"), ["calibration.data={folder}/x.parquet"], ("x.parquet", "calibration.data")),
     "text too short": (
         text("a few words"), ["calibration.data={folder}/x.txt"],
-        ("calibration.data holds", "num_sequences 8 x sequence_length 32 = 256", "give more text or lower"),
+        ("calibration.data (", "x.txt) holds", "num_sequences 8 x sequence_length 32 = 256", "give more text or lower"),
     ),
     "a kind of file that is not read": (
         text("a", "x.docx"), ["calibration.data={folder}/x.docx"], ("x.docx", "known: .txt"),

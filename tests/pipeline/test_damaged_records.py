@@ -87,8 +87,14 @@ def test_a_damaged_run_json_is_one_line(copy: FinishedRun, call: Call, case: str
         ),
         (lambda record: record["config"].pop("model"), "'0.0.9', this is '0.1.0'): config.model is missing; look"),
         (lambda record: record["identities"].pop("calibration"), "is no record of a run; run the run file again"),
+        (lambda record: record["identities"].update(calibration={}), "is no record of a run; run the run file again"),
+        (lambda record: record["identities"].update(calibration={"a/b": 3}), "is no record of a run; run the run file again"),
+        (
+            lambda record: record["identities"].update(calibration={"a/b": {"commit": "c", "files": 3}}),
+            "is no record of a run; run the run file again",
+        ),
     ],
-    ids=["format", "setting", "missing setting", "identity"],
+    ids=["format", "setting", "missing setting", "identity", "empty identity", "no digest", "no files"],
 )
 def test_a_record_of_another_version_says_so(
     copy: FinishedRun, call: Call, change: Callable[[dict[str, object]], object], says: str

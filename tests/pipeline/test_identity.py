@@ -9,7 +9,8 @@ import pytest
 
 from pipeline import __version__, stage_keys
 from pipeline.config import load_config
-from pipeline.identity import data_identity, differences, key_of
+from pipeline.hub_data import is_dataset_name
+from pipeline.identity import differences, files_identity, key_of
 from pipeline.preflight import check
 from pipeline.stage_keys import Stages
 from pipeline.status import describe_status
@@ -152,14 +153,21 @@ def test_texts_of_the_same_name_are_told_apart_and_their_order_counts(tmp_path: 
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.txt").write_text(text)
     a, b = str(tmp_path / "a" / "x.txt"), str(tmp_path / "b" / "x.txt")
-    found = [key_of(data_identity(data, None, "calibration")) for data in ((a,), (b,), (a, b), (b, a))]
+    found = [key_of(files_identity(data, "calibration")) for data in ((a,), (b,), (a, b), (b, a))]
     assert len(set(found)) == 4
 
 
-def test_a_missing_text_is_an_error_and_a_hub_name_is_not(tmp_path: Path) -> None:
+def test_a_missing_text_is_an_error_and_a_hub_name_is_known_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"calibration\.data: .*x\.txt does not exist; give a file, or a dataset of the hub"):
-        data_identity((str(tmp_path / "x.txt"),), None, "calibration")
-    assert data_identity(("org/name:train",), "abc", "calibration") != data_identity(("org/name:train",), None, "calibration")
+        files_identity((str(tmp_path / "x.txt"),), "calibration")
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/name", "org/name-1.5:train", "org.v2/name.v1"):
+        assert is_dataset_name([name])
+    for name in ("texts/c4.jsonl", "texts/c4.JSON.gz", "name", "a/b/c", "/org/name", "org/name:a:b", "org/na*me"):
+        assert not is_dataset_name([name])
+    assert not is_dataset_name(["org/name", "org/other"])
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert not is_dataset_name(["org/name"])
 
 
 def test_a_key_does_not_depend_on_the_order_of_settings() -> None:

@@ -1,0 +1,136 @@
+"""Documents of text and JSON files, also compressed ones: a document is held in memory, a file never."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from stages.prepare.reading import Reader, Size
+from stages.prepare.texts import content_suffix, open_text
+
+MAX_LINE_BYTES = 1 << 26
+"""Bound of a line of JSON, and of a JSON file that is one list: what is parsed at a time."""
+PIECE_BYTES = 1 << 20
+"""A text file with more bytes than this is several documents."""
+_START_BYTES = 1 << 12
+_BOM = b"\xef\xbb\xbf"
+
+
+class JsonReader(Reader):
+    """One object a line, empty lines left out; or, in a `.json` file, one list of objects."""
+
+    def measure(self) -> Size:
+        """Count lines. They are not parsed."""
+        objects = self._list()
+        if objects is not None:
+            return Size(len(objects), MAX_LINE_BYTES)
+        num_documents = num_bytes = 0
+        for _, line in self._lines():
+            num_documents += 1
+            num_bytes += len(line)
+        return Size(num_documents, num_bytes)
+
+    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """Parse the lines wanted."""
+        objects = self._list()
+        if objects is not None:
+            yield from ((number, self._text(objects[number], f"element {number + 1:,}")) for number in wanted)
+            return
+        left = iter(wanted)
+        next_wanted = next(left, None)
+        for number, (line_number, line) in enumerate(self._lines()):
+            if number == next_wanted:
+                where = f"line {line_number:,}"
+                yield number, self._text(self._parsed(line, where), where)
+                next_wanted = next(left, None)
+                if next_wanted is None:
+                    return
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Number and bytes of each line that is not empty."""
+        line_number = 0
+        with open_text(self.path) as raw:
+            while line := raw.readline(MAX_LINE_BYTES + 1):
+                line_number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise self.error(
+                        f", line {line_number:,} has more than {MAX_LINE_BYTES:,} bytes; write one document a line, and split "
+                        f"longer ones"
+                    )
+                if line_number == 1:
+                    line = line.removeprefix(_BOM)
+                if line.strip():
+                    yield line_number, line
+
+    def _list(self) -> list[Any] | None:
+        """The elements of a `.json` file that is one list; None of any other."""
+        if content_suffix(self.path.name) != ".json":
+            return None
+        with open_text(self.path) as raw:
+            data = raw.read(_START_BYTES)
+            if not data.removeprefix(_BOM).lstrip().startswith(b"["):
+                return None
+            data += raw.read(MAX_LINE_BYTES + 1)
+        if len(data) > MAX_LINE_BYTES:
+            raise self.error(f" is one list of more than {MAX_LINE_BYTES:,} bytes; write one object a line (.jsonl)")
+        objects = self._parsed(data.removeprefix(_BOM), "the list")
+        assert isinstance(objects, list)
+        return objects
+
+    def _parsed(self, data: bytes, where: str) -> Any:
+        try:
+            return json.loads(self.decoded(data, where))
+        except RecursionError as e:
+            raise self.error(f", {where} is nested too deeply") from e
+        except json.JSONDecodeError as e:
+            raise self.error(f", {where} is not JSON: {e}; write one object a line") from e
+
+    def _text(self, value: Any, where: str) -> str:
+        if not isinstance(value, dict):
+            raise self.error(f", {where} is not an object but of type {type(value).__name__}; write one object a line")
+        if self.text_field not in value:
+            raise self.missing(list(value), f", {where}")
+        return self.checked(value[self.text_field], where)
+
+
+class TextReader(Reader):
+    """A file is one document; a large one is cut at line ends to pieces of at most PIECE_BYTES."""
+
+    def measure(self) -> Size:
+        """Count pieces."""
+        lengths = [len(piece) for _, piece in self._pieces()]
+        return Size(len(lengths), sum(lengths))
+
+    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """Decode the pieces wanted. Line ends become `\\n`."""
+        left = set(wanted)
+        for number, (begin, piece) in enumerate(self._pieces()):
+            if number in left:
+                where = f"from byte {begin + 1:,} on"
+                if b"\0" in piece:
+                    at = begin + piece.index(b"\0") + 1
+                    raise self.error(f" holds a zero at byte {at:,}: it is binary, or text in UTF-16; convert it to UTF-8")
+                text = self.decoded(piece.removeprefix(_BOM) if begin == 0 else piece, where)
+                yield number, text.replace("\r\n", "\n").replace("\r", "\n")
+                left.discard(number)
+                if not left:
+                    return
+
+    def _pieces(self) -> Iterator[tuple[int, bytes]]:
+        """First byte and bytes of each piece."""
+        begin, rest = 0, b""
+        with open_text(self.path) as raw:
+            while piece := rest + raw.read(PIECE_BYTES - len(rest)):
+                cut = len(piece) if len(piece) < PIECE_BYTES else _line_end(piece)
+                yield begin, piece[:cut]
+                begin, rest = begin + cut, piece[cut:]
+
+
+def _line_end(piece: bytes) -> int:
+    """Where to cut: behind the last line end, or else before the last character, which may not be all there."""
+    cut = piece.rfind(b"\n") + 1
+    if cut:
+        return cut
+    cut = len(piece) - 1
+    while cut > len(piece) - 4 and piece[cut] & 0xC0 == 0x80:
+        cut -= 1
+    return cut

@@ -1,0 +1,69 @@
+"""Documents of Parquet files: of all columns only the text is read, a few rows at a time."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.prepare.reading import Reader, Size
+
+_BATCH_ROWS = 64
+_BUFFER_BYTES = 1 << 20
+
+
+class ParquetReader(Reader):
+    """One row, one document. The column may hold strings or bytes of UTF-8, also by a dictionary."""
+
+    def measure(self) -> Size:
+        """Rows and bytes of the column, from the footer alone."""
+        with self._open() as file:
+            schema = file.schema_arrow
+            if self.text_field not in schema.names:
+                raise self.missing(schema.names)
+            kind = schema.field(self.text_field).type
+            values = kind.value_type if pa.types.is_dictionary(kind) else kind
+            is_text = pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)
+            if not is_text and not pa.types.is_binary(values) and not pa.types.is_large_binary(values):
+                raise self.error(
+                    f": field {self.text_field!r} holds values of type {kind}; a text is needed: set {self.place}.text_field"
+                )
+            metadata = file.metadata
+            column = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(self.text_field)
+            groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+            if any(group.num_rows < 0 for group in groups):
+                raise self.error(" counts fewer rows than none; it is damaged")
+            num_bytes = sum(group.column(column).total_uncompressed_size for group in groups)
+            return Size(sum(group.num_rows for group in groups), max(0, num_bytes))
+
+    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """Read the row groups that hold rows wanted."""
+        with self._open() as file:
+            start = 0
+            for group in range(file.metadata.num_row_groups):
+                num_rows = file.metadata.row_group(group).num_rows
+                inside = wanted[bisect_left(wanted, start) : bisect_left(wanted, start + num_rows)]
+                if inside:
+                    yield from self._read_group(file, group, start, inside)
+                start += num_rows
+
+    def _read_group(self, file: pq.ParquetFile, group: int, start: int, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
+        left = iter(wanted)
+        number = next(left, None)
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self.text_field], use_threads=False):
+            while number is not None and number < start + len(batch):
+                yield number, self._text(batch.column(0)[number - start], f"row {number + 1:,}")
+                number = next(left, None)
+            start += len(batch)
+            if number is None:
+                return
+        raise self.error(f", row {number} is not there, though the footer counts it; the file is damaged")
+
+    def _text(self, value: pa.Scalar, where: str) -> str:
+        try:
+            return self.checked(value.as_py(), where)
+        except UnicodeDecodeError as e:
+            raise self.error(f", {where}: byte {e.start + 1:,} is not UTF-8") from e
+
+    def _open(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self.path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
