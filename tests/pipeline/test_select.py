@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import manifest_path, read_manifest
+from pipeline.manifest import FileRecord, manifest_path, read_manifest
 from pipeline.selection import leftovers, select
 from pipeline.units import Unit
 from pipeline.worker import Worker
@@ -124,7 +124,7 @@ def test_a_manifest_records_size_and_digest_of_each_file(tmp_path: Path) -> None
     manifest = read_manifest(*at(tmp_path, [unit("one")]))
     assert manifest is not None
     digest = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
-    assert manifest.files == {f"{STAGE_DIR}/one.txt": {"bytes": 3, "sha256": digest}}
+    assert manifest.files == {f"{STAGE_DIR}/one.txt": FileRecord(3, digest)}
 
 
 def test_a_worker_keeps_what_it_holds_until_another_hold_is_needed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import s3fs
 
-from pipeline.cleaning import remove, unused
+from pipeline.cleaning import describe_unused, remove_unused
 from pipeline.status import describe_status
 from stages.common.storage import as_path
 from tests.runs import FinishedRun, execute
@@ -104,14 +104,24 @@ def test_status_and_clean_read_the_store(remote_run_file: RunFile) -> None:
     url = str(other.run_dir)
     lines = [item for item in describe_status(url) if isinstance(item, str)]
     assert f"{url}: no driver is running" in lines
-    folders = unused(url)
-    assert {folder.name.rsplit("-", 1)[0] for folder in folders} >= {"merge-3e-tied", "assemble-3e-stock"}
-    remove(url, folders)
-    assert unused(url) == []
+    listed = list(describe_unused(url))
+    assert {line.split()[0].rsplit("-", 1)[0] for line in listed} >= {"merge-3e-tied", "assemble-3e-stock"}
+    assert list(remove_unused(url)) == [*(f"{line}  removed" for line in listed[:-1]), f"{len(listed) - 1} directories removed"]
+    assert list(describe_unused(url)) == ["0 directories not used by the last run; --yes removes them"]
     names = {path.name for path in (other.run_dir / "models").iterdir()}
     assert names == {model["name"] for model in other.report["models"][1:]}
     assert first.report["models"][1]["name"] not in names
     assert execute(other.config)[0].num_run == 0
+
+
+def test_clean_keeps_a_published_copy_that_is_the_source_of_the_last_run(remote_run_file: RunFile) -> None:
+    path = remote_run_file({"evaluation": None, "export.formats": ["stock"], "clustering.num_experts": [4]})
+    first = FinishedRun.of(path)
+    source = first.run_dir / "models" / first.stages.targets[0].name
+    again = FinishedRun.of(path, [f"model={source}", "clustering.num_experts=[2]"])
+    assert first.stages.targets[0].assemble.dir in "".join(remove_unused(str(first.run_dir)))
+    assert (source / "config.json").exists()
+    assert execute(again.config)[0].num_run == 0
 
 
 def test_an_object_of_a_failing_writer_is_never_there(s3: str) -> None:
