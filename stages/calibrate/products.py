@@ -18,6 +18,26 @@ from stages.common.expert_weights import ExpertWeights
 
 _GROUPED_ALIGNMENT = 16
 """Bytes that rows of both operands must be a multiple of."""
+_LEAST_STEP = 64
+_STEPS_PER_DOUBLING = 8
+
+
+def padded(num_rows: int, device: torch.device) -> int:
+    """Rows that a product of num_rows rows runs over: on a CPU more, so that few different numbers occur.
+
+    oneDNN makes a kernel for every new number of rows, and keeps it; how many tokens are routed to an expert is a new number
+    almost every time. Few numbers are left when they are rounded up to a multiple of 64 and, above 1,024, by at most an eighth.
+    The bits of a row may depend on how many rows there are, so the steps are fixed.
+    """
+    if device.type != "cpu":
+        return num_rows
+    step = max(_LEAST_STEP, (1 << num_rows.bit_length() - 1) // _STEPS_PER_DOUBLING) if num_rows else _LEAST_STEP
+    return -(-num_rows // step) * step
+
+
+def room_for(bounds: Sequence[int], device: torch.device) -> int:
+    """Rows of a buffer in which each expert's product may be padded. bounds: where each one's rows begin, and the end."""
+    return max(low + padded(high - low, device) for low, high in pairwise(bounds))
 
 
 def gates_by_halves(experts: Any) -> bool:

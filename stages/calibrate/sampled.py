@@ -7,11 +7,11 @@ R routed pairs; in a_CGF, C tokens of a chunk and G experts of a group.
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from stages.calibrate.routing import Routing
 from stages.calibrate.sampling import Sample
-from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics, Routing, add_over_tokens
+from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics, add_over_tokens
 from stages.common.expert_weights import ExpertWeights
 from stages.common.tables import PartialStatistics
 
@@ -50,11 +50,13 @@ class SampledStatistics(_Sampled):
         return super()._forward_routed(hidden_TD, top_k_index_Tk, top_k_weights_Tk)
 
     def _routed_activations(self, hidden_TD: Tensor, routing: Routing, first: int, stop: int) -> Tensor:
-        parts = []
+        begin = routing.begin(first)
+        rows_RF = self._new_rows(hidden_TD, routing.bounds(first, stop))
         for expert in range(first, stop):
-            tokens = routing.tokens_R[routing.begin(expert) : routing.begin(expert + 1)]
-            parts.append(self._expert_activations(hidden_TD[tokens], expert))
-        return torch.cat(parts)
+            low, high = routing.begin(expert), routing.begin(expert + 1)
+            activations = self._expert_activations(hidden_TD, routing.tokens_R[low:high], expert)
+            rows_RF[low - begin : high - begin] = activations[: high - low]
+        return rows_RF
 
 
 class SampledInputGatedStatistics(_Sampled, InputGatedStatistics):

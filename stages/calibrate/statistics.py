@@ -20,9 +20,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from stages.calibrate.products import can_group, gates_by_halves, grouped_down
+from stages.calibrate.products import can_group, gates_by_halves, grouped_down, padded, room_for
+from stages.calibrate.routing import Routing
 from stages.common.expert_weights import ExpertWeights
 from stages.common.tables import PartialStatistics
 
@@ -60,29 +62,6 @@ class Blocks:
         group = min(weights.num_experts, max(1, _GROUP_COLUMNS // columns)) if can_join else 1
         most = _CHUNK_BYTES[weights.device.type] // (group * columns * weights.dtype.itemsize)
         return cls(max(_LEAST_CHUNK, 1 << max(most, 1).bit_length() - 1), group)
-
-
-class Routing:
-    """The routed pairs of a micro-batch, sorted by expert, then by token.
-
-    slots_R: place of each in the flattened [T, k]. tokens_R: its token. rank_R: where the pair of each place stands.
-    Expert e's pairs that lie in chunk c stand at [begin(e, c), begin(e, c + 1)).
-    """
-
-    def __init__(self, index_Tk: Tensor, num_experts: int, chunk: int) -> None:
-        num_tokens, top_k = index_Tk.shape
-        experts_R = index_Tk.flatten()
-        self.slots_R = experts_R.argsort(stable=True)
-        self.rank_R = self.slots_R.argsort()
-        self.tokens_R = self.slots_R // top_k
-        self.num_chunks = -(-num_tokens // chunk)
-        buckets_R = experts_R[self.slots_R] * self.num_chunks + self.tokens_R // chunk
-        ends = torch.bincount(buckets_R, minlength=num_experts * self.num_chunks).cumsum(0)
-        self._begins: list[int] = [0, *ends.tolist()]
-
-    def begin(self, expert: int, chunk: int = 0) -> int:
-        """Where the pairs of an expert from a chunk on begin; the next expert's first is this one's end."""
-        return self._begins[expert * self.num_chunks + chunk]
 
 
 class LayerStatistics:
@@ -159,8 +138,10 @@ class LayerStatistics:
             return self.experts.act_fn(gate).mul_(up)  # type: ignore[no-any-return]
         return self.experts._apply_gate(products)  # type: ignore[no-any-return]
 
-    def _expert_activations(self, x: Tensor, expert: int) -> Tensor:
-        """Activations [rows, F] of one expert on the rows that it is given."""
+    def _expert_activations(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
+        """Activations of one expert on some tokens, [R, F]; below them, rows of padding (see `padded`)."""
+        padding = padded(len(tokens_R), hidden_TD.device) - len(tokens_R)
+        x = hidden_TD[functional.pad(tokens_R, (0, padding))]
         activations = self._activate(self._first_product(x, expert, expert + 1))
         self.weights.release(self.weights.layout.first, expert, expert + 1)
         return activations
@@ -208,11 +189,10 @@ class LayerStatistics:
         for first, stop in [(0, num_experts)] if self._is_grouped else self._groups(0, num_experts):
             low, high = routing.begin(first), routing.begin(stop)
             rows_RF = self._routed_activations(hidden_TD, routing, first, stop)
-            output_RD = self._down(rows_RF, [routing.begin(expert) - low for expert in range(first, stop + 1)], first)
+            output_RD = self._down(rows_RF, routing.bounds(first, stop), first)
             torch.linalg.vector_norm(output_RD, dim=-1, dtype=torch.float32, out=norms_R[low:high])
             torch.mul(output_RD, gates_R[low:high, None], out=gated_RD[low:high])
-        bounds = [routing.begin(expert) for expert in range(num_experts + 1)]
-        self._add_routed(bounds, gates_R, gates_R.float() * norms_R)
+        self._add_routed(routing.bounds(0, num_experts), gates_R, gates_R.float() * norms_R)
         output_TD = torch.empty_like(hidden_TD)
         ranks = routing.rank_R.view(top_k_index_Tk.shape).split(_SUMMED_TOKENS[hidden_TD.device.type])
         for out, rank_Ck in zip(output_TD.split(len(ranks[0])), ranks, strict=True):
@@ -220,9 +200,12 @@ class LayerStatistics:
         return output_TD
 
     def _routed_activations(self, hidden_TD: Tensor, routing: Routing, first: int, stop: int) -> Tensor:
-        """Activations [R', F] of the routed pairs of experts [first, stop), in their order; adds those of all tokens up."""
+        """Activations [R', F] of the routed pairs of experts [first, stop), in their order; adds those of all tokens up.
+
+        Below them, rows of zeros (see `room_for`).
+        """
         begin = routing.begin(first)
-        rows_RF = hidden_TD.new_empty(routing.begin(stop) - begin, self.weights.intermediate)
+        rows_RF = self._new_rows(hidden_TD, routing.bounds(first, stop))
         for start, end in self._groups(first, stop):
             for chunk, a_CGF in enumerate(self._activations(hidden_TD, start, end)):
                 for expert in range(start, end):
@@ -231,16 +214,27 @@ class LayerStatistics:
                     torch.index_select(a_CGF[:, expert - start], 0, tokens, out=rows_RF[low - begin : high - begin])
         return rows_RF
 
+    def _new_rows(self, hidden_TD: Tensor, bounds: Sequence[int]) -> Tensor:
+        """Room for activations that `_down` takes: zeros below the last."""
+        rows_RF = hidden_TD.new_empty(room_for(bounds, hidden_TD.device), self.weights.intermediate)
+        rows_RF[bounds[-1] :] = 0
+        return rows_RF
+
     def _down(self, rows_RF: Tensor, bounds: Sequence[int], first: int) -> Tensor:
-        """Outputs [R', D] of the rows of experts from `first` on. bounds: where each expert's rows begin, and the end."""
+        """Outputs [R', D] of the rows of experts from `first` on. bounds: where each expert's rows begin, and the end.
+
+        rows_RF has room for padding. A padded product runs into the rows of the next experts, whose own products then overwrite
+        what it put there.
+        """
         if self._is_grouped and len(bounds) > 2:  # of one expert's rows, which may be none, there is nothing to group
-            return grouped_down(self.weights, rows_RF, bounds, first)
+            return grouped_down(self.weights, rows_RF[: bounds[-1]], bounds, first)
         output_RD = rows_RF.new_empty(len(rows_RF), self.weights.hidden_size)
         for expert, (low, high) in enumerate(pairwise(bounds), first):
             if low < high:
-                self._product(rows_RF[low:high], "down_proj", expert, expert + 1, output_RD[low:high])
+                rows = slice(low, low + padded(high - low, rows_RF.device))
+                self._product(rows_RF[rows], "down_proj", expert, expert + 1, output_RD[rows])
                 self.weights.release("down_proj", expert, expert + 1)
-        return output_RD
+        return output_RD[: bounds[-1]]
 
     def _add_routed(self, bounds: list[int], gates_R: Tensor, gated_norms_R: Tensor) -> None:
         """Add what runs over routed tokens only. bounds: where each expert's pairs begin, and the end."""
@@ -289,8 +283,8 @@ class InputGatedStatistics(LayerStatistics):
         for expert in range(self.weights.num_experts):
             (tokens,) = torch.where(self._scores_TE[:, expert] > 0)
             bounds.append(bounds[-1] + len(tokens))
-            rows = self._expert_activations(gated_ETD[expert, tokens], expert)
-            output = self._down(rows, [0, len(rows)], expert)
+            rows = self._expert_activations(gated_ETD[expert], tokens, expert)
+            output = self._down(rows, [0, len(tokens)], expert)
             out_ETD[expert, tokens] = output
             gates.append(self._scores_TE[tokens, expert])
             norms.append(torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32))

@@ -2,15 +2,20 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.calibrate import statistics
-from stages.calibrate.products import can_group, gates_by_halves
+from stages.calibrate.products import can_group, gates_by_halves, padded, room_for
+from stages.calibrate.sampling import Sample
 from stages.calibrate.statistics import LayerStatistics
 from stages.common.expert_weights import ExpertWeights
+from stages.common.streaming import enter, run_layers
 from tests.stages.test_mapped import calibrated, opened
 from tests.stages.tiny import build, save
 from tests.tiny import random_ids
@@ -57,3 +62,64 @@ def test_only_the_usual_gate_is_made_in_place(tmp_path: Path) -> None:
         watched = LayerStatistics(1, ExpertWeights(experts), torch.nn.Identity(), "softmax")
         products = torch.randn(3, 5, 2 * watched.weights.intermediate)
         assert torch.equal(watched._activate(products.clone()), experts._apply_gate(products))
+
+
+CPU = torch.device("cpu")
+
+
+def test_few_numbers_of_rows_are_left_and_little_is_added() -> None:
+    assert [padded(n, CPU) for n in (0, 1, 64, 65, 1023, 1024, 1025, 2048, 2049)] == [
+        0, 64, 64, 128, 1024, 1024, 1152, 2048, 2304,
+    ]  # fmt: skip
+    assert all(n <= padded(n, CPU) <= max(n + 63, n * 9 / 8) for n in range(20_000))
+    assert len({padded(n, CPU) for n in range(16_385)}) == 49
+    assert padded(65, torch.device("cuda")) == 65
+
+
+def test_there_is_room_for_the_expert_that_reaches_furthest() -> None:
+    assert room_for([0, 63, 63, 65], CPU) == 63 + 64
+    assert room_for([0, 65, 66], CPU) == 65 + 64
+    assert room_for([0, 129, 129], CPU) == 192
+    assert room_for([0, 0], CPU) == 0
+
+
+class Rows(TorchDispatchMode):
+    """Numbers of rows that products ran over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::mm", "aten::addmm"):
+            self.seen.add(args[-2].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_sampled", [False, True], ids=["all tokens", "sampled"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+def test_more_tokens_bring_no_new_numbers_of_rows(tmp_path: Path, family: str, is_sampled: bool) -> None:
+    """A worker's memory does not grow with them, then: oneDNN keeps a kernel for each. Padding changes roundings only."""
+    held = opened(save(build(family, torch.float32), tmp_path / "model"))
+    ids = torch.from_numpy(random_ids(num_sequences=64, sequence_length=32))
+    sample = Sample(0.25, 2, 64, 32, 0, 0) if is_sampled else None
+
+    def run() -> tuple[set[int], dict[int, LayerStatistics]]:
+        watched: dict[int, LayerStatistics] = {}
+        with Rows() as rows:
+            run_layers(held.shard, enter(held.shard, ids, None, 8), lambda layer: held.watch(layer, watched, sample))
+        return rows.seen, watched
+
+    seen, watched = run()
+    sampled = {8 * number for number in range(1, 9)} if is_sampled else set()
+    assert {rows for rows in seen if rows > 64} <= {128, 192, 256}
+    assert seen - {rows for rows in seen if rows > 64} - sampled <= {0, 8, 64}, "8: a token of each sequence"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "padded", lambda num_rows, device: num_rows)
+        unpadded_seen, unpadded = run()
+    assert len(unpadded_seen) > len(seen) + 10
+    for layer, one in watched.items():
+        ours, theirs = one.result(), unpadded[layer].result()
+        assert ours.num_routed_E.tolist() == theirs.num_routed_E.tolist()
+        for name, value in vars(theirs).items():
+            np.testing.assert_allclose(getattr(ours, name), value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=name)
