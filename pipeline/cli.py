@@ -1,5 +1,6 @@
 """The command line."""
 
+import gc
 import signal
 import sys
 from enum import StrEnum
@@ -62,8 +63,11 @@ def _executor_maker(name: ExecutorName, address: str, resources: "Resources", re
         if name is ExecutorName.LOCAL:
             from pipeline.executors.local import LocalExecutor
 
+            gc.enable()
             return LocalExecutor()
         from pipeline.executors.ray import RayExecutor, connect
+
+        gc.enable()
 
         reporter.line(connect(address))
         signal.signal(signal.SIGTERM, _on_terminate)  # connecting has put Ray's own handler there

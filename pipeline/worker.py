@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from pipeline.manifest import seal
+from pipeline.process import collection_paused, prepare_to_compute
 from pipeline.units import Failure, Hold, Outcome, Unit
 from stages.common.errors import InputError
 from stages.common.storage import as_path, is_outside
@@ -18,7 +19,8 @@ from stages.common.unit import Job
 def resolve(call: str) -> Callable[..., Any]:
     """The function that "package.module:function" names."""
     module, _, name = call.partition(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    with collection_paused():
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 @runtime_checkable
@@ -38,6 +40,7 @@ class Worker:
     """One process's place of work: it holds at most one thing at a time."""
 
     def __init__(self) -> None:
+        prepare_to_compute()
         self._hold_key: str | None = None
         self._held: Any = None
         self._opened_bytes = 0
@@ -55,7 +58,8 @@ class Worker:
         self.let_go()  # before the next is loaded: both may not fit
         if hold is not None:
             self._has_left_overs = True
-            self._held = resolve(hold.call)(**hold.args)
+            with collection_paused():  # transformers imports a model's module when it builds one
+                self._held = resolve(hold.call)(**hold.args)
             self._has_left_overs = False
             self._opened_bytes += self._held.bytes_read if isinstance(self._held, HeldLayers) else 0
         self._hold_key = key

@@ -1,5 +1,7 @@
 """Tiny units and an executor that a test drives by hand."""
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 from pipeline.config import Resources
 from pipeline.executors.base import Slot
+from pipeline.process import COMPUTING
 from pipeline.run_state import UnitFailure
 from pipeline.selection import delete
 from pipeline.units import Failure, Hold, Outcome, Unit
@@ -189,3 +192,9 @@ def run_here(run_dir: Path, units: Sequence[Unit]) -> list[str]:
         assert outcome.failure is None, outcome.failure
         delete(run_dir, one.reads)
     return [one.name for one in units]
+
+
+def tell_environment(job: Job) -> UnitResult:
+    """What libraries would find if they were loaded now, and whether torch has been."""
+    facts = {**{name: os.environ.get(name) for name in COMPUTING}, "has_torch": "torch" in sys.modules}
+    return UnitResult((write_bytes(job.stage_dir / "told.txt", b""),), facts=facts)

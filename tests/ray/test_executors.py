@@ -17,6 +17,7 @@ from pipeline.executors.base import Executor
 from pipeline.executors.local import LocalExecutor
 from pipeline.executors.ray import RayExecutor
 from pipeline.manifest import manifest_path, read_manifest
+from pipeline.process import COMPUTING
 from pipeline.run_state import UnitFailure
 from pipeline.units import Outcome, Unit
 from stages.common.errors import InputError
@@ -90,6 +91,16 @@ def test_a_failed_stage_is_continued_after_the_mistake_is_mended(tmp_path: Path,
     done, failures = drive(tmp_path, [one for one in mended if read_manifest(*at(tmp_path, [one])) is None], make_executor)
     assert failures == []
     assert {"bad", "last"} <= set(done)
+
+
+@pytest.mark.parametrize("on_worker", [False, True], ids=["task", "worker"])
+def test_what_libraries_read_is_set_in_rays_processes_before_torch_is_loaded(
+    tmp_path: Path, on_ray: Callable[..., Maker], on_worker: bool
+) -> None:
+    told = unit("told", call="tests.pipeline.fake:tell_environment", on_worker=on_worker)
+    done, failures = drive(tmp_path, [told], on_ray(num_gpus=1))
+    assert failures == []
+    assert done["told"].facts == {**COMPUTING, "has_torch": False}
 
 
 def die_once(job: Job) -> UnitResult:
