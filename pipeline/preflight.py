@@ -10,6 +10,7 @@ from pipeline.hub import is_hub_name, resolve_model
 from pipeline.hub_data import Dataset, choose_files, fetch_files, is_dataset_name
 from pipeline.identity import files_identity, model_identity
 from stages.common.checkpoint import Checkpoint
+from stages.common.config_checks import check_config
 from stages.common.errors import InputError
 from stages.common.families import family_of, num_experts_in, stock_targets, top_k_in
 from stages.common.storage import absolute, as_path, check_readable, check_writable, is_remote, is_url
@@ -39,9 +40,9 @@ def check(config: RunConfig, folder: Path | None = None) -> Checked:
     place = str(checkpoint.folder)
     num_experts = num_experts_in(checkpoint.config, place)
     family_of(checkpoint.config, place)
+    check_config(checkpoint)
     check_targets(config, num_experts, top_k_in(checkpoint.config, place))
     check_groups(config, stock_targets(checkpoint.config, place))
-    assert checkpoint.tensors
     identities: dict[str, Mapping[str, Any]] = {"model": model_identity(checkpoint)}
     datasets: dict[str, Dataset] = {}
     for place, data in texts_of(config).items():

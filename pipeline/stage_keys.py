@@ -11,7 +11,7 @@ from pipeline.config import RunConfig, TextData
 from pipeline.identity import key_of
 
 # Raised when a stage computes something else from the same inputs: old results are then not reused.
-VERSIONS = {"prepare": 3, "calibrate": 5, "cluster": 1, "merge": 2, "assemble": 3, "evaluate": 1, "report": 2}
+VERSIONS = {"prepare": 3, "calibrate": 5, "cluster": 1, "merge": 2, "assemble": 4, "evaluate": 2, "report": 2}
 
 # Libraries that compute a stage's numbers. What only stores or moves them is left out.
 LIBRARIES: dict[str, tuple[str, ...]] = {

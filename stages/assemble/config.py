@@ -15,7 +15,7 @@ def stock_config(config: Mapping[str, Any], num_merged: int) -> dict[str, Any]:
     text = text_config(edited)
     assert isinstance(text, dict)
     for name in expert_count_fields(edited):
-        text[name] = num_merged
+        text[name] = [num_merged] * len(text[name]) if isinstance(text[name], list) else num_merged
     return edited
 
 

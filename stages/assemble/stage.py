@@ -9,6 +9,7 @@ from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Check
 from stages.common.completeness import check_complete
 from stages.common.files import WrittenFile, copy_file, link_or_copy, write_bytes, write_json
 from stages.common.headers import TensorEntry, read_header
+from stages.common.model_config import writable
 from stages.common.paths import CHECKPOINT_DIR
 from stages.common.tied import MODELING_FILE, modeling_source
 from stages.common.unit import Job, UnitResult
@@ -34,7 +35,7 @@ def assemble_unit(job: Job) -> UnitResult:
         link_or_copy(merged, folder / name)
         written.append(WrittenFile(folder / name, merged.stat().st_size, args["files"][name]))
     config = target_config(source.config, args["architecture"], num_merged, args["format"], args["value_dtype"])
-    written.append(write_json(folder / CONFIG_FILE, config))
+    written.append(write_json(folder / CONFIG_FILE, writable(config)))
     if args["format"] == "tied":
         written.append(write_bytes(folder / MODELING_FILE, modeling_source(config).encode()))
     for path in source.side_files():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.integrations.moe import _default_apply_gate
 
-from stages.common.expert_weights import ExpertWeights
+from stages.common.expert_weights import ExpertWeights, is_llama4
 
 _GROUPED_ALIGNMENT = 16
 """Bytes that rows of both operands must be a multiple of."""
@@ -41,9 +41,11 @@ def room_for(bounds: Sequence[int], device: torch.device) -> int:
 
 
 def gates_by_halves(experts: Any) -> bool:
-    """Whether a module gates as most do: act(first half) * second half. Llama 4's has no method for it, and does the same."""
-    gate = getattr(type(experts), "_apply_gate", None)
-    return gate is None or gate is _default_apply_gate
+    """Whether a module gates as most do: act(first half) * second half. Llama 4's has no method for it, and does the same.
+
+    Nor has a module without a gate, which is not asked.
+    """
+    return is_llama4(experts) or getattr(type(experts), "_apply_gate", None) is _default_apply_gate
 
 
 def can_group(weights: ExpertWeights) -> bool:

@@ -1,21 +1,19 @@
 """transformers as the model adapter: a model without weights, and what each tensor on disk becomes in it.
 
-Semi-private names of transformers are used here, in `layer_shard.py`, `direct_load.py`, `tied.py` and calibrate's
-`products.py` only; `tests/stages/test_contract.py`, `test_direct_load.py` and `test_products.py` check them against the
-installed version.
+Semi-private names of transformers are used here, in `model_config.py`, `trial.py`, `layer_shard.py`, `direct_load.py`,
+`tied.py` and calibrate's `products.py` only; `tests/stages/test_contract.py`, `test_model_config.py`, `test_direct_load.py`
+and `test_products.py` check them against the installed version.
 """
 
 import importlib.util
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -23,6 +21,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
 from stages.common.families import EXPERT_COUNT_FIELDS, num_experts_in, text_config
+from stages.common.model_config import load_config, reads_config, stated_dtype
 from stages.common.reader import TORCH_DTYPES
 from stages.common.tied import BASE_KEY, MODELING_FILE, class_name, is_tied, modeling_source
 
@@ -42,10 +41,9 @@ class Target:
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype the model computes in: the config's, else that of most of the checkpoint's floating-point bytes."""
-    text = checkpoint.config.get("text_config") or {}
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or text.get("dtype")
-    if isinstance(named, str) and isinstance(getattr(torch, named.removeprefix("torch."), None), torch.dtype):
-        return getattr(torch, named.removeprefix("torch."))  # type: ignore[no-any-return]
+    named = stated_dtype(checkpoint)
+    if named is not None:
+        return named
     num_bytes: dict[str, int] = defaultdict(int)
     for entry in checkpoint.tensors.values():
         if entry.dtype in ("F64", "F32", "F16", "BF16"):
@@ -53,17 +51,6 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if not num_bytes:
         raise InputError(f"{checkpoint.folder} holds no floating-point tensor")
     return TORCH_DTYPES[max(num_bytes, key=lambda name: num_bytes[name])]
-
-
-def _load_config(checkpoint: Checkpoint) -> Any:
-    """The config as transformers' own class reads it; code that comes with a checkpoint (`auto_map`) is never run here."""
-    try:
-        return AutoConfig.from_pretrained(checkpoint.local_folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as e:
-        raise InputError(
-            f"{checkpoint.folder}: transformers {transformers.__version__} does not read this config "
-            f"(model_type {checkpoint.config['model_type']!r}): {e}"
-        ) from e
 
 
 def _tied_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
@@ -78,27 +65,25 @@ def _tied_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     return getattr(module, class_name(text_config(checkpoint.config)[BASE_KEY]))  # type: ignore[no-any-return]
 
 
-def build_meta_model(checkpoint: Checkpoint, num_experts: int | None = None) -> PreTrainedModel:
+def build_meta_model(checkpoint: Checkpoint, num_experts: int | None = None, device: str = "meta") -> PreTrainedModel:
     """Build the model's modules on the meta device: shapes and code, no weights.
 
-    num_experts: if given, build it with this number of routed experts instead of the config's.
+    num_experts: if given, build it with this number of routed experts instead of the config's. device: another one, under a
+    mode of torch in which its tensors have no weights either.
     """
     transformers.utils.logging.disable_progress_bar()
-    config = _load_config(checkpoint)
+    config = load_config(checkpoint)
     if num_experts is not None:
         text = config.get_text_config()
         for name in EXPERT_COUNT_FIELDS:
             if getattr(text, name, None) is not None:
                 setattr(text, name, num_experts)
     dtype = checkpoint_dtype(checkpoint)
-    try:
-        with torch.device("meta"):
-            if is_tied(checkpoint.config):
-                model = _tied_class(checkpoint)._from_config(config, dtype=dtype)
-            else:
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError) as e:
-        raise InputError(f"{checkpoint.folder}: transformers cannot build this model: {e}") from e
+    with torch.device(device):
+        if is_tied(checkpoint.config):  # our own class, for a config that its source was built from: no input to blame
+            return _tied_class(checkpoint)._from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+        with reads_config(checkpoint.folder, "build this model"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -195,6 +180,21 @@ class AdaptedModel:
         )  # fmt: skip
         self.model._adjust_missing_and_unexpected_keys(info)
         return unloaded - info.unexpected_keys
+
+    @cached_property
+    def tied_without_tensor(self) -> frozenset[str]:
+        """Parameters that the config ties to another one and of which the checkpoint has no tensor.
+
+        transformers fills them from the other one. Where it has tensors of both and they differ, it ties nothing.
+        """
+        found = {target.parameter for target in self.targets.values()}
+        return frozenset(name for pair in self.model.all_tied_weights_keys.items() for name in pair if name not in found)
+
+    @property
+    def head_fills_embedding(self) -> bool:
+        """Whether the input embedding has no tensor and is the output embedding's, rather than the other way round."""
+        missing = self.tied_without_tensor
+        return any(one in missing and other not in missing for other, one in self.model.all_tied_weights_keys.items())
 
     def experts_modules(self) -> dict[int, nn.Module]:
         """The experts module of every MoE layer."""

@@ -64,9 +64,10 @@ def _check_counts(adapted: AdaptedModel) -> None:
     found: dict[str, int] = defaultdict(int)
     for name, target in adapted.targets.items():
         found[target.parameter] += adapted.checkpoint.tensors[name].num_elements
-    tied = set(adapted.model.all_tied_weights_keys)
+    tied = adapted.model.all_tied_weights_keys
+    filled = {name for pair in tied.items() if any(found[one] for one in pair) for name in pair}
     for parameter, tensor in state.items():
-        if parameter in tied and not found[parameter]:
+        if parameter in filled and not found[parameter]:
             continue
         group = groups.get(parameter, (parameter,))
         due, have = sum(math.prod(state[name].shape) for name in group), found[group[0]]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.common.errors import InputError
 from stages.common.mapped import MappedStack
 
 NOTHING_MAPPED: Mapping[str, MappedStack] = {}
@@ -25,15 +26,26 @@ class ExpertsLayout:
 
     @classmethod
     def of(cls, experts: Any) -> "ExpertsLayout":
-        """Read the flags; Llama 4's module has none, and multiplies from the right."""
-        if hasattr(experts, "is_transposed"):
+        """Read the flags; Llama 4's module has none, and multiplies from the right. Raises InputError for any other without."""
+        if all(isinstance(getattr(experts, flag, None), bool) for flag in ("is_transposed", "has_bias", "has_gate")):
             return cls(experts.is_transposed, experts.has_bias, experts.has_gate)
-        return cls(is_transposed=True, has_bias=False, has_gate=True)
+        if is_llama4(experts):
+            return cls(is_transposed=True, has_bias=False, has_gate=True)
+        raise InputError(
+            f"experts of class {type(experts).__name__} do not say how they keep their weights, so this model is not "
+            f"supported; docs/families.md lists what is"
+        )
 
     @property
     def first(self) -> str:
         """Name of the weight that hidden states meet first."""
         return "gate_up_proj" if self.has_gate else "up_proj"
+
+
+def is_llama4(experts: Any) -> bool:
+    """Whether a module is Llama 4's experts, or of a class that a tied export makes of it."""
+    names = [(base.__module__.split(".")[0], base.__name__) for base in type(experts).mro()]
+    return ("transformers", "Llama4TextExperts") in names
 
 
 class ExpertWeights:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stages.common.errors import InputError
+from stages.common.untrusted import shown
 
 # Names under which a config keeps the number of routed experts, and the number of experts a token is sent to.
 EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -139,16 +140,40 @@ def family_of(config: Mapping[str, Any], place: str) -> Family:
     return family
 
 
+def number_in(config: Mapping[str, Any], name: str, place: str, least: int = 1, most: int | None = None) -> int | None:
+    """Return a whole number of a config; None where it is absent or null.
+
+    A list, as some families have one entry for each layer, counts as its number where all entries are equal.
+    Raises InputError for anything else, and for a number below `least` or above `most`.
+    """
+    value = config.get(name)
+    if value is None:
+        return None
+    entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        if not isinstance(entry, int) or isinstance(entry, bool) or entry < least or (most is not None and entry > most):
+            bound = f"at least {least}" if most is None else f"{least} to {most:,}"
+            raise InputError(f"{place}: {name} is {shown(repr(value))}; a whole number, {bound}, is needed: restore the config")
+    if len(set(entries)) != 1:
+        odd = next((i for i, entry in enumerate(entries) if entry != entries[0]), 0)
+        which = f"entry {odd} is not entry 0" if entries else "it has no entry"
+        raise InputError(
+            f"{place}: {name} is {shown(repr(value))}: {which}; layers that differ in it are not supported, so use a "
+            f"checkpoint whose layers all have the same"
+        )
+    return int(entries[0])
+
+
 def expert_count_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Keys of the raw language-model config that hold the number of routed experts."""
     text = text_config(config)
-    return tuple(name for name in EXPERT_COUNT_FIELDS if isinstance(text.get(name), int))
+    return tuple(name for name in EXPERT_COUNT_FIELDS if text.get(name) is not None)
 
 
 def num_experts_in(config: Mapping[str, Any], place: str) -> int:
     """Return the number of routed experts. Raises InputError for a model without experts, or with two different counts."""
     text = text_config(config)
-    counts = {name: text[name] for name in expert_count_fields(config)}
+    counts = {name: number_in(text, name, place, least=0) or 0 for name in expert_count_fields(config)}
     if not counts or max(counts.values()) < 2:
         raise InputError(
             f"{place}: {config.get('model_type')!r} is not a Mixture-of-Experts model: its config has no expert count "
@@ -156,15 +181,16 @@ def num_experts_in(config: Mapping[str, Any], place: str) -> int:
         )
     if len(set(counts.values())) > 1:
         raise InputError(f"{place}: the config disagrees with itself about the number of experts: {counts}")
-    return int(next(iter(counts.values())))
+    return next(iter(counts.values()))
 
 
 def top_k_in(config: Mapping[str, Any], place: str) -> int:
-    """Return how many experts the router picks for a token. Raises InputError when the config does not say."""
+    """Return how many experts the router picks for a token. Raises InputError when the config does not say, or too many."""
     text = text_config(config)
     for name in TOP_K_FIELDS:
-        if isinstance(text.get(name), int):
-            return int(text[name])
+        top_k = number_in(text, name, place, most=num_experts_in(config, place))
+        if top_k is not None:
+            return top_k
     raise InputError(f"{place}: the config does not say how many experts a token is sent to ({', '.join(TOP_K_FIELDS)})")
 
 
@@ -177,20 +203,38 @@ class Groups:
     num_scores: int
 
 
-def groups_in(config: Mapping[str, Any]) -> Groups | None:
-    """The groups of a supported family's router, or None where it has a single one."""
+def groups_in(config: Mapping[str, Any], place: str) -> Groups | None:
+    """The groups of a supported family's router, or None where it has a single one.
+
+    Raises InputError for groups that the experts do not fill equally, or of which a token may use more than there are.
+    """
     text = text_config(config)
     num_scores = SUPPORTED[family_name(config)].group_scores
-    num_groups = next((text[name] for name in GROUP_COUNT_FIELDS if isinstance(text.get(name), int)), 1)
-    if num_scores == 0 or num_groups <= 1 or text.get("topk_method") == "greedy":
+    if num_scores == 0 or text.get("topk_method") == "greedy":
         return None
-    return Groups(num_groups, text.get(CHOSEN_GROUPS_FIELD) or num_groups, num_scores)
+    named = ((name, number_in(text, name, place)) for name in GROUP_COUNT_FIELDS)
+    name, num_groups = next(((name, number) for name, number in named if number is not None), ("", 1))
+    if num_groups <= 1:
+        return None
+    num_experts, top_k = num_experts_in(config, place), top_k_in(config, place)
+    if num_experts % num_groups or num_experts // num_groups < num_scores:
+        raise InputError(
+            f"{place}: {name} is {num_groups}; {num_experts} experts must divide into that many equal groups of at least "
+            f"{num_scores}: restore the config"
+        )
+    num_chosen = number_in(text, CHOSEN_GROUPS_FIELD, place, most=num_groups) or num_groups
+    if num_chosen * (num_experts // num_groups) < top_k:
+        raise InputError(
+            f"{place}: {CHOSEN_GROUPS_FIELD} is {num_chosen}; so many groups hold {num_chosen * (num_experts // num_groups)} "
+            f"experts, and a token is sent to {top_k}: restore the config"
+        )
+    return Groups(num_groups, num_chosen, num_scores)
 
 
 def stock_targets(config: Mapping[str, Any], place: str) -> list[int]:
     """Every number of experts r that a stock export can have: top-k fits, and every group keeps equally many."""
     num_experts, top_k = num_experts_in(config, place), top_k_in(config, place)
-    groups = groups_in(config)
+    groups = groups_in(config, place)
     if groups is None:
         return list(range(top_k, num_experts + 1))
     sizes = range(groups.num_scores, num_experts // groups.num_groups + 1)

@@ -23,6 +23,7 @@ from stages.common.errors import InputError
 from stages.common.expert_weights import NOTHING_MAPPED, ExpertWeights
 from stages.common.file_cache import read_ahead
 from stages.common.mapped import MappedStack
+from stages.common.model_config import reads_config
 from stages.common.reader import TensorReader
 from stages.common.storage import is_remote
 
@@ -102,9 +103,9 @@ class LayerShard:
         return [name for name, target in self.adapted.targets.items() if is_wanted(target.parameter)]
 
     def _head_prefix(self) -> str:
-        """Name of the output embedding with a trailing dot; empty where it is the input embedding, too."""
+        """Name of the output embedding with a trailing dot; empty where the input embedding is made of its tensors."""
         head = self.model.get_output_embeddings()
-        if head is None or self.model.config.get_text_config().tie_word_embeddings:
+        if head is None or self.adapted.head_fills_embedding:
             return ""
         return next(f"{name}." for name, module in self.model.named_modules() if module is head)
 
@@ -148,7 +149,9 @@ class LayerShard:
             self._mapped[layer][weight] = stack
         if names:
             self._convert(names)
-        self.model.tie_weights()
+        if self._has_head or self.adapted.head_fills_embedding:
+            # as from_pretrained does: tensors of both that differ stay apart, whatever the config says
+            self.model.tie_weights(missing_keys=set(self.adapted.tied_without_tensor), recompute_mapping=False)
         self.model.requires_grad_(False)
         return mapped.keys()
 
@@ -229,7 +232,7 @@ class LayerShard:
             captured.append(hidden)
             raise _Stop
 
-        with self._stand_ins(capture):
+        with reads_config(self.adapted.checkpoint.folder, "run this model"), self._stand_ins(capture):
             self.adapted.decoder(input_ids=token_ids_BT.to(self.device), use_cache=False)
         return captured[0]
 
@@ -245,7 +248,7 @@ class LayerShard:
                     raise _Stop
                 return hidden
 
-            with self._stand_ins(capture):
+            with reads_config(self.adapted.checkpoint.folder, "run this model"), self._stand_ins(capture):
                 self.adapted.decoder(inputs_embeds=torch.zeros_like(hidden_BTD), use_cache=False)
             self._arguments[shape] = arguments
         return self._arguments[shape]

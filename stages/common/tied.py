@@ -52,6 +52,8 @@ def _merged_class(experts_class):
 
 
 def _merge(experts, num_merged):
+    if not hasattr(experts, "is_transposed") and type(experts).__name__ != "Llama4TextExperts":
+        raise ValueError(f"{{type(experts).__name__}}: experts of this class are not known to the code of this checkpoint")
     num_experts = experts.num_experts
     for name, parameter in list(experts.named_parameters(recurse=False)):
         if parameter.shape[0] == num_experts:

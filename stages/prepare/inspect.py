@@ -44,7 +44,8 @@ def inspect_checkpoint(folder: str) -> dict[str, Any]:
 
 def _described(checkpoint: Checkpoint, plan: dict[str, Any], roles: list[TensorRole]) -> dict[str, Any]:
     text = text_config(checkpoint.config)
-    family, groups = family_of(checkpoint.config, str(checkpoint.folder)), groups_in(checkpoint.config)
+    place = str(checkpoint.folder)
+    family, groups = family_of(checkpoint.config, place), groups_in(checkpoint.config, place)
     has_bias = any(role.role == "router" and len(role.entry.shape) == 1 for role in roles)
     quantisation = quantisation_config(checkpoint.config)
     return {
@@ -67,7 +68,7 @@ def _described(checkpoint: Checkpoint, plan: dict[str, Any], roles: list[TensorR
         "unloaded_tensors": plan["unloaded_tensors"],
         "first_unloaded_tensor": plan["first_unloaded_tensor"],
         "bytes_by_role": bytes_by_role(roles),
-        "targets": target_bytes(roles, plan["num_experts"], stock_targets(checkpoint.config, str(checkpoint.folder))),
+        "targets": target_bytes(roles, plan["num_experts"], stock_targets(checkpoint.config, place)),
     }
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stages.common.checkpoint import Checkpoint
+from stages.common.checkpoint import CONFIG_FILE, Checkpoint
 from stages.common.errors import InputError
-from stages.common.families import text_config
+from stages.common.families import number_in, text_config
 from stages.common.files import WrittenFile, write_json
 from stages.common.paths import PLAN_FILE, TENSORS_FILE, tokens_file
 from stages.common.schemas import TENSORS, TOKENS, write_table
@@ -65,8 +65,8 @@ def sequences(args: Mapping[str, Any]) -> Array:
     """
     place, num_sequences, sequence_length = args["place"], args["num_sequences"], args["sequence_length"]
     checkpoint = Checkpoint(args["model"])
-    text = text_config(checkpoint.config)
-    max_positions = text.get("max_position_embeddings")
+    text, config_place = text_config(checkpoint.config), str(checkpoint.folder / CONFIG_FILE)
+    max_positions = number_in(text, "max_position_embeddings", config_place)
     if max_positions is not None and sequence_length > max_positions:
         raise InputError(f"{place}.sequence_length is {sequence_length} but the model has {max_positions} positions; lower it")
     files = [file.path for file in list_files(args["data"], place)]
@@ -80,4 +80,7 @@ def sequences(args: Mapping[str, Any]) -> Array:
         documents = read_documents(files, args["text_field"], args["seed"], max_characters, place)
         source = f"{place}.data ({files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''})"
         ids_ST = draw_sequences(map(tokenizer.encode, documents), num_sequences, sequence_length, args["seed"], source)
-    return checked_ids(ids_ST, int(text["vocab_size"]), place)
+    vocab_size = number_in(text, "vocab_size", config_place)
+    if vocab_size is None:
+        raise InputError(f"{config_place} has no vocab_size; restore the config")
+    return checked_ids(ids_ST, vocab_size, place)

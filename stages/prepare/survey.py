@@ -6,10 +6,12 @@ from typing import Any
 from stages.common.adapter import AdaptedModel, checkpoint_dtype
 from stages.common.checkpoint import Checkpoint
 from stages.common.completeness import check_complete
+from stages.common.config_checks import check_config
 from stages.common.errors import InputError
-from stages.common.families import family_name, family_of, num_experts_in, text_config, top_k_in
+from stages.common.families import family_name, family_of, num_experts_in, number_in, text_config, top_k_in
 from stages.common.roles import TensorRole, router_modules, tensor_roles
 from stages.common.tied import is_tied
+from stages.common.trial import check_experts, check_forward
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 MERGED = ("expert", "fused_expert", "router")
@@ -22,12 +24,15 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
     """
     place = str(checkpoint.folder)
     family_of(checkpoint.config, place)
+    check_config(checkpoint)
     if is_tied(checkpoint.config):
         raise InputError(f"{place} is itself a tied export; merge the checkpoint that it was made from")
     num_experts = num_experts_in(checkpoint.config, place)
     top_k = top_k_in(checkpoint.config, place)
     adapted = AdaptedModel(checkpoint)
     check_complete(adapted)
+    check_experts(adapted)
+    check_forward(checkpoint)
     roles = tensor_roles(adapted)
     for role in roles:
         if role.role in MERGED and role.entry.dtype not in FLOATING:
@@ -60,9 +65,9 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
         "routers": {str(layer): names[router] for layer, router in sorted(routers.items())},
         "num_experts": num_experts,
         "top_k": top_k,
-        "hidden_size": int(text["hidden_size"]),
-        "vocab_size": int(text["vocab_size"]),
-        "max_positions": text.get("max_position_embeddings"),
+        "hidden_size": number_in(text, "hidden_size", place),
+        "vocab_size": number_in(text, "vocab_size", place),
+        "max_positions": number_in(text, "max_position_embeddings", place),
         "dtype": str(checkpoint_dtype(checkpoint)).removeprefix("torch."),
         "num_parameters": sum(role.entry.num_elements for role in roles),
         "total_bytes": checkpoint.total_bytes,

@@ -249,7 +249,7 @@ def check_stock(case: Case) -> None:
     changed = {key for key in source if source[key] != target.get(key)} | (set(target) - set(source))
     assert changed == {*expert_count_fields(source), *mtp_fields(source)}
     check_layout(case, folder)
-    if groups := groups_in(source):
+    if groups := groups_in(source, "here"):
         assert MERGED % groups.num_groups == 0
 
 

@@ -91,7 +91,7 @@ def test_settings_and_wrappers_that_do_not_work_are_refused(config: dict[str, An
 def test_stock_targets_keep_groups_equally_large(family: str, changes: dict[str, Any], possible: list[int]) -> None:
     config = tiny_config(family, **changes).to_dict()
     assert stock_targets(config, "here") == possible
-    assert (groups_in(config) is None) == (possible[-1] - possible[-2] == 1)
+    assert (groups_in(config, "here") is None) == (possible[-1] - possible[-2] == 1)
 
 
 def test_a_target_that_breaks_groups_is_refused_before_any_work(tmp_path: Path) -> None:
