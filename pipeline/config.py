@@ -13,6 +13,8 @@ from pipeline.yaml_files import parse_yaml, read_yaml
 from stages.common.errors import InputError
 from stages.common.storage import absolute
 
+_DRIVE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(/(?!/)|\\)")
+"""C:\\runs and s3:/bucket, which would otherwise be the name of a folder in the current one."""
 _MAX_BYTES = 1 << 63
 _MAX_DEPTH = 8
 _MAX_SHOWN = 200
@@ -197,6 +199,10 @@ class RunConfig(_Section):
             raise ValueError("must not be empty")
         if value is not None and "\0" in value:
             raise ValueError("must not hold the character NUL")
+        if value is not None and _DRIVE.match(value):
+            raise ValueError(
+                f"names no folder here; write {value.partition(':')[0]}://... for a URL, or a path that begins with /"
+            )
         return value
 
     @model_validator(mode="after")

@@ -27,6 +27,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}},
     }
 }
+STORES = ("s3", "gs", "gcs", "abfs", "abfss", "az", "oss")
+"""Schemes of object stores, which many hosts can write to. fsspec knows more: archives, web sites, this process's memory."""
 _PARALLEL_BYTES = 1 << 23
 """Size of the ranges that are read side by side."""
 _NUM_PARALLEL = 16
@@ -49,7 +51,13 @@ def as_path(text: str | Path) -> Path:
     """The path that a text means. Raises InputError for a URL whose file system is not installed or not known."""
     if not isinstance(text, str) or not is_url(text):
         return Path(text) if isinstance(text, str) else text
-    scheme = text.partition("://")[0]
+    scheme, _, place = text.partition("://")
+    if scheme in ("file", "local"):
+        raise InputError(f"{text}: write a path on this machine without {scheme}://")
+    if scheme not in STORES:
+        raise InputError(f"{text}: {scheme}:// is not a kind of storage that is known; known: {', '.join(STORES)}")
+    if not place.strip("/"):
+        raise InputError(f"{text}: names no bucket; write for example {scheme}://bucket/run")
     try:
         from upath import UPath
 
@@ -59,9 +67,7 @@ def as_path(text: str | Path) -> Path:
         extra = "; pip install 'hcsmoe[s3]'" if scheme == "s3" else "; and universal_pathlib"
         raise InputError(f"{text}: {scheme}:// needs a package that is not installed: {e}{extra}") from e
     except ValueError as e:
-        raise InputError(f"{text}: {scheme}:// is not a kind of storage that is known: {e}") from e
-    if isinstance(path, Path):
-        raise InputError(f"{text}: write a path on this machine without {scheme}://")
+        raise InputError(f"{text}: this URL cannot be used: {e}") from e
     return cast(Path, path)
 
 

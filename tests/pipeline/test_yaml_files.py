@@ -153,3 +153,35 @@ def test_a_path_with_a_null_character_is_refused(tmp_path: Path, name: str) -> N
     path.write_text(GOOD)
     message = refusal(lambda: load_config(path, [f'{name}="a\\0b"']))
     assert message == f"{path}: {name}: must not hold the character NUL (it is 'a\\x00b')"
+
+
+@pytest.mark.parametrize("value", ["C:\\runs\\x", "c:/runs/x", "s3:/bucket/x"])
+@pytest.mark.parametrize("name", ["run_dir", "model", "cache_dir"])
+def test_a_path_of_another_system_and_a_url_with_a_slash_too_few_are_refused(tmp_path: Path, name: str, value: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD)
+    scheme = value.partition(":")[0]
+    assert refusal(lambda: load_config(path, [f"{name}='{value}'"])) == (
+        f"{path}: {name}: names no folder here; write {scheme}://... for a URL, or a path that begins with / (it is {value!r})"
+    )
+
+
+def test_run_files_of_a_batch_are_found_from_where_the_command_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "run.yaml").write_text(GOOD)
+    path = tmp_path / "batch.yaml"
+    path.write_text("batch_dir: b\nruns: [{run: run.yaml, set: {calibration.seed: 3, clustering: {num_experts: [2, 3]}}}]\n")
+    (entry,) = load_batch(path).runs
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config(entry.run, [], entry.set)
+    assert (config.calibration.seed, config.clustering.num_experts) == (3, (2, 3))
+    monkeypatch.chdir(tmp_path)
+    assert refusal(lambda: load_config(entry.run, [], entry.set)) == (
+        "run file run.yaml cannot be read: No such file or directory"
+    )
+    run_file = tmp_path / "here" / "run.yaml"
+    assert refusal(lambda: load_config(run_file, [], {"calibration..seed": 3})) == (
+        f"set of {run_file}: calibration..seed is no setting; write names with a dot between them, such as clustering.linkage"
+    )

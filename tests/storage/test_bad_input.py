@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stages.common.errors import InputError
-from stages.common.storage import as_path
+from stages.common.storage import STORES, as_path
 from tests.conftest import REPOSITORY
 from tests.storage.conftest import SECRET
 
@@ -59,6 +59,25 @@ def test_a_url_without_its_package_names_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr(builtins, "__import__", without_upath)
     with pytest.raises(InputError, match=r"s3://bucket/run: s3:// needs a package.*pip install 'hcsmoe\[s3\]'"):
         as_path("s3://bucket/run")
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("file:///x", "file:///x: write a path on this machine without file://"),
+        ("local:///x", "local:///x: write a path on this machine without local://"),
+        ("s3://", "s3://: names no bucket; write for example s3://bucket/run"),
+        ("s3:///", "s3:///: names no bucket; write for example s3://bucket/run"),
+        *(
+            (url, f"{url}: {url.partition('://')[0]}:// is not a kind of storage that is known; known: {', '.join(STORES)}")
+            for url in ("S3://b/x", "://x", "memory://x", "http://host/x", "data://x", "github://a", "simplecache::s3://b/x")
+        ),
+    ],
+)
+def test_a_url_of_what_is_no_object_store_is_one_error(url: str, says: str) -> None:
+    with pytest.raises(InputError) as refused:
+        as_path(url)
+    assert str(refused.value) == says
 
 
 def test_a_hub_model_needs_files_to_be_downloaded_to(s3: str, remote_run_file: RunFile) -> None:
