@@ -16,7 +16,8 @@ from pipeline.printing import add_row, show
 from pipeline.progress import Reporter
 from pipeline.run_state import RunOptions, RunState
 from pipeline.runner import MakeExecutor, run_all
-from pipeline.table import human_bytes, perplexity_text
+from pipeline.sizes import human_bytes
+from pipeline.table import perplexity_text
 from pipeline.yaml_files import read_yaml
 from stages.common.errors import InputError
 from stages.common.files import write_json

@@ -8,7 +8,7 @@ from pipeline.manifest import MANIFESTS_DIR
 from pipeline.owned import remove_stage_folder, stage_folders
 from pipeline.publish import unpublish_lost
 from pipeline.record import RunRecord, read_record
-from pipeline.table import human_bytes
+from pipeline.sizes import human_bytes
 from stages.common.storage import absolute, is_remote
 
 

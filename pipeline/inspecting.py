@@ -7,7 +7,8 @@ from rich.table import Table
 
 from pipeline.hub import headers_of
 from pipeline.printing import add_row
-from pipeline.table import human_bytes, weights_lines
+from pipeline.sizes import human_bytes
+from pipeline.table import weights_lines
 from pipeline.worker import resolve
 
 

@@ -11,8 +11,9 @@ from pipeline.hub import headers_of
 from pipeline.partition import held_bytes, layer_shards
 from pipeline.preflight import check, check_layers, check_mtp
 from pipeline.printing import add_row
+from pipeline.sizes import human_bytes
 from pipeline.stage_keys import Stages
-from pipeline.table import human_bytes, weights_lines
+from pipeline.table import weights_lines
 from pipeline.worker import resolve
 from stages.common.storage import absolute
 from stages.merge.layout import output_files

@@ -20,8 +20,9 @@ from pipeline.publish import publish_model, publish_report
 from pipeline.record import write_record
 from pipeline.run_dir import check_run_dir
 from pipeline.selection import delete, leftovers, select, sweep
+from pipeline.sizes import human_bytes
 from pipeline.stage_keys import Stages
-from pipeline.table import human_bytes, weights_lines
+from pipeline.table import weights_lines
 from pipeline.units import Outcome, Unit
 from stages.common.errors import InputError
 from stages.common.files import write_json

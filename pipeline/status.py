@@ -16,8 +16,8 @@ from pipeline.owned import IDENTITY_FILE, read_identity, stage_folders
 from pipeline.printing import add_row
 from pipeline.record import read_record
 from pipeline.selection import select
+from pipeline.sizes import human_bytes
 from pipeline.stage_keys import StageRun, Stages
-from pipeline.table import human_bytes
 from stages.common.errors import InputError
 from stages.common.storage import absolute, as_path
 
@@ -64,7 +64,7 @@ def describe_status(run_dir: str | Path) -> Iterator[Table | str]:
     if len(last.failed) > _MAX_LISTED:
         yield f"failed: {len(last.failed) - _MAX_LISTED} more, in events.jsonl"
     if last.num_lost:
-        yield f"units given to another worker in the last run: {last.num_lost}"
+        yield f"units tried again in the last run: {last.num_lost}"
     if last.num_unreadable:
         lines = "1 line" if last.num_unreadable == 1 else f"{last.num_unreadable} lines"
         yield f"{lines} of {EVENTS_FILE} cannot be read"

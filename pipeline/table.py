@@ -8,15 +8,6 @@ from rich.table import Table
 from pipeline.printing import add_row
 
 
-def human_bytes(num_bytes: float) -> str:
-    """Bytes in decimal units with three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
-
-
 def perplexity_text(model: Mapping[str, Any]) -> str:
     """A model's perplexity for people: "-" where it was not evaluated or has no loss, "inf" where no float is so large."""
     if model.get("loss") is None:

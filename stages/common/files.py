@@ -102,6 +102,17 @@ def _temporary(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in an OSError that does not say which it was, as that of a write to a full disk."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None and e.errno is not None:
+            e.filename = str(path)
+        raise
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -117,7 +128,7 @@ def write_file(path: Path, write: Callable[[DigestingFile], object]) -> WrittenF
     """
     if storage.is_remote(path):
         return _upload(path, write)
-    with _temporary(path) as temporary:
+    with _named(path), _temporary(path) as temporary:
         with open(temporary, "wb") as raw:
             with closing(DigestingFile(raw)) as out:
                 write(out)

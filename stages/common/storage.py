@@ -36,6 +36,33 @@ _NUM_PARALLEL = 16
 
 _CONFLICT_WAITS_S = (0.1, 0.4, 1.6)
 
+# EREMOTEIO is known to Linux only.
+_PASSING_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO", "EREMOTEIO", "ESTALE", "ETIMEDOUT", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE", "ENOTCONN",
+        "ESHUTDOWN", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+_PASSING_ERRORS = {
+    "botocore.exceptions": ("ConnectionError", "HTTPClientError", "IncompleteReadError"),
+    "aiohttp": ("ClientConnectionError", "ClientPayloadError"),
+    "http.client": ("IncompleteRead",),
+    "httpx": ("TransportError",),
+    "requests": ("ConnectionError", "Timeout"),
+}
+"""What the libraries between here and a store raise for a connection that fails, by module."""
+_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
+_PASSING_CODES = ("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "OperationAborted")
+_REMEDIES = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there or raise the quota",
+    errno.EACCES: "let the user of the workers read and write there",
+    errno.EPERM: "let the user of the workers read and write there",
+    errno.EROFS: "mount it so that it can be written to",
+}
+
 
 def is_url(text: str | Path) -> bool:
     """Whether a path is one of object storage."""
@@ -106,6 +133,39 @@ def is_outside(error: BaseException) -> bool:
     if isinstance(error, OSError) and not isinstance(error.__cause__, failures()):
         return error.errno in _OUTSIDE and error.filename is not None
     return True
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the reason of an error may pass by itself: a file server or a store that is away, slow or asks to slow down.
+
+    Looks at what the error was raised from, too. A store's own answer counts before what a library made of it. A full disk, a
+    missing file and a missing permission do not pass.
+    """
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__
+    for cause in causes:
+        answer = getattr(cause, "response", None)
+        if isinstance(answer, dict) and "Error" in answer:
+            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status in _PASSING_STATUS or answer["Error"].get("Code") in _PASSING_CODES
+    return any(_passes(cause) for cause in causes)
+
+
+def _passes(error: BaseException) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno in _PASSING_ERRNOS):
+        return True
+    known = ((sys.modules.get(module), names) for module, names in _PASSING_ERRORS.items())
+    return any(isinstance(error, getattr(module, name)) for module, names in known if module for name in names)
+
+
+def remedy_for(error: BaseException) -> str | None:
+    """What the user can do about an error of the machine (disk full, no permission); None if it is another kind of error."""
+    if isinstance(error, PermissionError) and error.errno is None:  # a store's answer
+        return _REMEDIES[errno.EACCES]
+    return _REMEDIES.get(error.errno) if isinstance(error, OSError) and error.errno is not None else None
 
 
 @contextlib.contextmanager
@@ -220,7 +280,8 @@ def read_ranges_into(path: Path, begin: int, view: memoryview) -> None:
                     raise EOFError(f"{path} ends at byte {file_bytes:,} where {begin + view.nbytes:,} is due")
                 if isinstance(piece, Exception):
                     raise piece
-                raise OSError(f"{path}: {len(piece):,} of {end - start:,} bytes came from byte {begin + start:,} on")
+                short = f"{len(piece):,} of {end - start:,} bytes came from byte {begin + start:,} on"
+                raise OSError(errno.EIO, short, str(path))
             view[start:end] = piece
 
 
