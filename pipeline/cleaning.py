@@ -28,13 +28,15 @@ def remove_unused(where: str | Path) -> Iterator[str]:
     """
     run_dir = absolute(where)
     read_record(run_dir)  # before a lock is made in what is no run directory
-    with RunLock(run_dir):
+    with RunLock(run_dir) as lock:
         record = read_record(run_dir)
         folders = unused(run_dir, record)
         for folder in folders:
             num_bytes = size_of(folder)
+            lock.check()
             remove_stage_folder(run_dir, folder, MANIFESTS_DIR)
             yield f"{folder.name}  {human_bytes(num_bytes)}  removed"
+        lock.check()
         unpublish_lost(run_dir, keep=_top(run_dir / "models", record.model))
     yield f"{len(folders)} directories removed"
 

@@ -3,3 +3,7 @@
 
 class RunFailed(Exception):
     """Units failed; the message lists each with its cause."""
+
+
+class LockLost(RunFailed):
+    """The run directory belongs to another driver by now, or may do so: this one writes nothing more to it."""

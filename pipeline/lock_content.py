@@ -19,13 +19,19 @@ Text = Annotated[str, Field(min_length=1, max_length=255)]
 
 @dataclass(frozen=True)
 class Holder:
-    """A driver that holds a lock. since: local time, for people. token: its own. beats: how often it has written the lock."""
+    """A driver that holds a lock. since: local time, for people. token: its own. beats: how often it has written the lock.
+
+    started, boot_id, pid_namespace: see `pipeline.liveness`.
+    """
 
     host: Text
     pid: Annotated[int, Field(ge=1, lt=2**31, strict=True)]
     since: Text
     token: Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,64}$")]
     beats: Annotated[int, Field(ge=0, strict=True)] = 0
+    started: Annotated[int, Field(ge=0, strict=True)] | None = None
+    boot_id: Text | None = None
+    pid_namespace: Text | None = None
 
     def __str__(self) -> str:
         return f"host {self.host}, pid {self.pid}, since {self.since}"
@@ -44,15 +50,22 @@ def read_holder(path: Path) -> Holder | None:
     Raises InputError with the command that removes the file when it does not name a holder.
     """
     try:
-        return _HOLDER.validate_json(read_small(path, _MAX_BYTES))
+        data = read_small(path, _MAX_BYTES)
     except FileNotFoundError as e:
         if not is_remote(path) and path.is_symlink():
             raise _damaged(path, "it is a link that leads nowhere") from e
         return None
-    except ValidationError as e:
-        raise _damaged(path, "it does not name its holder") from e
     except InputError as e:
         raise _damaged(path, str(e)) from e
+    return parse_holder(path, data)
+
+
+def parse_holder(path: Path, data: bytes) -> Holder:
+    """The holder that the content of a lock file names; raises InputError as `read_holder` does."""
+    try:
+        return _HOLDER.validate_json(data)
+    except ValidationError as e:
+        raise _damaged(path, "it does not name its holder") from e
 
 
 def _damaged(path: Path, why: str) -> InputError:

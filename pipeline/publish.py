@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from pipeline.owned import is_stage_dir, is_unlinked_folder
@@ -17,14 +18,16 @@ PUBLISHED_FILE = ".published"
 """On object storage: names the folder that a published one is a copy of; written last."""
 
 
-def publish_model(run_dir: Path, name: str, folder: Path) -> Path:
+def publish_model(run_dir: Path, name: str, folder: Path, check: Callable[[], None]) -> Path:
     """Let `models/<name>` lead to a finished folder, by a relative link that replaces an older one in one step.
 
     The folder itself keeps its key, so a changed setting overwrites nothing. Object storage has no links: it copies, by itself.
+    check: called before each step; raises to stop.
     """
+    check()
     link = run_dir / MODELS_DIR / name
     if is_remote(run_dir):
-        _publish_copy(link, folder)
+        _publish_copy(link, folder, check)
         return link
     link.parent.mkdir(parents=True, exist_ok=True)
     destination = os.path.relpath(folder, link.parent)
@@ -36,7 +39,7 @@ def publish_model(run_dir: Path, name: str, folder: Path) -> Path:
     return link
 
 
-def _publish_copy(published: Path, folder: Path) -> None:
+def _publish_copy(published: Path, folder: Path, check: Callable[[], None]) -> None:
     """Copy a folder. Its config goes first and comes last, so that nothing loads a half of it."""
     if _published_from(published) == folder.parent.name:
         return
@@ -45,7 +48,9 @@ def _publish_copy(published: Path, folder: Path) -> None:
     remove_tree(published)
     names = [path.name for path in folder.iterdir() if path.name != CONFIG_FILE]
     for name in (*names, CONFIG_FILE):
+        check()
         link_or_copy(folder / name, published / name)
+    check()
     write_bytes(published / PUBLISHED_FILE, folder.parent.name.encode())
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pipeline.config import load_config
 from pipeline.events import EVENTS_FILE, last_run
 from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
+from pipeline.liveness import describe_process
 from pipeline.lock import LOCK_FILE
 from pipeline.status import describe_status
 from pipeline.units import Unit
@@ -89,7 +89,7 @@ def test_a_driver_that_is_gone_is_said_to_be_gone(run_file: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(30)
     path = done.run_dir / LOCK_FILE
-    holder = {"host": socket.gethostname(), "pid": ended.pid, "since": "2026-01-02 03:04:05 UTC", "token": "t"}
+    holder = {**describe_process(), "pid": ended.pid, "since": "2026-01-02 03:04:05 UTC", "token": "t"}
     path.write_text(json.dumps(holder))
     assert f"pid {ended.pid}, since 2026-01-02 03:04:05 UTC; that process is gone" in shown(done.run_dir)
     path.write_text(json.dumps({**holder, "host": "elsewhere"}))

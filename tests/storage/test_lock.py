@@ -14,6 +14,7 @@ from s3fs import S3File
 from s3fs.errors import translate_boto_error
 
 from pipeline import lock
+from pipeline.liveness import describe_process
 from pipeline.lock import LOCK_FILE, RunLock
 from pipeline.lock_content import Holder
 from pipeline.lock_files import ObjectLockFile
@@ -27,7 +28,7 @@ def run_dir(s3: str) -> Path:
 
 
 def _left_by(run_dir: Path, host: str, pid: int) -> None:
-    content = {"host": host, "pid": pid, "since": "yesterday", "token": "theirs"}
+    content = {**describe_process(), "host": host, "pid": pid, "since": "yesterday", "token": "theirs"}
     (run_dir / LOCK_FILE).write_text(json.dumps(content))
 
 

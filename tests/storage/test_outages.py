@@ -1,7 +1,6 @@
 """A store that is away for a while, answers late, or is asked by several threads at once."""
 
 import gc
-import json
 import threading
 import uuid
 from pathlib import Path
@@ -13,6 +12,7 @@ from botocore.exceptions import EndpointConnectionError
 
 from pipeline import lock
 from pipeline.lock import LOCK_FILE, RunLock
+from pipeline.lock_content import Holder
 from pipeline.lock_files import ObjectLockFile
 from stages.common.checkpoint import Checkpoint
 from stages.common.files import read_into
@@ -29,12 +29,12 @@ def test_a_heartbeat_outlives_an_outage(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
     refresh, failures, beats = ObjectLockFile.refresh, [1, 2], threading.Event()
 
-    def failing(self: ObjectLockFile) -> None:
+    def failing(self: ObjectLockFile) -> Holder | None:
         if failures:
             failures.pop()
             raise EndpointConnectionError(endpoint_url="http://away")
-        refresh(self)
         beats.set()
+        return refresh(self)
 
     monkeypatch.setattr(ObjectLockFile, "refresh", failing)
     with RunLock(folder):
@@ -46,9 +46,9 @@ def test_a_heartbeat_that_arrives_late_does_not_overwrite_another_drivers_lock(
 ) -> None:
     """The holder has looked, and is cut off before it writes; meanwhile its lock is taken over."""
     mine = ObjectLockFile(folder / LOCK_FILE, "mine")
-    assert mine.create({"token": "mine"})
+    assert mine.create(Holder("here", 1, "today", "mine"))
     call = s3fs.S3FileSystem._call_s3
-    theirs = json.dumps({"token": "theirs"}).encode()
+    theirs = Holder("elsewhere", 2, "today", "theirs").to_json().encode()
     has_struck = []
 
     async def late(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
