@@ -165,10 +165,14 @@ class Resources(_Section):
     """Layers of a layer shard. Default: as many as fit in `worker_memory`, but at most a quarter of a worker's share: a worker
     reads its next layer shard while it computes, and the fewer layers, the sooner all are busy."""
     max_attempts: Count = 3
-    """How often a unit is given to a worker before the workers' deaths count as its failure."""
+    """How often a unit is given to a worker before the workers' deaths, or errors of a file server or store that may pass,
+    count as its failure."""
     unit_timeout_s: Annotated[float, Field(gt=0)] | None = None
-    """Seconds after which a unit counts as hung and is given to another worker. Default: 20 times the median of its kind, at
-    least ten minutes; two hours for the first of its kind."""
+    """Seconds after which a unit counts as hung and is given to another worker. Default: 20 times the median of its kind in
+    this run, at least ten minutes; two hours for the first of its kind. Loading a layer shard has a limit of its own: 20 times
+    the median, at least half an hour; four hours for the first."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of the logs, a file for each process in `logs` of the run directory."""
 
 
 class RunConfig(_Section):

@@ -1,57 +1,37 @@
 """Drives any number of runs on one executor: gives ready units to free slots, tries lost ones again, and knows when to stop."""
 
-import statistics
+import contextlib
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.config import Resources
+from pipeline.errors import LockLost
 from pipeline.executors.base import Executor, Slot
+from pipeline.retry import how_again, pause_s
 from pipeline.run_state import RunState, UnitFailure
 from pipeline.scheduler import Schedule
+from pipeline.timeouts import Timeouts
 from pipeline.units import Failure, Outcome, Unit
 from stages.common.errors import InputError
 
 _WAIT_S = 1.0
 _LOOK_S = 1.0
-_SHORT_S = 0.1
 _IDLE_WARNING_S = 60.0
-_FIRST_TIMEOUT_S = 7200.0
-_MIN_TIMEOUT_S = 600.0
-_TIMEOUT_FACTOR = 20.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Running:
+    """since: when the worker began to open what the unit needs, and then, the unit itself."""
+
     unit: Unit
     since: float
-
-
-class _Timeouts:
-    """When a unit counts as hung: the setting, else 20 times the median of its kind, at least ten minutes; two hours for the
-    first of its kind."""
-
-    def __init__(self) -> None:
-        self._elapsed: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=100))
-
-    def note(self, unit: Unit, elapsed_s: float) -> None:
-        self._elapsed[unit.call].append(elapsed_s)
-
-    def is_short(self, unit: Unit) -> bool:
-        """Whether units of this kind take so little that waiting behind some does not count."""
-        known = self._elapsed[unit.call]
-        return bool(known) and max(known) < _SHORT_S
-
-    def limit_s(self, unit: Unit, resources: Resources) -> float:
-        if resources.unit_timeout_s is not None:
-            return resources.unit_timeout_s
-        known = self._elapsed[unit.call]
-        return max(_MIN_TIMEOUT_S, _TIMEOUT_FACTOR * statistics.median(known)) if known else _FIRST_TIMEOUT_S
+    is_opening: bool
 
 
 class Driver:
-    """One loop for all runs. A failed unit stops its own run: what runs is let finish and seal, nothing more is started."""
+    """One loop for all runs. A failed unit stops its own run: what runs is let finish and seal, nothing more is started. A run
+    whose lock is lost stops at once: what runs is ended, and nothing is said of it in its directory."""
 
     def __init__(
         self,
@@ -66,7 +46,8 @@ class Driver:
         self._running: dict[str, _Running] = {}
         self._slots: dict[str, Slot] = {}
         self._attempts: dict[str, int] = defaultdict(int)
-        self._timeouts = _Timeouts()
+        self._timeouts = Timeouts()
+        self._paused: list[tuple[float, Unit]] = []
         self._alone: str | None = None
         self._tried_alone: set[str] = set()
         self._has_made_room = False
@@ -76,20 +57,54 @@ class Driver:
     def drive(self) -> None:
         """Until every run is finished or has failed (see `RunState.failures`)."""
         while self._advance():
+            self._resume_paused()
             self._assign()
             self._look_after()
-            for slot, unit, outcome in self._executor.wait(_WAIT_S):
+            for slot, unit, outcome in self._executor.wait(self._wait_s()):
                 self._ended(slot, unit, outcome)
+
+    @contextlib.contextmanager
+    def _holding(self, run: RunState) -> Iterator[None]:
+        """What is done for a run while its lock is held. When it is lost, the rest is not done, and the run is over."""
+        try:
+            yield
+        except LockLost as e:
+            run.lose(e)
+            self._drop(str(run.run_dir), keep_running=False)
+            for slot_id, running in self._running.items():
+                if running.unit.run_dir == str(run.run_dir):
+                    self._executor.cancel(self._slots[slot_id], "its run was stopped")
+
+    def _drop(self, run_dir: str, keep_running: bool) -> None:
+        running = [one.unit for one in self._running.values()]
+        self._schedule.drop(run_dir, running if keep_running else [])
+        self._paused = [(until, unit) for until, unit in self._paused if unit.run_dir != run_dir]
+        if self._alone is not None and all(unit.id != self._alone for unit in running):  # it was not even started
+            self._alone, self._has_made_room = None, False
+
+    def _resume_paused(self) -> None:
+        now = self._clock()
+        for until, unit in self._paused:
+            if until <= now:
+                self._schedule.requeue(unit)
+        self._paused = [(until, unit) for until, unit in self._paused if until > now]
+
+    def _wait_s(self) -> float:
+        """Not beyond the end of a pause."""
+        if not self._paused:
+            return _WAIT_S
+        return min(_WAIT_S, max(0.0, min(until for until, _ in self._paused) - self._clock()))
 
     def _advance(self) -> bool:
         """Let each run with nothing left to do begin its next stage. False when all are over."""
         is_any_active = False
         for run_dir, run in self._runs.items():
             if run.is_active and not self._schedule.num_unfinished(run_dir):
-                try:
-                    self._schedule.add(run.advance())
-                except InputError as e:
-                    run.refuse(e)
+                with self._holding(run):
+                    try:
+                        self._schedule.add(run.advance())
+                    except InputError as e:
+                        run.refuse(e)
                 self._executor.want(list(self._schedule.unfinished()))
             is_any_active |= run.is_active or bool(self._schedule.num_unfinished(run_dir))
         return is_any_active
@@ -135,28 +150,43 @@ class Driver:
             self._submit(slots[0], unit)
 
     def _submit(self, slot: Slot, unit: Unit) -> None:
-        self._attempts[unit.id] += 1
-        self._running[slot.id] = _Running(unit, self._clock())
-        self._slots[slot.id] = slot
-        self._runs[unit.run_dir].started(unit)
-        self._executor.submit(slot, unit)
+        run = self._runs[unit.run_dir]
+        with self._holding(run):
+            run.started(unit)
+            self._attempts[unit.id] += 1
+            self._executor.submit(slot, unit)
+            self._running[slot.id] = _Running(unit, self._clock(), self._executor.is_opening(slot))
+            self._slots[slot.id] = slot
 
     def _look_after(self) -> None:
-        """End what hangs; say what is missing when nothing can run."""
+        """End what hangs, and runs whose lock is lost; say what is missing when nothing can run."""
         now = self._clock()
         if now - self._looked_at < _LOOK_S:
             return
         self._looked_at = now
+        for run in self._runs.values():
+            if run.is_active:
+                with self._holding(run):
+                    run.check_lock()
         for slot_id, running in self._running.items():
-            limit_s = self._timeouts.limit_s(running.unit, self._runs[running.unit.run_dir].config.resources)
+            if running.is_opening and not self._executor.is_opening(self._slots[slot_id]):
+                running.is_opening, running.since = False, now
+            limit_s, reason = self._limit(running)
             if now - running.since > limit_s:
-                reason = f"no result after {limit_s:.0f} s (resources.unit_timeout_s sets the limit)"
                 self._executor.cancel(self._slots[slot_id], reason)
-        if self._executor.num_running:
+        if self._executor.num_running or self._paused:
             self._idle_since = now
         elif now - self._idle_since > _IDLE_WARNING_S:
             self._warn(self._executor.why_idle())
             self._idle_since = now
+
+    def _limit(self, running: _Running) -> tuple[float, str]:
+        """Seconds until what runs counts as hung, and what is said then."""
+        if running.is_opening:
+            limit_s = self._timeouts.opening_s(running.unit)
+            return limit_s, f"its layers were not loaded after {limit_s:.0f} s"
+        limit_s = self._timeouts.unit_s(running.unit, self._runs[running.unit.run_dir].config.resources)
+        return limit_s, f"no result after {limit_s:.0f} s (resources.unit_timeout_s sets the limit)"
 
     def _ended(self, slot: Slot, unit: Unit, outcome: Outcome) -> None:
         del self._running[slot.id], self._slots[slot.id]
@@ -164,26 +194,38 @@ class Driver:
             self._alone, self._has_made_room = None, False
         run = self._runs[unit.run_dir]
         failure = outcome.failure
-        if failure is None:
-            self._timeouts.note(unit, outcome.elapsed_s)
-            self._schedule.finish(unit)
-            self._attempts.pop(unit.id, None)
-            run.done(unit, outcome)
+        if failure is not None and failure.kind in ("lost", "node", "memory", "passing"):
+            self._schedule.release(slot.id)
+        if not self._schedule.knows(unit):  # its run has lost its lock
             return
+        with self._holding(run):
+            if failure is None:
+                self._timeouts.note(unit, outcome)
+                self._schedule.finish(unit)
+                self._attempts.pop(unit.id, None)
+                run.done(unit, outcome)
+            else:
+                self._failed(run, unit, outcome, failure)
+
+    def _failed(self, run: RunState, unit: Unit, outcome: Outcome, failure: Failure) -> None:
+        """Try a unit again, or give its run up."""
         if failure.kind == "node":
             self._attempts[unit.id] -= 1
-        attempts = self._attempts[unit.id]
-        if failure.kind in ("lost", "node", "memory"):
-            self._schedule.release(slot.id)
-        if run.is_active and self._may_retry(run, unit, failure, attempts):
-            alone = failure.kind == "memory"
-            run.retried(unit, outcome, "alone" if alone else "on another worker")
-            self._schedule.requeue(unit, alone)
-            return
-        run.failed(UnitFailure(unit, outcome, max(1, attempts)))
-        self._schedule.drop(unit.run_dir, [running.unit for running in self._running.values()])
+        attempts, max_attempts = self._attempts[unit.id], run.config.resources.max_attempts
+        if not run.is_active or not self._may_retry(unit, failure, attempts, max_attempts):
+            run.failed(UnitFailure(unit, outcome, max(1, attempts)))
+            self._drop(unit.run_dir, keep_running=True)
+        elif failure.kind == "memory":
+            run.retried(unit, outcome, "alone")
+            self._schedule.requeue(unit, alone=True)
+        elif failure.kind == "passing":
+            run.retried(unit, outcome, how_again(attempts, max_attempts))
+            self._paused.append((self._clock() + pause_s(attempts), unit))
+        else:
+            run.retried(unit, outcome, "on another worker")
+            self._schedule.requeue(unit)
 
-    def _may_retry(self, run: RunState, unit: Unit, failure: Failure, attempts: int) -> bool:
+    def _may_retry(self, unit: Unit, failure: Failure, attempts: int, max_attempts: int) -> bool:
         if failure.kind == "memory":
             return unit.id not in self._tried_alone
-        return failure.kind == "node" or (failure.kind == "lost" and attempts < run.config.resources.max_attempts)
+        return failure.kind == "node" or (failure.kind in ("lost", "passing") and attempts < max_attempts)

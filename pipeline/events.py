@@ -3,17 +3,19 @@
 An object cannot be appended to: on object storage the log is a folder `events/` of such files, in the order of their names.
 """
 
+import contextlib
 import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.errors import LockLost
 from stages.common.files import write_bytes
 from stages.common.storage import is_remote
 from stages.common.untrusted import check_regular, read_small
@@ -33,9 +35,10 @@ class EventLog:
     On object storage events are sent every FLUSH_S, so a driver that is killed takes the last ones along.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / EVENTS_FILE
-        self._parts = _Parts(run_dir / EVENTS_DIR) if is_remote(run_dir) else None
+    def __init__(self, run_dir: Path, check: Callable[[], None]) -> None:
+        """check: called before each write; raises LockLost when it must not be."""
+        self._path, self._check = run_dir / EVENTS_FILE, check
+        self._parts = _Parts(run_dir / EVENTS_DIR, check) if is_remote(run_dir) else None
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with the time in seconds since 1970; fields that are None are left out."""
@@ -45,6 +48,7 @@ class EventLog:
         if self._parts is not None:
             self._parts.append(line, is_urgent=event in (RUN_BEGINS, RUN_ENDS))
             return
+        self._check()
         with open(self._path, "a", encoding="utf-8") as out:
             out.write(line)
 
@@ -57,8 +61,8 @@ def _encodable(value: Any) -> Any:
 class _Parts:
     """Objects of a bounded size; the newest is written anew as it grows."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, check: Callable[[], None]) -> None:
+        self._folder, self._check = folder, check
         self._name = self._new_name()
         self._lines: list[str] = []
         self._lock = threading.Lock()
@@ -72,13 +76,18 @@ class _Parts:
         with self._lock:
             self._lines.append(line)
             if self._timer is None and not is_urgent:
-                self._timer = threading.Timer(FLUSH_S, self._send)
+                self._timer = threading.Timer(FLUSH_S, self._send_in_time)
                 self._timer.daemon = True
                 self._timer.start()
         if is_urgent:
             self._send()
 
+    def _send_in_time(self) -> None:
+        with contextlib.suppress(LockLost):  # the driver is told at its next act
+            self._send()
+
     def _send(self) -> None:
+        self._check()
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()

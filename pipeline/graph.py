@@ -121,7 +121,8 @@ class Graph:
         stage_dir = Path(stage.dir)
         for first, stop in self._partition(stage, data):
             args = {**hold_args, "first": first, "stop": stop, "num_threads": self.config.resources.num_cpus}
-            hold = Hold(f"{self.run_dir}/{stage.dir}:{first}-{stop}", hold_call, args)
+            key = f"{self.run_dir}/{stage.dir}:{first}-{stop}"
+            hold = Hold(key, hold_call, args, str(self.run_dir), f"{stage.stage} {what}layers {first}-{stop - 1}")
             is_last = stop == self.plan["num_layers"]
             for shard in range(data.num_shards):
                 reads = [paths.hidden_file(stage_dir, first, shard)] if first else []

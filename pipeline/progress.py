@@ -1,12 +1,13 @@
 """What a person sees while a run goes on: one bar a stage in a terminal, plain lines elsewhere."""
 
+import logging
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from pipeline.printing import printable, show
-from pipeline.units import Outcome, Unit
+from pipeline.printing import printable, printable_lines, show
+from pipeline.units import Outcome, Unit, costs
 
 
 class Reporter:
@@ -15,6 +16,8 @@ class Reporter:
     def __init__(self, console: Console, prefix: str = "") -> None:
         """prefix: of every line, for one of several runs; there are no bars then."""
         self.console, self._prefix = console, prefix
+        self.log: logging.LoggerAdapter[logging.Logger] | None = None
+        """Where lines and units go as well, once the run directory is this driver's."""
         self._bars: Progress | None = None
         self._bar: TaskID | None = None
         self._stage, self._num_units, self._num_done = "", 0, 0
@@ -37,14 +40,13 @@ class Reporter:
     def done(self, unit: Unit, outcome: Outcome) -> None:
         """A unit is sealed."""
         self._num_done += 1
-        if self._bars is not None and self._bar is not None:
-            self._bars.update(self._bar, advance=1, unit=printable(unit.label))
+        line = f"{unit.stage} {unit.label}: {costs(outcome)} on {outcome.host} ({self._num_done}/{self._num_units})"
+        if self._bars is None or self._bar is None:
+            self.line(line)
             return
-        tokens = f"{outcome.facts['num_tokens']:,} tokens, " if "num_tokens" in outcome.facts else ""
-        self.line(
-            f"{unit.stage} {unit.label}: {tokens}{outcome.elapsed_s:.1f} s on {outcome.host} "
-            f"({self._num_done}/{self._num_units})"
-        )
+        self._bars.update(self._bar, advance=1, unit=printable(unit.label))
+        if self.log is not None:
+            self.log.info("%s", printable(line))
 
     def end(self) -> None:
         """The stage is over."""
@@ -59,4 +61,6 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """A message for a log; lines after its first are indented."""
+        if self.log is not None:
+            self.log.info("%s", printable_lines(text))
         show(self.console, self._prefix + text)

@@ -1,15 +1,16 @@
 """One run, stage by stage: what the driver asks for units and tells of their ends."""
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pipeline import preflight
+from pipeline import logs, preflight
 from pipeline.config import RunConfig
-from pipeline.errors import RunFailed
+from pipeline.errors import LockLost, RunFailed
 from pipeline.events import FAILED, LOST, RUN_BEGINS, RUN_ENDS, SEALED, STAGE_BEGINS, STARTED, EventLog
 from pipeline.graph import Graph
 from pipeline.manifest import MANIFESTS_DIR
@@ -18,6 +19,7 @@ from pipeline.owned import IDENTITY_FILE, recorded_key
 from pipeline.progress import Reporter
 from pipeline.publish import publish_model, publish_report
 from pipeline.record import write_record
+from pipeline.retry import persist
 from pipeline.run_dir import check_run_dir
 from pipeline.selection import delete, leftovers, select, sweep
 from pipeline.sizes import human_bytes
@@ -28,6 +30,8 @@ from stages.common.errors import InputError
 from stages.common.files import write_json
 from stages.common.paths import REPORT_FILE, TRANSIENT_DIRS
 from stages.common.storage import absolute
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class RunState:
             if dataset.note:
                 reporter.line(dataset.note)
         self.failures: list[UnitFailure] = []
-        self._refusal: InputError | None = None
+        self._refusal: InputError | LockLost | None = None
         self.is_active = True
         self._remaining = list(STAGES)
         self._wanted: set[str] = set()
@@ -86,22 +90,45 @@ class RunState:
         self._started = time.monotonic()
         self._events: EventLog | None = None
         self._graph: Graph | None = None
+        self._check: Callable[[], None] | None = None
         self._num_run = self._num_reused = 0
 
-    def begin(self, num_workers: int) -> None:
-        """The lock is held and the executor is up: record what is run, clear what killed workers have left."""
+    def begin(self, num_workers: int, check_lock: Callable[[], None]) -> None:
+        """The lock is held and the executor is up: record what is run, clear what killed workers have left.
+
+        check_lock: raises LockLost when the lock is somebody else's. It is called before each thing that this run does to its
+        directory, and so this and all methods that follow may raise it, `close` and `result` aside.
+        """
         self._started = time.monotonic()
+        self._check = check_lock
         self._graph = Graph(self.config, self.stages, self.run_dir, self.model, num_workers)
+        self._events = EventLog(self.run_dir, check_lock)
+        self._persist(self._record)
+        self._events.write(RUN_BEGINS, num_workers=num_workers)
+
+    def _record(self) -> None:
+        self.check_lock()
         stage_dirs = [stage.dir for stage in self.stages.all()]
         sweep(self.run_dir, stage_dirs)
         for stage in self.stages.all():
             folder = self.run_dir / stage.dir
             if recorded_key(folder) != stage.key:
                 write_json(folder / IDENTITY_FILE, stage.identity)
+        self.check_lock()
         write_record(self.run_dir, self.config, self.model, self._identities, stage_dirs)
+        logs.set_up(self.config.resources.log_level, to_stderr=False)
+        logs.prune(self.run_dir)
+        self._reporter.log = logs.log_of(self.run_dir)
         self._forget_seals()
-        self._events = EventLog(self.run_dir)
-        self._events.write(RUN_BEGINS, num_workers=num_workers)
+
+    def _persist(self, act: Callable[[], T]) -> T:
+        """What `act` returns, however often it has to be tried; the driver waits meanwhile."""
+        return persist(act, self.config.resources.max_attempts, self._reporter.line)
+
+    def check_lock(self) -> None:
+        """Raise LockLost when another driver has taken over."""
+        assert self._check is not None
+        self._check()
 
     def _forget_seals(self) -> None:
         """Under --from, unseal the stages to be redone; what they wrote is replaced file by file."""
@@ -110,8 +137,9 @@ class RunState:
         redone = STAGES[STAGES.index(self.options.from_stage) :]
         for stage in self.stages.all():
             if stage.stage in redone:
-                for manifest in (self.run_dir / stage.dir / MANIFESTS_DIR).rglob("*.json"):
-                    manifest.unlink()
+                for manifest in list((self.run_dir / stage.dir / MANIFESTS_DIR).rglob("*.json")):
+                    self.check_lock()
+                    manifest.unlink(missing_ok=True)
 
     @property
     def graph(self) -> Graph:
@@ -130,8 +158,7 @@ class RunState:
                 self.is_active = False
                 return []
             self._stage = self._remaining.pop(0)
-            selected = self._select(self._stage)
-            if selected:
+            if selected := self._select(self._stage):
                 return selected
         return []
 
@@ -139,8 +166,9 @@ class RunState:
         only = self.options.only_stage
         if only is not None and STAGES.index(stage) > STAGES.index(only):
             return []  # its units are not even known where a stage before is not done
-        units = self.graph.units(stage)
-        selected = select(units, self.options.verify)
+        self.check_lock()
+        units = self._persist(lambda: self.graph.units(stage))
+        selected = self._persist(lambda: select(units, self.options.verify))
         if only is not None and stage != only:
             if selected:
                 raise InputError(
@@ -148,14 +176,17 @@ class RunState:
                     "run without --only"
                 )
             return []
-        delete(self.run_dir, leftovers(units, selected))
+        self._delete(leftovers(units, selected))
         self._wanted = {path for unit in selected for path in unit.reads}
         self._num_run += len(selected)
         self._num_reused += len(units) - len(selected)
         self._reporter.begin(stage, len(selected), len(units) - len(selected))
-        assert self._events is not None
-        self._events.write(STAGE_BEGINS, stage=stage, num_units=len(selected), num_reused=len(units) - len(selected))
+        self._write(STAGE_BEGINS, stage=stage, num_units=len(selected), num_reused=len(units) - len(selected))
         return selected
+
+    def _delete(self, files: Iterable[str]) -> None:
+        self.check_lock()
+        self._persist(lambda: delete(self.run_dir, files))
 
     def _end_stage(self) -> None:
         stage, self._stage = self._stage, None
@@ -167,33 +198,38 @@ class RunState:
         if stage is None or (self.options.only_stage not in (None, stage)):
             return
         self._reporter.end()
+        self.check_lock()
+        self._persist(lambda: self._publish(stage))
+
+    def _publish(self, stage: str) -> None:
         sweep(self.run_dir, [part.dir for part in self.stages.all() if part.stage == stage], TRANSIENT_DIRS)
         if stage == "assemble":
             for target in self.stages.targets:
-                publish_model(self.run_dir, target.name, self.graph.checkpoint_dir(target))
+                publish_model(self.run_dir, target.name, self.graph.checkpoint_dir(target), self.check_lock)
         elif stage == "report":
+            self.check_lock()
             publish_report(self.run_dir, self.run_dir / self.stages.report.dir / REPORT_FILE)
 
     def started(self, unit: Unit) -> None:
         """A unit is given to a worker."""
-        assert self._events is not None
-        self._events.write(STARTED, unit=f"{unit.stage_dir}/{unit.name}")
+        self._write(STARTED, unit=f"{unit.stage_dir}/{unit.name}")
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
         """A unit is sealed: what it alone read is deleted, and what it wrote (again) for units that are sealed."""
-        delete(self.run_dir, unit.reads)
-        delete(self.run_dir, set(unit.writes) - self._wanted)
+        self._delete([*unit.reads, *(set(unit.writes) - self._wanted)])
         self._reporter.done(unit, outcome)
         self._write_event(SEALED, unit, outcome)
 
     def retried(self, unit: Unit, outcome: Outcome, how: str) -> None:
         """A unit is to be tried again."""
         assert outcome.failure is not None
+        self.check_lock()
         self._reporter.line(f"{unit.stage} {unit.label}: {outcome.failure.message}; trying again {how}")
         self._write_event(LOST, unit, outcome)
 
     def failed(self, failure: UnitFailure) -> None:
         """A unit failed for good: the run stops once its other running units have ended."""
+        self.check_lock()
         if not self.failures:
             self._reporter.line(f"{failure.unit.stage} {failure.unit.label} failed; waiting for what still runs")
         self.failures.append(failure)
@@ -201,9 +237,8 @@ class RunState:
         self._write_event(FAILED, failure.unit, failure.outcome)
 
     def _write_event(self, event: str, unit: Unit, outcome: Outcome) -> None:
-        assert self._events is not None
         message = outcome.failure.message if outcome.failure else None
-        self._events.write(
+        self._write(
             event,
             unit=f"{unit.stage_dir}/{unit.name}",
             host=outcome.host,
@@ -211,8 +246,19 @@ class RunState:
             message=message,
         )
 
+    def _write(self, event: str, **fields: Any) -> None:
+        events = self._events
+        assert events is not None
+        self._persist(lambda: events.write(event, **fields))
+
     def refuse(self, error: InputError) -> None:
         """The run cannot go on for what the user has to mend."""
+        self._refusal = error
+        self.is_active = False
+
+    def lose(self, error: LockLost) -> None:
+        """Another driver has taken over: nothing more is written, not even to a log."""
+        self._reporter.log = None
         self._refusal = error
         self.is_active = False
 
@@ -220,10 +266,11 @@ class RunState:
         """End bars and the event log, however the run ended."""
         self._reporter.end()
         if self._events is not None:
-            self._events.write(RUN_ENDS, num_failed=len(self.failures))
+            with contextlib.suppress(LockLost):  # then it is another driver's to say how the run ended
+                self._events.write(RUN_ENDS, num_failed=len(self.failures))
 
     def result(self) -> RunResult:
-        """What the run leaves. Raises InputError or RunFailed if it failed."""
+        """What the run leaves. Raises InputError or RunFailed (LockLost among them) if it failed."""
         if self._refusal is not None:
             raise self._refusal
         if self.failures:
@@ -236,8 +283,12 @@ class RunState:
     def _error(self) -> InputError | RunFailed:
         """What stopped the run: InputError if there is nothing but the user's input to mend, else RunFailed."""
         lines = [_describe(failure) for failure in self.failures]
-        if all(failed.outcome.failure and failed.outcome.failure.kind == "input" for failed in self.failures):
+        kinds = {failed.outcome.failure.kind for failed in self.failures if failed.outcome.failure}
+        if kinds == {"input"}:
             return InputError("\n".join(dict.fromkeys(lines)))
+        if kinds == {"outside"}:  # one cause, met by all units that were writing
+            others = f" (and {len(lines) - 1} more units)" if len(lines) > 1 else ""
+            return RunFailed(f"{lines[0]}{others}; what was finished is kept, and the same command continues from there")
         lines.append(f"What was finished is kept in {self.run_dir}; the same command continues from there.")
         return RunFailed("\n".join(lines))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline import preflight
 from pipeline.config import RunConfig
 from pipeline.drive import Driver
+from pipeline.errors import LockLost
 from pipeline.executors.base import Executor
 from pipeline.lock import RunLock
 from pipeline.progress import Reporter
@@ -31,6 +32,7 @@ def run(config: RunConfig, make_executor: MakeExecutor, reporter: Reporter, opti
 def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: Reporter) -> None:
     """Drive checked runs on one executor, each under the lock of its run directory."""
     with ExitStack() as connection, ExitStack() as stack:
+        checks: dict[Path, Callable[[], None]] = {}
         for state in states:
             if warning := transient_run_dir(state.run_dir):
                 reporter.line(warning)
@@ -39,6 +41,7 @@ def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: R
             except InputError as e:
                 state.refuse(e)
                 continue
+            checks[state.run_dir] = lock.check
             if lock.took_over:
                 reporter.line(f"took over the stale lock of {lock.took_over}")
         active = [state for state in states if state.is_active]
@@ -49,8 +52,12 @@ def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: R
         stack.callback(executor.close)
         reporter.line(executor.describe())
         for state in active:
-            state.begin(executor.num_workers)
-            stack.callback(state.close)
+            try:
+                state.begin(executor.num_workers, checks[state.run_dir])
+            except LockLost as e:
+                state.lose(e)
+            else:
+                stack.callback(state.close)
         try:
             Driver(active, executor, reporter.line).drive()
         except KeyboardInterrupt:  # said at once: who interrupts may not wait for processes to end

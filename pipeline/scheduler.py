@@ -71,6 +71,10 @@ class Schedule:
         """Units of a run that are not done."""
         return self._num_unfinished[run_dir]
 
+    def knows(self, unit: Unit) -> bool:
+        """Whether a unit is to be finished: not done, and its run not dropped."""
+        return unit.id in self._units
+
     def unfinished(self) -> Iterable[Unit]:
         """All units that are not done."""
         return self._units.values()

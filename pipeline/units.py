@@ -4,14 +4,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.sizes import human_bytes
+
 
 @dataclass(frozen=True)
 class Hold:
-    """What a worker opens once and keeps while it runs the units that need it: `call` is given `args`."""
+    """What a worker opens once and keeps while it runs the units that need it: `call` is given `args`.
+
+    run_dir, label: whose it is and how the log names it.
+    """
 
     key: str
     call: str
     args: Mapping[str, Any]
+    run_dir: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,10 @@ class Unit:
 class Failure:
     """Why a unit did not finish.
 
-    kind: "input" (the user's to mend), "outside" (what a file system or a store refuses), "error" (ours; `detail` holds the
-    traceback), "lost" (its worker died or hung; tried again), "node" (its whole node died; tried again, and not held against
-    the unit), "memory" (killed for memory; tried again alone).
+    kind: "input" (the user's to mend), "outside" (a full disk, a missing permission: the user's to mend, and not in the run
+    file), "error" (ours), "passing" (a file server or store that was away; tried again after a pause), "lost" (its worker died
+    or hung; tried again), "node" (its whole node died; tried again, and not held against the unit), "memory" (killed for
+    memory; tried again alone). detail: the traceback of an "error", or what Ray says of a death.
     """
 
     kind: str
@@ -67,6 +75,8 @@ class Failure:
 class Outcome:
     """What became of a unit, where, and how long it took; `failure` is None for a sealed one.
 
+    elapsed_s: of the unit alone. open_s: what opening a hold took since the worker's last unit, for this one or ahead of it.
+    peak_bytes, gpu_peak_bytes: most memory that its process, and PyTorch on its GPU, had meanwhile (see `pipeline.memory`).
     bytes_read: of transient files, of the checkpoint, and of the checkpoint for a newly opened hold. bytes_written: of all its
     files.
     """
@@ -77,3 +87,21 @@ class Outcome:
     failure: Failure | None = None
     bytes_read: int = 0
     bytes_written: int = 0
+    open_s: float = 0.0
+    peak_bytes: int = 0
+    gpu_peak_bytes: int = 0
+
+
+def costs(outcome: Outcome) -> str:
+    """What a sealed unit took, for the log: `16,384 tokens, 4.1 s, peak 21 GB`."""
+    parts = []
+    if "num_tokens" in outcome.facts:
+        parts.append(f"{outcome.facts['num_tokens']:,} tokens")
+    if outcome.open_s >= 0.1:
+        parts.append(f"layers loaded in {outcome.open_s:.1f} s")
+    parts.append(f"{outcome.elapsed_s:.1f} s")
+    if outcome.peak_bytes:
+        parts.append(f"peak {human_bytes(outcome.peak_bytes)}")
+    if outcome.gpu_peak_bytes:
+        parts.append(f"GPU peak {human_bytes(outcome.gpu_peak_bytes)}")
+    return ", ".join(parts)

@@ -8,11 +8,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+from pipeline import logs
 from pipeline.manifest import seal
+from pipeline.memory import gpu_peak_bytes, peak_bytes, reset_peaks
 from pipeline.process import collection_paused, prepare_to_compute
-from pipeline.units import Failure, Hold, Outcome, Unit
+from pipeline.units import Failure, Hold, Outcome, Unit, costs
 from stages.common.errors import InputError
-from stages.common.storage import as_path, is_outside
+from stages.common.storage import as_path, is_passing, remedy_for
 from stages.common.unit import Job
 
 
@@ -39,11 +41,15 @@ class HeldLayers(Protocol):
 class Worker:
     """One process's place of work: it holds at most one thing at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_level: str = "info", has_own_process: bool = False) -> None:
+        """has_own_process: it may say everything on standard error, and begin the process's memory peak anew for each unit."""
+        logs.set_up(log_level, to_stderr=has_own_process)
+        self._has_own_process = has_own_process
         prepare_to_compute()
         self._hold_key: str | None = None
         self._held: Any = None
         self._opened_bytes = 0
+        self._open_s = 0.0
         self._has_left_overs = False
 
     def _hold(self, unit: Unit) -> Any:
@@ -58,10 +64,15 @@ class Worker:
         self.let_go()  # before the next is loaded: both may not fit
         if hold is not None:
             self._has_left_overs = True
+            started = time.time()
+            log = logs.log_of(hold.run_dir)
+            log.info("%s: loading", hold.label)
             with collection_paused():  # transformers imports a model's module when it builds one
                 self._held = resolve(hold.call)(**hold.args)
+            log.info("%s: loaded in %.1f s", hold.label, time.time() - started)
             self._has_left_overs = False
             self._opened_bytes += self._held.bytes_read if isinstance(self._held, HeldLayers) else 0
+            self._open_s += time.time() - started
         self._hold_key = key
 
     def let_go(self) -> None:
@@ -85,24 +96,46 @@ class Worker:
 
     def run(self, unit: Unit) -> Outcome:
         """Run and seal one unit. Never raises for what the unit raises: the outcome says why it failed."""
-        started = time.time()
-        failure, facts, bytes_read, bytes_written = None, {}, 0, 0
+        log, name = logs.log_of(unit.run_dir), f"{unit.stage} {unit.label}"
+        log.info("%s: begins", name)
+        if self._has_own_process:
+            reset_peaks()
+        started = begun = time.time()
+        failure, facts, bytes_read, bytes_written, open_s = None, {}, 0, 0, 0.0
         try:
             run_dir = as_path(unit.run_dir)
             held = self._hold(unit)
+            begun = time.time()
             bytes_read, self._opened_bytes = self._opened_bytes, 0
+            open_s, self._open_s = self._open_s, 0.0
             bytes_read += sum((run_dir / path).stat().st_size for path in unit.reads)
             result = resolve(unit.call)(Job(run_dir, run_dir / unit.stage_dir, unit.args, held))
             seal(unit, result, started)
             bytes_read += result.bytes_read
             facts = dict(result.facts)
             bytes_written = sum(file.num_bytes for file in (*result.files, *result.transient))
-        except InputError as e:
-            failure = Failure("input", str(e))
         except Exception as e:  # nothing is swallowed: the driver reports it with its traceback and ends the run
-            kind = "outside" if is_outside(e) else "error"
-            if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
-                kind = "memory"
-            message = str(e) if kind == "outside" else f"{type(e).__name__}: {e}"
-            failure = Failure(kind, message, traceback.format_exc())
-        return Outcome(socket.gethostname(), time.time() - started, facts, failure, bytes_read, bytes_written)
+            failure = _failure(e)
+            log.error("%s: failed", name, exc_info=True)
+        if failure is not None and failure.kind == "passing":
+            self.let_go()  # open files may have gone stale for good
+        outcome = Outcome(
+            socket.gethostname(), time.time() - begun, facts, failure, bytes_read, bytes_written, open_s,
+            peak_bytes(), gpu_peak_bytes(),
+        )  # fmt: skip
+        if failure is None:
+            log.info("%s: sealed, %s", name, costs(outcome))
+        return outcome
+
+
+def _failure(error: Exception) -> Failure:
+    """Why a unit did not finish (see `Failure` for the kinds)."""
+    text = f"{type(error).__name__}: {error}"
+    if is_passing(error):  # before anything that was made of it
+        return Failure("passing", text)
+    if isinstance(error, InputError):
+        return Failure("input", str(error))
+    if (remedy := remedy_for(error)) is not None:
+        return Failure("outside", f"{error}; {remedy}")
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return Failure("memory" if is_memory else "error", text, traceback.format_exc())

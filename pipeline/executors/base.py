@@ -43,6 +43,9 @@ class Executor(Protocol):
         """A worker will need this hold next: to be read in the meantime, and opened if it is free, done with what it has. A
         hint, which may come to nothing."""
 
+    def is_opening(self, slot: Slot) -> bool:
+        """Whether a slot's worker is still opening the hold of the unit that it was given."""
+
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
         """Units that have ended since the last call; waits up to timeout_s for the first."""
 

@@ -1,5 +1,6 @@
 """Runs every unit in this process, one after another: for debugging, for tests, for one small machine."""
 
+import time
 from collections.abc import Sequence
 
 from pipeline.executors.base import Slot
@@ -37,8 +38,14 @@ class LocalExecutor:
     def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
         """Not done: it would compete with what runs here."""
 
+    def is_opening(self, slot: Slot) -> bool:
+        """Never seen: see `cancel`."""
+        return False
+
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
-        """The unit that has just run."""
+        """The unit that has just run; without one there is nothing to do but wait."""
+        if not self._ended:
+            time.sleep(timeout_s)
         ended, self._ended = self._ended, []
         return ended
 

@@ -70,6 +70,10 @@ class _Actor:
     handle: Any
     slot: Slot
     is_ready: bool = False
+    hold_key: str | None = None
+    """What it was last told to open."""
+    opening: Any = None
+    """Ends when that is open."""
 
 
 class RayExecutor:
@@ -87,6 +91,7 @@ class RayExecutor:
         self._task = ray.remote(num_cpus=1, max_retries=0)(_run_task)
         self._actors: dict[str, _Actor] = {}
         self._running: dict[Any, tuple[Slot, Unit | None]] = {}
+        self._openings: dict[Any, _Actor] = {}
         self._busy: set[str] = set()
         self._num_tasks = 0
         self._num_named = 0
@@ -127,7 +132,7 @@ class RayExecutor:
         wanted = min(self._num_wanted, self.num_workers)
         while len(self._actors) < wanted:
             slot = Slot(f"worker-{next(self._numbers)}", is_worker=True)
-            handle: Any = self._worker_class.options(scheduling_strategy="SPREAD").remote()
+            handle: Any = self._worker_class.options(scheduling_strategy="SPREAD").remote(self._resources.log_level, True)
             self._actors[slot.id] = _Actor(handle, slot)
             self._running[handle.__ray_ready__.remote()] = (slot, None)
 
@@ -146,17 +151,36 @@ class RayExecutor:
         name = self._name(unit)
         if slot.is_worker:
             self._busy.add(slot.id)
-            ref = self._actors[slot.id].handle.run.options(name=name).remote(unit)
+            actor = self._actors[slot.id]
+            if unit.hold is not None:
+                self._open(actor, unit.hold)
+            elif unit.on_worker:  # it frees what it holds
+                actor.hold_key = None
+            ref = actor.handle.run.options(name=name).remote(unit)
         else:
             self._num_tasks += 1
-            ref = self._task.options(name=name).remote(unit)
+            ref = self._task.options(name=name).remote(unit, self._resources.log_level)
         self._running[ref] = (slot, unit)
 
     def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
         """A worker that is free opens it at once; another has its files read, from the end of its unit on. What they return is
         not waited for."""
-        handle = self._actors[slot.id].handle
-        (handle.open_ahead if is_free else handle.read_ahead).remote(hold)
+        actor = self._actors[slot.id]
+        if is_free:
+            self._open(actor, hold)
+        else:
+            actor.handle.read_ahead.remote(hold)
+
+    def _open(self, actor: _Actor, hold: Hold) -> None:
+        """By a call of its own, so that its end is seen. An error in it comes again with the unit."""
+        if actor.hold_key != hold.key:
+            actor.hold_key, actor.opening = hold.key, actor.handle.open_ahead.remote(hold)
+            self._openings[actor.opening] = actor
+
+    def is_opening(self, slot: Slot) -> bool:
+        """See Executor."""
+        actor = self._actors.get(slot.id)
+        return actor is not None and actor.opening is not None
 
     def _name(self, unit: Unit) -> str:
         """What Ray's dashboard calls the unit. Ray keeps a time series for each name ever used, 15 kB in this process alone
@@ -168,15 +192,18 @@ class RayExecutor:
 
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
         """Outcomes of what has ended, deaths included."""
-        if not self._running:
+        refs = [*self._running, *self._openings]
+        if not refs:
             time.sleep(timeout_s)
             return []
-        refs = list(self._running)
         ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s)
         if ready:
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         ended = []
         for ref in ready:
+            if ref in self._openings:
+                self._opened(ref)
+                continue
             slot, unit = self._running.pop(ref)
             try:
                 value = ray.get(ref)
@@ -192,11 +219,18 @@ class RayExecutor:
                 continue
             if slot.is_worker:
                 self._busy.discard(slot.id)
+                if value.failure is not None and slot.id in self._actors:
+                    self._actors[slot.id].hold_key = None  # it may have closed what it held
             else:
                 self._num_tasks -= 1
             self._metrics.note(unit, value)
             ended.append((slot, unit, value))
         return ended
+
+    def _opened(self, ref: Any) -> None:
+        actor = self._openings.pop(ref)
+        if actor.opening == ref:
+            actor.opening = None
 
     def _started(self, slot: Slot, value: Any) -> None:
         """A worker is up, or could not be started. Raises RunFailed when that happens again and again."""
@@ -269,5 +303,5 @@ class RayExecutor:
         ray.shutdown()
 
 
-def _run_task(unit: Unit) -> Outcome:
-    return Worker().run(unit)
+def _run_task(unit: Unit, log_level: str) -> Outcome:
+    return Worker(log_level, has_own_process=True).run(unit)

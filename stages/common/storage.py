@@ -60,6 +60,8 @@ _REMEDIES = {
     errno.EDQUOT: "free space there or raise the quota",
     errno.EACCES: "let the user of the workers read and write there",
     errno.EPERM: "let the user of the workers read and write there",
+    errno.EFBIG: "use a file system that holds files of this size",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EROFS: "mount it so that it can be written to",
 }
 

@@ -22,9 +22,9 @@ NUM_KILLS = 20
 _LIMIT_S = 300
 
 
-def start(run_file: Path, *options: str) -> subprocess.Popen[str]:
+def start(run_file: Path, *options: str, module: str = "pipeline") -> subprocess.Popen[str]:
     """Start a driver in a session of its own."""
-    command = [sys.executable, "-m", "pipeline", "run", str(run_file), *options]
+    command = [sys.executable, "-m", module, "run", str(run_file), *options]
     return subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

@@ -100,6 +100,9 @@ class ToyRun:
         self.is_active = bool(units)
         return units
 
+    def check_lock(self) -> None:
+        pass
+
     def started(self, unit: Unit) -> None:
         pass
 
@@ -132,7 +135,17 @@ class FakeExecutor:
         self.opened_ahead: list[tuple[str, str]] = []
         self.most_at_once = 0
         self.num_idle_waits = 0
-        self.elapsed_s = 0.0
+        self.elapsed_s = self.open_s = 0.0
+        self.opening: set[str] = set()
+        self.now = 0.0
+        self.cancelled: list[tuple[str, str]] = []
+
+    def clock(self) -> float:
+        """Time goes on while there is nothing to do, and as a test sets it."""
+        return self.now
+
+    def is_opening(self, slot: Slot) -> bool:
+        return slot.id in self.opening
 
     @property
     def num_workers(self) -> int:
@@ -150,7 +163,7 @@ class FakeExecutor:
         self.slots = [Slot(f"{slot.id}'", True) if slot.is_worker else slot for slot in self.slots]
 
     def cancel(self, slot: Slot, reason: str) -> None:
-        raise AssertionError(f"nothing hangs here: {reason}")
+        self.cancelled.append((slot.id, reason))
 
     def free_slots(self) -> list[Slot]:
         busy = {slot.id for slot, _ in self.running}
@@ -169,13 +182,14 @@ class FakeExecutor:
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
         if not self.running:
             self.num_idle_waits += 1
-            assert self.num_idle_waits < 10, f"nothing runs any more after {self.log}"
+            self.now += timeout_s
+            assert self.num_idle_waits < 50, f"nothing runs any more after {self.log}"
             return []
         slot, unit = self.running.pop(0)
         failure = self.outcome(slot, unit)
         if failure is not None and failure.kind in ("lost", "node"):
             self.slots[self.slots.index(slot)] = Slot(f"{slot.id}'", slot.is_worker)
-        return [(slot, unit, Outcome("host", self.elapsed_s, {}, failure))]
+        return [(slot, unit, Outcome("host", self.elapsed_s, {}, failure, open_s=self.open_s))]
 
     def why_idle(self) -> str:
         return "no slot"

@@ -6,6 +6,7 @@ from collections import defaultdict
 import pytest
 
 from pipeline.drive import Driver
+from pipeline.errors import LockLost
 from pipeline.executors.base import Slot
 from pipeline.run_state import UnitFailure
 from pipeline.scheduler import Schedule
@@ -336,3 +337,182 @@ def test_after_a_failure_what_still_runs_is_done_and_the_loop_ends(seed: int) ->
     assert len(done) + len(failures) <= len(units)
     assert len(failures) > 0 or len(done) == len(units)
     position_of_dependencies([one for one in units if one.name in done], done)
+
+
+class Fenced(ToyRun):
+    """A run whose lock is lost when one of its units ends, or while another run's do."""
+
+    lost: LockLost | None = None
+    loses_at = ""
+    is_lost = False
+
+    def check_lock(self) -> None:
+        if self.is_lost:
+            raise LockLost("lost")
+
+    def started(self, unit: Unit) -> None:
+        self.is_lost |= unit.name == self.loses_at
+        self.check_lock()
+
+    def done(self, unit: Unit, outcome: Outcome) -> None:
+        self.is_lost |= f"{unit.name} done" == self.loses_at
+        self.check_lock()
+        super().done(unit, outcome)
+
+    def failed(self, failure: UnitFailure) -> None:
+        self.check_lock()
+        super().failed(failure)
+
+    def lose(self, error: LockLost) -> None:
+        self.lost, self.is_active = error, False
+
+
+@pytest.mark.parametrize("loses_at", ["shard-0-tokens-0", "shard-1-tokens-1", "shard-0-tokens-1 done", "sum-1 done"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_run_that_has_lost_its_lock_stops_at_once_and_the_other_runs_go_on(loses_at: str, workers: int) -> None:
+    units = chain(num_shards=3, num_tokens=2)
+    fenced, other = Fenced(units, "/fenced"), ToyRun(units, "/other")
+    fenced.loses_at = loses_at
+    executor = FakeExecutor(workers)
+    Driver([fenced, other], executor, print).drive()
+    assert str(fenced.lost) == "lost"
+    assert (fenced.failures, other.failures) == ([], [])
+    assert sorted(other.done_units) == sorted(one.name for one in units)
+    assert len(fenced.done_units) < len(units)
+    of_fenced = [slot for slot, name in executor.log]
+    assert {slot for slot, _ in executor.cancelled} <= set(of_fenced)
+
+
+def test_what_runs_for_a_run_that_has_lost_its_lock_is_ended() -> None:
+    """Though none of its units ends: the driver looks every second."""
+    fenced = Fenced([unit("endless"), unit("next")], "/fenced")
+
+    class Endless(FakeExecutor):
+        def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
+            self.now += timeout_s
+            fenced.is_lost = self.now > 5
+            assert self.now < 60, "it waits for what runs"
+            return []
+
+    executor = Endless(1)
+    Driver([fenced], executor, print, executor.clock).drive()
+    assert executor.cancelled == [("w0", "its run was stopped")]
+    assert executor.log == [("w0", "endless")]
+
+
+def test_a_unit_alone_of_a_run_that_has_lost_its_lock_is_in_nobodys_way() -> None:
+    fenced, other = Fenced([unit("hungry")], "/fenced"), ToyRun([unit("other")], "/other")
+
+    def outcome(slot: Slot, one: Unit) -> Failure | None:
+        if one.name == "hungry":
+            fenced.loses_at = "hungry"  # when it is started again
+            return Failure("memory", "no memory left")
+        return None
+
+    Driver([fenced, other], FakeExecutor(1, outcome=outcome), print).drive()
+    assert fenced.lost is not None
+    assert list(other.done_units) == ["other"]
+
+
+PASSING = Failure("passing", "OSError: [Errno 116] Stale file handle: '/run/x'")
+
+
+def test_a_unit_whose_storage_was_away_is_tried_again_after_a_growing_pause_that_stops_nothing_else() -> None:
+    ends = [PASSING, PASSING]
+    executor = FakeExecutor(1, outcome=lambda slot, one: ends.pop() if one.name == "a" and ends else None)
+    run = ToyRun([unit("a"), *(unit(f"cpu-{n}") for n in range(3))])
+    started: list[tuple[str, float]] = []
+    run.started = lambda one: started.append((one.name, executor.now))  # type: ignore[method-assign]
+    Driver([run], executor, print, executor.clock).drive()
+    assert run.failures == []
+    assert started == [("a", 0.0), ("cpu-0", 0.0), ("cpu-1", 0.0), ("cpu-2", 0.0), ("a", 5.0), ("a", 35.0)]
+    assert run.retries == [
+        f"a: {PASSING.message}; in 5 s (2 of 3)",
+        f"a: {PASSING.message}; in 30 s (3 of 3)",
+    ]
+
+
+def test_a_storage_that_stays_away_fails_the_unit_after_as_many_tries_as_are_set() -> None:
+    executor = FakeExecutor(2, outcome=lambda slot, one: PASSING if one.name == "a" else None)
+    run = ToyRun([unit("a"), unit("b", after=(unit("a").id,))], max_attempts=2)
+    Driver([run], executor, print, executor.clock).drive()
+    assert [(failed.unit.name, failed.attempts) for failed in run.failures] == [("a", 2)]
+    assert run.done_units == {}
+    assert executor.now == 5.0
+
+
+def test_a_run_that_fails_does_not_wait_for_a_pause_to_end() -> None:
+    ends = {"a": PASSING, "b": Failure("error", "broke")}
+    executor = FakeExecutor(2, outcome=lambda slot, one: ends[one.name])
+    run = ToyRun([unit("a"), unit("b")])
+    Driver([run], executor, print, executor.clock).drive()
+    assert [failed.unit.name for failed in run.failures] == ["b"]
+    assert executor.now == 0
+
+
+class Hanging(FakeExecutor):
+    """One unit never ends; while `opens` seconds have not passed, its worker opens what it needs."""
+
+    def __init__(self, hangs: str, opens_s: float = 0) -> None:
+        super().__init__(1)
+        self.hangs, self.opens_s = hangs, opens_s
+
+    def is_opening(self, slot: Slot) -> bool:
+        return self.now < self.opens_s
+
+    def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
+        if self.running and self.running[0][1].name == self.hangs:
+            self.now += timeout_s
+            if not self.cancelled:
+                return []
+            slot, one = self.running.pop(0)
+            return [(slot, one, Outcome("host", 0.0, {}, Failure("lost", self.cancelled[-1][1])))]
+        return super().wait(timeout_s)
+
+
+def hung_after(executor: Hanging, runs: list[ToyRun]) -> tuple[float, str]:
+    """When the unit that hangs was ended, and what was said."""
+    Driver(runs, executor, print, executor.clock).drive()
+    (failed,) = [failed for run in runs for failed in run.failures]
+    assert failed.outcome.failure is not None
+    return executor.now, failed.outcome.failure.message
+
+
+@pytest.mark.parametrize(
+    ("num_before", "elapsed_s", "limit_s"), [(0, 0.0, 7200), (3, 0.0, 600), (3, 50.0, 1000)], ids=["first", "short", "long"]
+)
+def test_a_unit_hangs_by_what_others_of_its_kind_took(num_before: int, elapsed_s: float, limit_s: float) -> None:
+    executor = Hanging("hangs")
+    executor.elapsed_s = elapsed_s
+    run = ToyRun([*(unit(f"a{n}") for n in range(num_before)), unit("hangs")], max_attempts=1)
+    ended_at, message = hung_after(executor, [run])
+    assert limit_s < ended_at < limit_s + 3
+    assert message == f"no result after {limit_s} s (resources.unit_timeout_s sets the limit)"
+
+
+def test_what_the_units_of_a_tiny_model_take_does_not_limit_those_of_a_large_one_in_the_same_batch() -> None:
+    executor = Hanging("large")
+    executor.elapsed_s = 0.05
+    tiny = ToyRun([unit(f"a{n}") for n in range(200)], "/tiny")
+    large = ToyRun([unit("large")], "/large", max_attempts=1)
+    ended_at, _ = hung_after(executor, [tiny, large])
+    assert ended_at > 7200
+
+
+def test_loading_a_layer_shard_has_a_limit_of_its_own() -> None:
+    executor = Hanging("hangs", opens_s=10_000)
+    run = ToyRun([unit("hangs", hold="h", on_worker=True)], max_attempts=1, unit_timeout_s=30)
+    ended_at, message = hung_after(executor, [run])
+    assert 10_030 < ended_at < 10_033, "the unit's own limit counts from when its layers are there"
+    assert message == "no result after 30 s (resources.unit_timeout_s sets the limit)"
+
+
+@pytest.mark.parametrize(("opened_s", "limit_s"), [(None, 14400), (1.0, 1800), (600.0, 12000)])
+def test_a_worker_that_never_has_its_layers_is_ended(opened_s: float | None, limit_s: float) -> None:
+    before = [] if opened_s is None else [unit("before", hold="g", on_worker=True)]
+    executor = Hanging("hangs", opens_s=1e9)
+    executor.open_s = opened_s or 0.0
+    run = ToyRun([*before, unit("hangs", hold="h", on_worker=True)], max_attempts=1, unit_timeout_s=30)
+    ended_at, message = hung_after(executor, [run])
+    assert limit_s < ended_at < limit_s + 3
+    assert message == f"its layers were not loaded after {limit_s} s"

@@ -1,7 +1,14 @@
 """What a worker holds, and when it is opened."""
 
 import contextlib
+import errno
 import gc
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +16,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.executors.local import LocalExecutor
-from pipeline.units import Hold
+from pipeline.units import Failure, Hold
 from pipeline.worker import Worker
+from stages.common.errors import InputError
+from stages.common.files import DigestingFile
+from stages.common.unit import Job, UnitResult
 from tests.pipeline.fake import at, unit
 
+REPOSITORY = Path(__file__).parents[2]
 OPENED: list[str] = []
 
 
@@ -153,3 +164,137 @@ def test_room_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert made() is None
     finally:
         gc.enable()
+
+
+def raising(job: Job) -> UnitResult:
+    """Raise what a test has put here."""
+    raise ERRORS[job.args["name"]]
+
+
+STALE = OSError(errno.ESTALE, "Stale file handle", "/run/hidden")
+ERRORS: dict[str, Exception] = {
+    "stale": STALE,
+    "full": OSError(errno.ENOSPC, "No space left on device", "/run/out"),
+    "denied": PermissionError(errno.EACCES, "Permission denied", "/run/out"),
+    "ours": FileNotFoundError(errno.ENOENT, "No such file or directory", "/run/hidden"),
+    "bad": InputError("num_sequences is 9; use 8"),
+}
+
+
+def failure_of(tmp_path: Path, name: str, worker: Worker | None = None) -> Failure:
+    one = unit(name, call="tests.pipeline.test_worker:raising")
+    failure = (worker or Worker()).run(*at(tmp_path, [one])).failure
+    assert failure is not None
+    return failure
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("stale", Failure("passing", "OSError: [Errno 116] Stale file handle: '/run/hidden'")),
+        ("full", Failure("outside", "[Errno 28] No space left on device: '/run/out'; free space there")),
+        (
+            "denied",
+            Failure("outside", "[Errno 13] Permission denied: '/run/out'; let the user of the workers read and write there"),
+        ),
+        ("bad", Failure("input", "num_sequences is 9; use 8")),
+    ],
+)
+def test_an_error_of_the_machine_or_the_user_is_one_line(tmp_path: Path, name: str, expected: Failure) -> None:
+    assert failure_of(tmp_path, name) == expected
+
+
+def test_an_os_error_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
+    failure = failure_of(tmp_path, "ours")
+    assert failure.kind == "error"
+    assert "test_worker.py" in failure.detail and "No such file or directory" in failure.detail
+
+
+def test_a_full_disk_is_named_with_the_file_that_did_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system does not say which file a write was to."""
+
+    def no_room(self: DigestingFile, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DigestingFile, "write", no_room)
+    (one,) = at(tmp_path, [unit("one")])
+    failure = Worker().run(one).failure
+    assert failure is not None
+    path = tmp_path / one.stage_dir / "one.txt"
+    assert failure.message == f"[Errno 28] No space left on device: '{path}'; free space there"
+
+
+def test_what_is_held_is_opened_again_after_an_error_that_may_pass(tmp_path: Path) -> None:
+    """Files that it keeps open may have gone stale for good."""
+    OPENED.clear()
+    worker, hold = Worker(), held("a")
+    (one, stale) = at(tmp_path, [unit("one"), unit("stale", call="tests.pipeline.test_worker:raising")])
+    worker.run(replace(one, hold=hold))
+    worker.run(replace(stale, hold=hold))
+    worker.run(replace(one, hold=hold))
+    assert OPENED == ["a", "a"]
+
+
+def open_slowly(key: str) -> str:
+    time.sleep(0.2)
+    return Counted(key)
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_opening_is_timed_apart_from_the_unit_and_told_once(tmp_path: Path, is_ahead: bool) -> None:
+    worker, hold = Worker(), held("a", "open_slowly")
+    if is_ahead:
+        worker.open_ahead(hold)
+    units = at(tmp_path, [unit("one"), unit("two")])
+    first, second = (worker.run(replace(one, hold=hold)) for one in units)
+    assert first.open_s >= 0.2 > first.elapsed_s
+    assert second.open_s == 0.0
+
+
+def hungry(job: Job) -> UnitResult:
+    eaten = bytearray(200_000_000)
+    return UnitResult(facts={"num_tokens": 16_384, "eaten": len(eaten)})
+
+
+def test_each_units_memory_peak_is_its_own() -> None:
+    """In a new process: an allocator that has room left, and what other tests used, would hide it."""
+    script = """
+import sys, tempfile
+from pathlib import Path
+from pipeline.worker import Worker
+from tests.pipeline.fake import at, unit
+hungry, small = at(Path(tempfile.mkdtemp()), [unit("hungry", call="tests.pipeline.test_worker:hungry"), unit("small")])
+worker = Worker(has_own_process=sys.argv[1] == "own")
+print(*(worker.run(one).peak_bytes for one in (small, hungry, small)))
+"""
+    for whose, is_reset in (("own", True), ("shared", False)):
+        command = [sys.executable, "-c", script, whose]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
+        before, most, after = map(int, done.stdout.split())
+        assert most - before > 150_000_000
+        assert (most - after > 150_000_000) == is_reset, "another one's process keeps its peak"
+
+
+def test_a_worker_logs_what_it_does_and_why_it_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    worker = Worker(has_own_process=True)
+    one, stale = at(tmp_path, [unit("one"), unit("stale", call="tests.pipeline.test_worker:raising")])
+    hold = replace(held("a"), run_dir=str(tmp_path), label="toy layers 0-1")
+    worker.run(replace(one, hold=hold))
+    worker.run(stale)
+    (path,) = (tmp_path / "logs").iterdir()
+    assert path.name == f"{socket.gethostname()}-{os.getpid()}.log"
+    text = path.read_text()
+    seen = [line.split(" ", 2)[2] for line in text.splitlines() if line[:2] == "20"]
+    assert seen[:3] == ["INFO toy one: begins", "INFO toy layers 0-1: loading", "INFO toy layers 0-1: loaded in 0.0 s"]
+    assert re.fullmatch(r"INFO toy one: sealed, 0\.0 s, peak \S+ [MG]B", seen[3])
+    assert seen[4:] == ["INFO toy stale: begins", "ERROR toy stale: failed"]
+    assert "Traceback" in text and "in raising" in text and "[Errno 116] Stale file handle" in text
+    assert capfd.readouterr().err == text, "Ray keeps the same by worker"
+
+
+def test_a_worker_that_shares_its_process_leaves_standard_error_to_the_driver(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    failure_of(tmp_path, "ours", Worker())
+    assert capfd.readouterr().err == ""
+    assert "Traceback" in next((tmp_path / "logs").iterdir()).read_text()
