@@ -135,6 +135,10 @@ class SimulatedExecutor:
         left = self.data.num_sequences - shard * self.data.sequences_per_shard
         return min(left, self.data.sequences_per_shard) * self.data.sequence_length
 
+    def is_opening(self, slot: Slot) -> bool:
+        """Not told apart: the time of a unit here includes that of opening its hold."""
+        return False
+
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
         """Let the clock go on to the next end of a unit."""
         assert self._running, "nothing runs and nothing will"
@@ -183,6 +187,9 @@ class _Run:
         units, self._units = self._units, []
         self.is_active = bool(units)
         return units
+
+    def check_lock(self) -> None:
+        """Nobody else has this run."""
 
     def started(self, unit: Unit) -> None:
         """Nothing to log."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import logs
-from pipeline.cleaning import unused
+from pipeline.cleaning import describe_unused
 from pipeline.config import load_config
 from pipeline.retry import pause_s, persist
 from tests.pipeline.test_status import shown
@@ -28,7 +28,7 @@ def test_a_run_logs_what_the_driver_says_and_what_the_worker_does(
     assert "INFO calibrate layers 0-0: loading" in text
     assert "INFO calibrate: " in text and " units in " in text, "what the driver says"
     assert "prepare" in shown(tmp_path / "run")
-    assert unused(tmp_path / "run") == []
+    assert list(describe_unused(tmp_path / "run")) == ["0 directories not used by the last run; --yes removes them"]
     size = path.stat().st_size
     execute(load_config(run_file, ["resources.log_level=error", "clustering.linkage=single"]))
     assert path.stat().st_size == size

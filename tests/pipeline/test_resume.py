@@ -12,6 +12,7 @@ from pipeline.config import load_config
 from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
 from pipeline.lock import RunLock
+from pipeline.logs import file_name
 from pipeline.units import Unit
 from pipeline.worker import Worker
 from stages.common.errors import InputError
@@ -42,7 +43,7 @@ def test_a_second_run_executes_nothing_and_changes_nothing(copy: FinishedRun) ->
         assert result.report == copy.report
     after = {path: path.stat().st_mtime_ns for path in copy.run_dir.rglob("*") if path.is_file()}
     assert {path for path in before if before[path] != after[path]} <= {
-        copy.run_dir / name for name in ("report.json", "run.json", "events.jsonl")
+        copy.run_dir / name for name in ("report.json", "run.json", "events.jsonl", f"logs/{file_name()}")
     }
     assert set(after) == set(before)
 
