@@ -18,7 +18,7 @@ from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[a
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from pipeline.table import human_bytes
+from pipeline.sizes import human_bytes
 from pipeline.worker import resolve
 from stages.common.errors import InputError
 from stages.common.files import write_json
