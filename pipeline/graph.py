@@ -56,7 +56,7 @@ class Graph:
         """The survey's `plan.json`. Raises InputError unless it is the file that the survey has sealed."""
         relative = f"{self.stages.survey.dir}/{paths.PLAN_FILE}"
         path = self.run_dir / relative
-        manifest = read_manifest(self._survey_unit())
+        manifest = read_manifest(self.survey_unit())
         sealed = manifest.files.get(relative) if manifest is not None else None
         content = read_small(path) if path.exists() else b""
         if sealed is None or hashlib.sha256(content).hexdigest() != sealed.sha256:
@@ -75,14 +75,15 @@ class Graph:
 
     def _prepare(self) -> list[Unit]:
         units = [
-            self._survey_unit(),
+            self.survey_unit(),
             self._tokens_unit(self.stages.calibration, "calibration", self.config.calibration),
         ]
         if self.stages.evaluation and self.config.evaluation:
             units.append(self._tokens_unit(self.stages.evaluation, "evaluation", self.config.evaluation))
         return units
 
-    def _survey_unit(self) -> Unit:
+    def survey_unit(self) -> Unit:
+        """The unit that writes the plan."""
         return self._unit(self.stages.survey, "survey", "survey_unit", {"model": str(self.model)}, "checkpoint")
 
     def _tokens_unit(self, stage: StageRun, place: str, data: TextData) -> Unit:

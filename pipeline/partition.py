@@ -47,7 +47,7 @@ def held_bytes(plan: Mapping[str, Any], layers: LayerRange, data: TextData) -> i
         # logits, their copy in float32 and the logarithms of its softmax; an allocator may not have given back the layers' yet
         inside += data.micro_batch * data.sequence_length * plan["vocab_size"] * (itemsize + 4 + 4)
     changing = hidden + inside + _sum_bytes(plan, layers, data)
-    return weight_bytes(plan, layers) + max(layer_bytes[first:stop]) + changing + changing // _FRAGMENTS
+    return weight_bytes(plan, layers) + max(layer_bytes[first:stop]) + int(changing + changing // _FRAGMENTS)
 
 
 def _itemsize(plan: Mapping[str, Any]) -> int:
@@ -64,7 +64,7 @@ def _activation_bytes(plan: Mapping[str, Any], layer: int, data: TextData) -> in
     # of a routed pair: products; what enters, and what leaves in the model's dtype and times its gate; five indices
     pair = products + hidden_size * (2 * _itemsize(plan) + 4) + 5 * 8 if expert_bytes else 0
     chunk = min(_CHUNK_BYTES, num_tokens * products)
-    return num_tokens * (rest + plan["top_k"] * pair) + chunk
+    return int(num_tokens * (rest + plan["top_k"] * pair) + chunk)
 
 
 def _sum_bytes(plan: Mapping[str, Any], layers: LayerRange, data: TextData) -> int:
@@ -72,7 +72,7 @@ def _sum_bytes(plan: Mapping[str, Any], layers: LayerRange, data: TextData) -> i
     sampling = data.sampling if isinstance(data, Calibration) else None
     values = max(plan["layer_expert_bytes"]) // (3 * _itemsize(plan) * plan["hidden_size"])  # experts times intermediate size
     copies = max(layers[1] - layers[0], data.num_shards) + 2
-    return 8 * values * (sampling.groups if sampling else 1) * copies
+    return int(8 * values * (sampling.groups if sampling else 1) * copies)
 
 
 def layer_shards(
