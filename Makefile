@@ -14,10 +14,10 @@ demo: install  ## compress the example model on a local Ray cluster and print th
 test: test-fast test-cluster  ## everything: what .ci/run calls
 
 test-fast: install lint  ## lint, types, and the tests that need no cluster of several nodes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15
 
 test-cluster: install  ## real clusters of several nodes, killed workers, nodes and drivers, submitted jobs
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations 15
 
 lint: install
 	$(BIN)/ruff check .

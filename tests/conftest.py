@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,10 @@ from tests.tiny import FAMILIES, save_checkpoint, save_token_ids
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _home_removed() -> Iterator[None]:
-    yield
-    shutil.rmtree(HOME, ignore_errors=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist share the folder with the process that started them, which removes it when all have ended."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(HOME, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,7 @@ def test_a_second_run_executes_nothing_and_changes_nothing(copy: FinishedRun) ->
         (["export.router=dominant", "export.formats=[stock]"], {"merge", "assemble", "evaluate", "report"}),
         (["resources.layers_per_shard=1"], set()),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, list) else "",
 )
 def test_what_a_change_does_not_touch_is_not_run_again(copy: FinishedRun, settings: list[str], ran: set[str]) -> None:
     other = FinishedRun.of(copy.run_file, settings)
