@@ -127,16 +127,19 @@ def _memory(results: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append(
             [
                 name,
+                f"{found['num_tokens']:,}",
                 str(found["num_layers"]),
                 _gib(found["layer_bytes"]),
                 _gib(found["outside_bytes"]),
                 *(_gib(peaks[kind]) if kind in peaks else "-" for kind in ("worker", "task", "driver", "other")),
             ]
         )
-    header = ["model", "layers", "layer, GiB", "outside of layers, GiB", "worker", "CPU task", "driver", "any process of Ray"]
+    sizes = ["layer, GiB", "outside of layers, GiB"]
+    header = ["model", "tokens", "layers", *sizes, "worker", "CPU task", "driver", "any process of Ray"]
     return (
         "## 4. Memory\n\nPeak resident memory (`VmHWM`, which counts pages of mapped files) of every process of a whole "
-        "run on Ray, one worker that holds one layer at a time, in GiB. On a CPU, experts' matrices of 8 MiB and more are"
+        "run on Ray, one worker that holds one layer at a time, in GiB, over the calibration tokens named (a run file's"
+        " default is 65,536). On a CPU, experts' matrices of 8 MiB and more are"
         " mapped: their pages belong to the system's file cache, are let go of after each use, and are read from the disk"
         " again where memory is short. Target: worker at most a layer shard and 1 GiB, equal within 10% for any number of"
         " layers; driver under 0.39 GiB (400 MiB).\n\n" + _table(header, rows)

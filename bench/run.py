@@ -8,7 +8,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ BENCHMARKS = ("hand", "compute", "transfer", "memory", "overhead", "scaling", "s
 ON_ONE_MODEL = ("overhead", "scaling", "simulation")
 SCALING_SEQUENCES = 64
 SCALING_WORKERS = (1, 2, 4)
+MEMORY_TOKENS = 65_536
+"""As a run file calibrates by default, 32 sequences of 2,048: more than models have elsewhere, since memory might grow with
+them."""
 
 
 class Bench:
@@ -58,9 +61,20 @@ class Bench:
         path.write_text(yaml.safe_dump(values))
         return path
 
-    def pipeline(self, run_file: Path, executor: str, watch_all: bool = False) -> measure.Measured:
-        """Run a run file in a new process."""
+    def _ids(self, name: str, num_sequences: int) -> Path:
+        """Token ids beside the model's own, which are fewer."""
+        spec, path = MODELS[name], self.work_dir / "models" / f"{name}-{num_sequences}-ids.npy"
+        self.model(name)
+        shape = (num_sequences, spec.sequence_length)
+        write_file(path, lambda out: np.save(out, np.random.default_rng(0).integers(0, spec.config.vocab_size, shape)))
+        return path
+
+    def pipeline(
+        self, run_file: Path, executor: str, watch_all: bool = False, settings: Sequence[str] = ()
+    ) -> measure.Measured:
+        """Run a run file, with settings on top, in a new process."""
         options = ["--executor", executor, *(["--address", "local"] if executor == "ray" else [])]
+        options += [f"--set={setting}" for setting in settings]
         command = [sys.executable, "-m", "pipeline", "run", str(run_file), *options]
         threads = str(self.num_threads)
         return measure.run(command, watch_all, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
@@ -125,11 +139,13 @@ class Bench:
         return {**json.loads(measured.output), "peak_bytes": measured.peak_bytes}
 
     def memory(self, name: str) -> dict[str, Any]:
-        """Benchmark 4: one Ray worker that holds one layer at a time; every process watched."""
+        """Benchmark 4: one Ray worker that holds one layer at a time, as many tokens as by default; every process watched."""
         run_file = self.run_file(name, "ray", num_workers=1, layers_per_shard=1)
         run_dir = self.work_dir / "runs" / f"{name}-ray"
         shutil.rmtree(run_dir, ignore_errors=True)
-        measured = self.pipeline(run_file, "ray", watch_all=True)
+        num_sequences = MEMORY_TOKENS // MODELS[name].sequence_length
+        settings = (f"calibration.data={self._ids(name, num_sequences)}", f"calibration.num_sequences={num_sequences}")
+        measured = self.pipeline(run_file, "ray", watch_all=True, settings=settings)
         plan = json.loads(next(run_dir.glob("prepare-model-*/plan.json")).read_text())
         shutil.rmtree(run_dir)
         peaks: dict[str, int] = {"driver": measured.peak_bytes}
@@ -143,6 +159,7 @@ class Bench:
             "layer_bytes": max(plan["layer_bytes"]),
             "outside_bytes": at_ends,
             "num_layers": plan["num_layers"],
+            "num_tokens": MEMORY_TOKENS,
         }
 
     def overhead(self, name: str) -> dict[str, Any]:
@@ -163,11 +180,7 @@ class Bench:
 
     def scaling(self, name: str) -> dict[str, Any]:
         """Benchmark 5: real workers in turn, each pinned to a core; more tokens than elsewhere, so that there is work."""
-        spec, ids = MODELS[name], self.work_dir / "models" / f"{name}-scaling-ids.npy"
-        shape = (SCALING_SEQUENCES, spec.sequence_length)
-        vocab_size = spec.config.vocab_size
-        self.model(name)
-        write_file(ids, lambda out: np.save(out, np.random.default_rng(0).integers(0, vocab_size, shape)))
+        spec, ids = MODELS[name], self._ids(name, SCALING_SEQUENCES)
         seconds: dict[str, list[float]] = {str(count): [] for count in SCALING_WORKERS}
         for _ in range(self.repeats):
             for count in SCALING_WORKERS:
