@@ -8,7 +8,6 @@ from typing import Any
 from stages.common.errors import InputError
 from stages.common.headers import SafetensorsHeader, TensorEntry, read_header
 from stages.common.quantised import unpacked_entries
-from stages.common.side_files import SideFiles, find_side_files
 from stages.common.storage import as_path, is_remote, local_copies
 from stages.common.untrusted import read_json, shown
 
@@ -17,7 +16,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 WEIGHTS_FIELD = "transformers_weights"
 """Setting of a config by which transformers takes weights of another name."""
-_MAX_CONFIG_BYTES, _MAX_INDEX_BYTES = 1 << 24, 1 << 26
+_MAX_CONFIG_BYTES, _MAX_INDEX_BYTES, _MAX_NAME_BYTES = 1 << 24, 1 << 26, 255
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -73,7 +72,7 @@ class Checkpoint:
         weight_map: dict[str, str] = self.index.get("weight_map", {})
         path = self.folder / INDEX_FILE
         for name, file in weight_map.items():
-            if not isinstance(file, str) or PurePosixPath(file).name != file or "\\" in file or file in ("", ".", ".."):
+            if not _is_file_name(file):
                 place = f"{path}: tensor {shown(name)} is said to lie in {shown(repr(file))}"
                 raise InputError(f"{place}; only files in the folder itself are read")
             if not file.endswith(".safetensors"):
@@ -95,7 +94,9 @@ class Checkpoint:
                 f"{self.folder} holds its weights as pickle files ({pickles[0]}, ...), which can run code when read; convert "
                 f"them to safetensors first (load with transformers and call save_pretrained)"
             )
-        raise InputError(f"{self.folder} has neither {INDEX_FILE} nor {SINGLE_FILE}")
+        others = sorted(p.name for p in self.folder.iterdir() if p.suffix == ".gguf" or p.name.startswith("adapter_model."))
+        found = f" but {others[0]}; give the original checkpoint, not a conversion or an adapter of it" if others else ""
+        raise InputError(f"{self.folder} has neither {INDEX_FILE} nor {SINGLE_FILE}{found}")
 
     @cached_property
     def headers(self) -> dict[str, SafetensorsHeader]:
@@ -134,12 +135,23 @@ class Checkpoint:
         """A local folder with config and side files, for libraries that read no other: the folder itself, or copies."""
         if not is_remote(self.folder):
             return self.folder
-        return local_copies(self.folder, [CONFIG_FILE, *self.side_files.kept], self)
+        return local_copies([self.folder / CONFIG_FILE, *self.side_files()], self)
 
-    @cached_property
-    def side_files(self) -> SideFiles:
-        """Every other file: what an export takes along (tokenizer, templates, generation config, licence), and what not."""
-        return find_side_files(self.folder, self.config, {CONFIG_FILE, INDEX_FILE, *self.files})
+    def side_files(self) -> list[Path]:
+        """Every other regular file at the top of the folder: tokenizer, templates, generation config, licence."""
+        skipped = {CONFIG_FILE, INDEX_FILE, *self.files}
+        weights = (*PICKLE_SUFFIXES, ".safetensors", ".index.json", ".h5", ".msgpack", ".onnx", ".gguf")
+        return sorted(
+            path for path in self.folder.iterdir()
+            if path.is_file() and path.name not in skipped and not path.name.startswith(".") and not path.name.endswith(weights)
+        )  # fmt: skip
+
+
+def _is_file_name(file: Any) -> bool:
+    """Whether this is the name of a file in a folder, and nothing that leads out of it or that no file system takes."""
+    if not isinstance(file, str) or PurePosixPath(file).name != file or file in ("", ".."):
+        return False
+    return "\\" not in file and file.isprintable() and len(file.encode()) <= _MAX_NAME_BYTES
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:

@@ -126,13 +126,20 @@ def family_name(config: Mapping[str, Any]) -> str:
 
 def family_of(config: Mapping[str, Any], place: str) -> Family:
     """Return the facts of a raw config's family. Raises InputError, with the reason, for one that is not supported."""
+    for part in ("text_config", "quantization_config"):
+        if not isinstance(config.get(part), dict | None):
+            raise InputError(
+                f"{place}/config.json: {part} is {shown(repr(config[part]))} where an object is needed; restore the config"
+            )
     name, model_type = family_name(config), config["model_type"]
     if name in REFUSED:
         raise InputError(f"{place}: {name} is not supported: {REFUSED[name]}; docs/families.md lists what is")
     if name not in SUPPORTED:
-        raise InputError(f"{place}: {name} is not among the {len(SUPPORTED)} tested families; docs/families.md lists them")
+        raise InputError(
+            f"{place}: {shown(name)} is not among the {len(SUPPORTED)} tested families; docs/families.md lists them"
+        )
     if model_type != name and WRAPPERS.get(model_type) != name:
-        raise InputError(f"{place}: {name} inside of {model_type} is not tested; known: {', '.join(sorted(WRAPPERS))}")
+        raise InputError(f"{place}: {name} inside of {shown(model_type)} is not tested; known: {', '.join(sorted(WRAPPERS))}")
     family = SUPPORTED[name]
     for setting, reason in family.refused_settings.items():
         if text_config(config).get(setting):

@@ -117,6 +117,8 @@ def _header_text(path: Path) -> tuple[bytes, int]:
         check_regular(path)
         file_bytes = path.stat().st_size
         prefix = read_range(path, 0, 9)
+        if prefix == b"version h":
+            raise InputError(f"{path} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`")
         header_bytes = int.from_bytes(prefix[:8], "little")
         if len(prefix) < 9 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
             raise InputError(

@@ -77,7 +77,10 @@ def is_remote(path: Path) -> bool:
 
 
 def as_path(text: str | Path) -> Path:
-    """The path that a text means. Raises InputError for a URL whose file system is not installed or not known."""
+    """The path that a text means. Raises InputError for one with a null character, and for a URL whose file system is not
+    installed or not known."""
+    if "\0" in str(text):
+        raise InputError(f"{str(text)!r} holds a null character, which no path can have")
     if not isinstance(text, str) or not is_url(text):
         return Path(text) if isinstance(text, str) else text
     scheme, _, place = text.partition("://")
@@ -101,9 +104,14 @@ def as_path(text: str | Path) -> Path:
 
 
 def absolute(text: str | Path) -> Path:
-    """The same place, whatever the current folder is."""
+    """The same place, whatever the current folder is. Raises InputError for links that lead in a circle."""
     path = as_path(text)
-    return path if is_remote(path) else path.resolve()
+    if is_remote(path):
+        return path
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as e:  # which of them depends on the version of Python
+        raise InputError(f"{path} cannot be followed: {e}; its links lead in a circle, or a name is too long") from e
 
 
 def file_system(path: Path) -> tuple[Any, str]:
@@ -302,15 +310,13 @@ def remove_tree(folder: Path, is_strict: bool = False) -> None:
         system.rm(name, recursive=True)
 
 
-def local_copies(folder: Path, names: list[str], owner: object) -> Path:
-    """A local folder with copies of small files of a remote one, for libraries that read only local files; it is removed when
-    `owner` is.
+def local_copies(files: list[Path], owner: object) -> Path:
+    """A local folder with copies of small remote files, for libraries that read only local ones; it goes when `owner` goes.
 
     Of one owner: another thread may be reading the same files at this moment.
     """
     local = Path(tempfile.mkdtemp(prefix="hcsmoe-side-files-"))
     weakref.finalize(owner, shutil.rmtree, local, ignore_errors=True)
-    for name in names:
-        (local / name).parent.mkdir(parents=True, exist_ok=True)
-        (local / name).write_bytes((folder / name).read_bytes())
+    for file in files:
+        (local / file.name).write_bytes(file.read_bytes())
     return local

@@ -1,5 +1,6 @@
 """Small files that somebody else wrote: read whole, but only regular files, and only up to a stated size."""
 
+import errno
 import json
 import os
 import stat
@@ -29,7 +30,12 @@ def check_regular(path: Path) -> None:
     """
     if is_remote(path):
         return  # an object store holds nothing else
-    mode = path.stat().st_mode
+    try:
+        mode = path.stat().st_mode
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        raise InputError(f"{path} is a link that leads in a circle; a regular file is needed") from e
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
         raise InputError(f"{path} is a {kind}; a regular file is needed")

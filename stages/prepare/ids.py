@@ -30,7 +30,7 @@ def _read_npy(path: Path, num_sequences: int, sequence_length: int, place: str) 
     except (ValueError, OverflowError, OSError, TypeError, SyntaxError, RecursionError, TokenError) as e:
         # all of these come from numpy's reading of a damaged header
         raise InputError(f"{place}.data: {path} is not a plain numeric .npy file: {_one_line(e)}") from e
-    _check_form(path, list(ids_ST.shape), str(ids_ST.dtype), np.issubdtype(ids_ST.dtype, np.integer), place)
+    _check_form(path, list(ids_ST.shape), str(ids_ST.dtype), ids_ST.dtype.kind in "iu", place)
     _check_size(path, list(ids_ST.shape), num_sequences, sequence_length, place)
     return np.array(ids_ST[:num_sequences, :sequence_length])
 

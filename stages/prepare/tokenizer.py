@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from stages.common.checkpoint import Checkpoint
 from stages.common.errors import InputError
-from stages.common.untrusted import check_regular, read_json
+from stages.common.untrusted import MAX_SMALL_BYTES, check_regular, read_json
 from stages.prepare.tokens import Tokens
 
 _JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -78,6 +78,10 @@ def _check_file(path: Path) -> None:
         return
     try:
         check_regular(path)
+        if path.stat().st_size > MAX_SMALL_BYTES:
+            raise InputError(
+                f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SMALL_BYTES:,} are read of a tokenizer file"
+            )
         if path.name in _JSON and not isinstance(read_json(path), dict):
             raise InputError(f"{path} is not a JSON object; use the tokenizer files that belong to the checkpoint")
     except OSError as e:
