@@ -89,9 +89,10 @@ class Case:
         for path, content in self.files.items():
             for found in _found(folder, path):
                 found.parent.mkdir(parents=True, exist_ok=True)
-                if isinstance(content, Content) and content.kind != "cut":
+                made = content if isinstance(content, Content) else Content("text", content)
+                if made.kind != "cut":
                     _remove(found)
-                (content if isinstance(content, Content) else Content("text", content)).put(found, folder)
+                made.put(found, folder)
 
     def _edit_config(self, path: Path) -> None:
         fields = json.loads(path.read_text())
@@ -132,7 +133,8 @@ def _found(folder: Path, path: str) -> list[Path]:
     """The paths that a pattern below `model/` or `run/` means; it must match, or the case would test nothing."""
     if "*" not in path or not path.startswith(("model/", "run/")):
         return [folder / path]
-    found = sorted(folder.glob(path))
+    parent, _, name = path.rpartition("/")
+    found = sorted(folder.glob(path)) or [found / name for found in folder.glob(parent) if "*" not in name]
     assert found, f"nothing matches {path}"
     return found
 

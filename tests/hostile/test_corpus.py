@@ -1,5 +1,6 @@
 """Runs the corpus: every bad input is one line and exit code 2, soon, in little memory, with nothing half made."""
 
+import json
 import resource
 import shutil
 import sys
@@ -33,7 +34,7 @@ VOCAB_SIZE = 2304
 MAX_CPU_S = 20
 MAX_GROWTH_BYTES = 500_000_000
 MAX_MAPPED_BYTES = 8_000_000_000
-HALF_MADE = ("models", "report.json", "driver.lock", "checkpoint")
+HALF_MADE = ("models", "report.json", "driver.lock")
 
 Bases = Callable[[str, str], Path]
 
@@ -152,3 +153,20 @@ def test_case(
 def test_every_case_has_a_name_of_its_own_and_expects_something() -> None:
     assert [name for name, times in Counter(case.name for case in CASES).items() if times > 1] == []
     assert [case.name for case in CASES if not case.says and not case.prints] == []
+
+
+def test_the_run_without_any_change_prints_a_row_a_model(
+    bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cases fail for is their change alone."""
+    folder = tmp_path / "case"
+    case = Case("no change")
+    case.make(folder, bases(case.base, case.state))
+    result = hcsmoe(case.arguments(folder), capsys, monkeypatch)
+    assert result.exit_code == 0, result.err
+    report = json.loads((folder / "run" / "report.json").read_text())
+    for model in report["models"]:
+        (row,) = [line for line in result.out.splitlines() if line.startswith(f"│ {model['name']} ")]
+        assert f"{model['parameters']:,}" in row
+        assert f"{model['perplexity']:.3f}" in row
+    assert str(folder / "run" / "models") in result.out

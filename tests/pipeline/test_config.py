@@ -1,4 +1,4 @@
-"""The run file: defaults, sizes, and how settings are cut to shards. What it refuses stands in `test_bad_input.py`."""
+"""The run file: defaults, sizes, and how settings are cut to shards. `tests/hostile/runfiles.yaml` is what it refuses."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_token_shards_are_whole_micro_batches_and_cover_all_sequences(
 
 PLAN = {
     "num_layers": 10, "layer_bytes": [100_000_000] * 10, "outside_bytes": 50_000_000, "dtype": "bfloat16", "hidden_size": 8,
-    "vocab_size": 8, "layer_expert_bytes": [90_000_000] * 10, "num_experts": 90_000, "top_k": 1,
+    "vocab_size": 8,
 }  # fmt: skip
 
 
