@@ -93,6 +93,11 @@ class Model:
             "dtype": "bfloat16",
             "outside_bytes": 2 * VALUE_BYTES * self.vocab_size * self.hidden_size,
             "layer_bytes": [VALUE_BYTES * self.layer_values(layer) for layer in range(self.num_layers)],
+            "layer_expert_bytes": [
+                VALUE_BYTES * self.num_experts * self.expert_values * self.is_moe(layer) for layer in range(self.num_layers)
+            ],
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
         }
 
 

@@ -18,11 +18,13 @@ from pipeline.config import Resources, RunConfig, TextData
 from pipeline.drive import Driver
 from pipeline.executors.base import Slot
 from pipeline.graph import Graph
+from pipeline.manifest import seal
 from pipeline.partition import layer_shards
 from pipeline.stage_keys import Stages
 from pipeline.units import Hold, Outcome, Unit
 from stages.common import paths
 from stages.common.files import write_json
+from stages.common.unit import UnitResult
 
 NUM_WORKERS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -202,8 +204,10 @@ def calibrate_units(model: Model, config: RunConfig, num_workers: int) -> list[U
     """The units that `Graph` lists for a model of these dimensions."""
     stages = Stages(config, {"model": {"name": model.name}, "calibration": {}})
     run_dir = Path(config.run_dir)
-    write_json(run_dir / stages.survey.dir / paths.PLAN_FILE, model.plan())
-    return Graph(config, stages, run_dir, run_dir / "model", num_workers).units("calibrate")
+    graph = Graph(config, stages, run_dir, run_dir / "model", num_workers)
+    plan = write_json(run_dir / stages.survey.dir / paths.PLAN_FILE, model.plan())
+    seal(graph.survey_unit(), UnitResult((plan,)), started=0)
+    return graph.units("calibrate")
 
 
 def run_config(hardware: Hardware, run_dir: str, **settings: Any) -> RunConfig:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.naming import check_name, model_name
 from pipeline.printing import printable
 from pipeline.yaml_files import parse_yaml, read_yaml
 from stages.common.errors import InputError
@@ -180,6 +181,8 @@ class RunConfig(_Section):
 
     model: str
     """A checkpoint folder or its URL on object storage, or a model of the hub, `org/name`."""
+    name: str = ""
+    """Beginning of the exports' names. Default: the last part of `model`."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
@@ -209,6 +212,19 @@ class RunConfig(_Section):
             )
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, values: Any) -> Any:
+        """Name the model once: what `.` is called depends on where the command runs, and `run.json` is read elsewhere."""
+        if isinstance(values, dict) and isinstance(values.get("model"), str) and values.get("name") is None:
+            return {**values, "name": model_name(values["model"])}
+        return values
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Self:
+        check_name(self.name)
+        return self
+
     @model_validator(mode="after")
     def _check_targets(self) -> Self:
         targets = self.clustering.num_experts
@@ -220,12 +236,6 @@ class RunConfig(_Section):
                 "express; set export.formats to [tied]"
             )
         return self
-
-    @property
-    def model_name(self) -> str:
-        """Last part of the model's path or hub id; a link keeps its own name."""
-        path = Path(self.model)
-        return (path.resolve() if path.name == ".." else path.absolute()).name or "model"
 
 
 def texts_of(config: RunConfig) -> dict[str, TextData]:

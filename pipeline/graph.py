@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pipeline.card_facts import card_facts
 from pipeline.config import RunConfig, TextData, hub_dir, texts_of
 from pipeline.hub_data import dataset_paths
 from pipeline.manifest import read_manifest
@@ -55,7 +56,7 @@ class Graph:
         """The survey's `plan.json`. Raises InputError unless it is the file that the survey has sealed."""
         relative = f"{self.stages.survey.dir}/{paths.PLAN_FILE}"
         path = self.run_dir / relative
-        manifest = read_manifest(self._survey_unit())
+        manifest = read_manifest(self.survey_unit())
         sealed = manifest.files.get(relative) if manifest is not None else None
         content = read_small(path) if path.exists() else b""
         if sealed is None or hashlib.sha256(content).hexdigest() != sealed.sha256:
@@ -74,14 +75,15 @@ class Graph:
 
     def _prepare(self) -> list[Unit]:
         units = [
-            self._survey_unit(),
+            self.survey_unit(),
             self._tokens_unit(self.stages.calibration, "calibration", self.config.calibration),
         ]
         if self.stages.evaluation and self.config.evaluation:
             units.append(self._tokens_unit(self.stages.evaluation, "evaluation", self.config.evaluation))
         return units
 
-    def _survey_unit(self) -> Unit:
+    def survey_unit(self) -> Unit:
+        """The unit that writes the plan."""
         return self._unit(self.stages.survey, "survey", "survey_unit", {"model": str(self.model)}, "checkpoint")
 
     def _tokens_unit(self, stage: StageRun, place: str, data: TextData) -> Unit:
@@ -181,7 +183,7 @@ class Graph:
     def _evaluate(self) -> list[Unit]:
         if self.stages.evaluate_source is None:
             return []
-        units = self._evaluate_units(self.stages.evaluate_source, self.model, self.config.model_name)
+        units = self._evaluate_units(self.stages.evaluate_source, self.model, self.config.name)
         for target in self.stages.targets:
             assert target.evaluate is not None
             units += self._evaluate_units(target.evaluate, self.checkpoint_dir(target), target.name)
@@ -279,30 +281,9 @@ class Graph:
             "architecture": self.plan["architecture"],
             "format": target.format,
             "value_dtype": self.config.export.dtype,
-            "card": self._card(target),
+            "card": card_facts(self.config, self.plan, target, self.model, self.stages.dataset_commit("calibration")),
         }
         return self._unit(target.assemble, "checkpoint", "assemble_unit", args, target.name)
-
-    def _card(self, target: TargetRun) -> dict[str, Any]:
-        """What the model card states."""
-        config, data = self.config, self.config.calibration
-        clustering = config.clustering.model_dump(exclude={"num_experts"})
-        commit = self.stages.dataset_commit("calibration")
-        return {
-            "name": target.name,
-            "source": config.model,
-            "revision": self.model.name if self.model.parent.name == "snapshots" else config.revision,
-            "num_experts": self.plan["num_experts"],
-            "experts_text": str(target.num_experts),
-            "source_parameters": self.plan["num_parameters"],
-            "source_bytes": self.plan["total_bytes"],
-            "router": config.export.router,
-            "calibration": f"{data.num_sequences} sequences of {data.sequence_length} tokens of {', '.join(data.data)}"
-            f"{f' (revision {commit})' if commit else ''}, seed {data.seed}{_sampled(config)}",
-            "clustering": ", ".join(f"{key} {value}" for key, value in clustering.items()),
-            "merging": config.merging.method,
-            "settings": _settings(config, target, commit),
-        }
 
     def checkpoint_dir(self, target: TargetRun) -> Path:
         """Where a target's finished folder lies."""
@@ -313,7 +294,7 @@ class Graph:
         args = {
             "survey_dir": self.stages.survey.dir,
             "source": {
-                "name": self.config.model_name,
+                "name": self.config.name,
                 "path": str(self.model),
                 "evaluate_dir": source.dir if source else None,
             },
@@ -357,23 +338,5 @@ class Graph:
         return never
 
 
-def _sampled(config: RunConfig) -> str:
-    sampling = config.calibration.sampling
-    return f"; un-routed means from {sampling.fraction:.0%} of the tokens" if sampling else ""
-
-
 def _layers(hold: Hold) -> LayerRange:
     return hold.args["first"], hold.args["stop"]
-
-
-def _settings(config: RunConfig, target: TargetRun, commit: str | None) -> dict[str, Any]:
-    """The run file of one target alone: what the same command needs to make the same checkpoint.
-
-    commit: of the calibration text, if it is a dataset of the hub.
-    """
-    settings = config.model_dump(mode="json", exclude={"run_dir", "cache_dir", "resources", "evaluation"}, exclude_none=True)
-    settings["clustering"]["num_experts"] = [target.num_experts]
-    settings["export"]["formats"] = [target.format]
-    if commit:
-        settings["calibration"]["revision"] = commit
-    return settings

@@ -1,6 +1,5 @@
 """Models of the hub: which commit a name means, and its files in a folder. Called by the driver alone, so once per cluster."""
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +16,18 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # httpx's, by whatever name
 from huggingface_hub.utils import SafetensorsFileMetadata, disable_progress_bars  # type: ignore[attr-defined]
 
+from pipeline.naming import is_hub_name
 from stages.common.checkpoint import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, Checkpoint
 from stages.common.errors import InputError
 from stages.common.families import family_of, num_experts_in
 from stages.common.files import DigestingFile
 from stages.common.headers import write_header
+from stages.common.side_files import is_kept
 from stages.common.storage import as_path, is_url
 from stages.common.untrusted import read_json
 
 _SMALL = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*", "README.md")
 _NOT_NEEDED = ("*/*", "*.index.json")  # other formats live in folders; the index of the weights is asked for by name
-
-
-def is_hub_name(model: str) -> bool:
-    """Whether a model is named as on the hub, `org/name`, rather than by a folder that exists."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).exists()
 
 
 def model_folder(model: str) -> Path:
@@ -153,6 +149,9 @@ def _download(model: str, revision: str | None, cache_dir: Path, place: str) -> 
     folder = _fetch(model, revision, cache_dir, _SMALL, _NOT_NEEDED)  # by name: the cache then knows what commit it means
     commit = folder.name
     present = _files(HfApi().model_info(model, revision=commit), place)
+    rest = sorted(name for name in present if is_kept(name) and not (folder / name).exists())
+    if rest:
+        _fetch(model, commit, cache_dir, rest)
     if INDEX_FILE in present:
         _fetch(model, commit, cache_dir, [INDEX_FILE])
     config = Checkpoint(folder).config

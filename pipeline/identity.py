@@ -22,10 +22,10 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """The root: content of config, index and side files, and a digest for each weight file (see `weights_identity`)."""
-    small = [checkpoint.folder / CONFIG_FILE, *checkpoint.side_files()]
+    small = [CONFIG_FILE, *checkpoint.side_files.kept]
     if checkpoint.index:
-        small.append(checkpoint.folder / INDEX_FILE)
-    return {"files": {path.name: sha256_of(path) for path in small}, "weights": weights_identity(checkpoint)}
+        small.append(INDEX_FILE)
+    return {"files": {name: sha256_of(checkpoint.folder / name) for name in small}, "weights": weights_identity(checkpoint)}
 
 
 def files_identity(data: Sequence[str], place: str) -> dict[str, str]:

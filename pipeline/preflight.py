@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, TextData, hub_dir, texts_of
-from pipeline.hub import is_hub_name, resolve_model
+from pipeline.hub import resolve_model
 from pipeline.hub_data import Dataset, choose_files, fetch_files, is_dataset_name
 from pipeline.identity import files_identity, model_identity
+from pipeline.naming import is_hub_name
 from stages.common.checkpoint import Checkpoint
 from stages.common.config_checks import check_config
 from stages.common.errors import InputError

@@ -11,7 +11,7 @@ from pipeline.config import RunConfig, TextData
 from pipeline.identity import key_of
 
 # Raised when a stage computes something else from the same inputs: old results are then not reused.
-VERSIONS = {"prepare": 3, "calibrate": 5, "cluster": 1, "merge": 2, "assemble": 4, "evaluate": 2, "report": 2}
+VERSIONS = {"prepare": 3, "calibrate": 5, "cluster": 1, "merge": 2, "assemble": 5, "evaluate": 2, "report": 2}
 
 # Libraries that compute a stage's numbers. What only stores or moves them is left out.
 LIBRARIES: dict[str, tuple[str, ...]] = {
@@ -138,11 +138,10 @@ class Stages:
         if export_format == "stock":
             settings["router"] = config.export.router
         merge = _stage("merge", part, settings, cluster=self.cluster.key, calibrate=self.calibrate.key)
-        card = {"model": config.model, "revision": config.revision, "name": f"{config.model_name}-{part}"}
+        name = f"{config.name}-{part}"
+        card = {"model": config.model, "revision": config.revision, "name": name}
         assemble = _stage("assemble", part, card, merge=merge.key)
-        return TargetRun(
-            card["name"] or "", target, num_experts, export_format, merge, assemble, self._evaluate(part, assemble)
-        )
+        return TargetRun(name, target, num_experts, export_format, merge, assemble, self._evaluate(part, assemble))
 
     def dataset_commit(self, part: str) -> str | None:
         """The commit of a text that is a dataset of the hub; None of files."""

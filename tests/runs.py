@@ -116,7 +116,7 @@ class FinishedRun:
 
     def model(self, target: str) -> Path:
         """Folder of a finished checkpoint, such as `3e-tied`: the one of this run, where a later one has taken the name."""
-        (found,) = [one for one in self.stages.targets if one.name == f"{self.config.model_name}-{target}"]
+        (found,) = [one for one in self.stages.targets if one.name == f"{self.config.name}-{target}"]
         return self.run_dir / found.assemble.dir / CHECKPOINT_DIR
 
     def results(self) -> dict[str, dict[str, str]]:

@@ -1,36 +1,73 @@
 """The model card of a merged checkpoint."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+_MAX_LISTED = 20
+_INHERITED = ("license", "license_name", "license_link", "language")
+_TAGS = ["hcsmoe", "mixture-of-experts", "merge"]
 
 
-def model_card(facts: Mapping[str, Any]) -> str:
+def inherited_metadata(source_card: str) -> dict[str, Any]:
+    """Licence and languages of the source, from the front matter of its card; what is not well formed there is left out."""
+    block = REGEX_YAML_BLOCK.search(source_card)
+    try:
+        values = yaml.safe_load(block[2]) if block else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    if isinstance(values.get("language"), list):  # YAML takes the code of Norwegian for a truth value
+        values["language"] = ["no" if one is False else one for one in values["language"]]
+    return {name: values[name] for name in _INHERITED if _is_text(values.get(name))}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a short text, or a list of short texts."""
+    if isinstance(value, list):
+        return 0 < len(value) <= 1000 and all(isinstance(one, str) and _is_text(one) for one in value)
+    return isinstance(value, str) and 0 < len(value) <= 1000
+
+
+def model_card(facts: Mapping[str, Any], source_card: str) -> str:
     """Markdown that states source, revision, method, calibration, sizes and how to make the checkpoint again.
 
-    facts: name, source, revision (or None), format, num_experts, experts_text, source_parameters, parameters, source_bytes,
-    bytes, calibration, clustering, merging, router, settings (a run file).
+    facts: name, source (its name), base_model (its name on the hub, or None), revision (or None), format, num_experts,
+    experts_text, source_parameters, parameters, source_bytes, bytes, calibration, clustering, merging, router, left_behind
+    (names of the source's files), settings (a run file). source_card: the source's own card, or nothing.
     """
+    data = ModelCardData(
+        base_model=facts["base_model"],
+        base_model_relation="merge" if facts["base_model"] else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=_TAGS,
+        **inherited_metadata(source_card),
+    )
+    return f"---\n{data.to_yaml()}\n---\n{_body(facts)}"
+
+
+def _body(facts: Mapping[str, Any]) -> str:
     revision = f" (revision {facts['revision']})" if facts["revision"] else ""
     settings = yaml.safe_dump({**facts["settings"], "run_dir": f"runs/{facts['name']}"}, sort_keys=False, allow_unicode=True)
     tied = facts["format"] == "tied"
     load = ", trust_remote_code=True" if tied else ""
     note = (
         "The router keeps a row for every source expert and `expert_map` sends each to the expert that stands for it; "
-        "`modeling_hcsmoe.py` in this folder does that."
+        "`modeling_hcsmoe.py` in this folder does that, for transformers only."
         if tied
         else f"The router has one row for each merged expert (rule `{facts['router']}`); any engine that runs the source "
         "architecture runs this checkpoint."
     )
-    return f"""---
-base_model: {facts["source"]}
-tags: [hcsmoe, mixture-of-experts, merge]
----
-
+    return f"""
 # {facts["name"]}
 
-{facts["source"]}{revision} with {facts["num_experts"]} experts a layer merged to {facts["experts_text"]}, without
+{_inline(facts["source"] + revision)} with {facts["num_experts"]} experts a layer merged to {facts["experts_text"]}, without
 retraining, by HC-SMoE ([arXiv:2410.08589](https://arxiv.org/abs/2410.08589)).
 
 | | source | this model |
@@ -39,10 +76,11 @@ retraining, by HC-SMoE ([arXiv:2410.08589](https://arxiv.org/abs/2410.08589)).
 | parameters | {facts["source_parameters"]:,} | {facts["parameters"]:,} |
 | bytes of weights | {facts["source_bytes"]:,} | {facts["bytes"]:,} |
 
-- Calibration: {facts["calibration"]}
+- Calibration: {_inline(facts["calibration"])}
 - Clustering: {facts["clustering"]}
 - Merging: {facts["merging"]}
 - Export: {facts["format"]}. {note}
+- Files of the source that are not copied: {_listed(facts["left_behind"])}
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -52,7 +90,22 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{load})
 
 To make it again, write this to `run.yaml` and call `hcsmoe run run.yaml`:
 
-```yaml
-{settings.rstrip()}
-```
+{_fenced(settings.rstrip(), "yaml")}
 """
+
+
+def _inline(text: str) -> str:
+    """A text that stays on its line."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [f"`{_inline(name).replace('`', '')}`" for name in names[:_MAX_LISTED]]
+    more = [f"{len(names) - _MAX_LISTED} more"] if len(names) > _MAX_LISTED else []
+    return ", ".join(shown + more) or "none"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"

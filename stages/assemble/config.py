@@ -6,6 +6,7 @@ from typing import Any
 
 from stages.common.families import expert_count_fields, mtp_fields, num_experts_in, text_config
 from stages.common.quantised import quantisation_config
+from stages.common.side_files import without_model_code
 from stages.common.tied import tied_config
 
 
@@ -20,22 +21,43 @@ def stock_config(config: Mapping[str, Any], num_merged: int) -> dict[str, Any]:
 
 
 def target_config(
-    config: Mapping[str, Any], architecture: str, num_merged: Mapping[int, int], export_format: str, value_dtype: str
+    config: Mapping[str, Any],
+    architecture: str,
+    auto_classes: Mapping[str, str],
+    num_merged: Mapping[int, int],
+    export_format: str,
+    value_dtype: str,
 ) -> dict[str, Any]:
     """The target's config.
 
-    architecture: transformers' class for the language model. num_merged: merged experts r of each MoE layer; one number for
-    all layers if stock. value_dtype: of what was quantised, as torch names it.
+    architecture: transformers' class for the language model. auto_classes: what transformers' Auto classes give for the source.
+    num_merged: merged experts r of each MoE layer; one number for all layers if stock. value_dtype: of what was quantised, as
+    torch names it.
     """
+    source = _without_origin(config)
     if export_format == "tied":
-        edited = tied_config(config, architecture, num_merged)
+        edited = tied_config(source, architecture, auto_classes, num_merged)
     else:
         (count,) = set(num_merged.values())
-        edited = stock_config(config, count)
+        edited = stock_config(source, count)
     if min(num_merged.values()) < num_experts_in(config, "config.json"):
         _without_mtp(edited)
     if quantisation_config(config) is not None:
         _without_quantisation(edited, value_dtype)
+    return edited
+
+
+def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without the place that the source was loaded from, often a local path, and without the names of model code, which
+    is left behind: transformers would ask for it under trust_remote_code."""
+    edited = deepcopy(dict(config))
+    text = text_config(edited)
+    assert isinstance(text, dict)
+    for section in (edited, text):
+        section.pop("_name_or_path", None)
+        auto_map = without_model_code(section.pop("auto_map", None))
+        if auto_map:
+            section["auto_map"] = auto_map
     return edited
 
 

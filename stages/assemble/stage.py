@@ -1,18 +1,21 @@
 """Unit of assemble: one target."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from stages.assemble.card import model_card
 from stages.assemble.config import target_config
-from stages.common.adapter import AdaptedModel
+from stages.common.adapter import AdaptedModel, auto_classes
 from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint
 from stages.common.completeness import check_complete
-from stages.common.files import WrittenFile, copy_file, link_or_copy, write_bytes, write_json
+from stages.common.files import WrittenFile, link_or_copy, write_bytes, write_json
 from stages.common.headers import TensorEntry, read_header
 from stages.common.model_config import writable
 from stages.common.paths import CHECKPOINT_DIR
 from stages.common.tied import MODELING_FILE, modeling_source
 from stages.common.unit import Job, UnitResult
+from stages.common.untrusted import read_small
 
 CARD_FILE = "README.md"
 SOURCE_CARD_FILE = "SOURCE_README.md"
@@ -28,29 +31,45 @@ def assemble_unit(job: Job) -> UnitResult:
     args = job.args
     source = Checkpoint(args["model"])
     folder = job.stage_dir / CHECKPOINT_DIR
-    num_merged = {int(layer): count for layer, count in args["num_merged"].items()}
     written: list[WrittenFile] = []
     for name in args["files"]:
         merged = job.run_dir / args["merge_dir"] / CHECKPOINT_DIR / name
         link_or_copy(merged, folder / name)
         written.append(WrittenFile(folder / name, merged.stat().st_size, args["files"][name]))
-    config = target_config(source.config, args["architecture"], num_merged, args["format"], args["value_dtype"])
-    written.append(write_json(folder / CONFIG_FILE, writable(config)))
-    if args["format"] == "tied":
-        written.append(write_bytes(folder / MODELING_FILE, modeling_source(config).encode()))
-    for path in source.side_files():
-        if path.name not in (SOURCE_CARD_FILE, MODELING_FILE):
-            written.append(copy_file(path, folder / (SOURCE_CARD_FILE if path.name == CARD_FILE else path.name)))
+    written += _write_config(source, folder, args)
+    written += [_copy(source.folder, name, folder) for name in source.side_files.kept]
     tensors = [entry for name in args["files"] for entry in read_header(folder / name).entries]
     if list(args["files"]) != [SINGLE_FILE]:
         written.append(write_json(folder / INDEX_FILE, _index(source, tensors)))
     target = Checkpoint(folder)
     check_complete(AdaptedModel(target))
     num_parameters = sum(entry.num_elements for entry in tensors if not entry.name.endswith(".expert_map"))
-    sizes = {"parameters": num_parameters, "bytes": target.total_bytes}
-    card = model_card({**args["card"], **sizes, "format": args["format"]})
+    facts = {"parameters": num_parameters, "bytes": target.total_bytes, "left_behind": list(source.side_files.left)}
+    card = model_card({**args["card"], **facts, "format": args["format"]}, _source_card(source))
     written.append(write_bytes(folder / CARD_FILE, card.encode()))
-    return UnitResult(tuple(written), facts=sizes)
+    return UnitResult(tuple(written), facts=facts)
+
+
+def _write_config(source: Checkpoint, folder: Path, args: Mapping[str, Any]) -> Sequence[WrittenFile]:
+    num_merged = {int(layer): count for layer, count in args["num_merged"].items()}
+    if args["format"] != "tied":
+        config = target_config(source.config, args["architecture"], {}, num_merged, args["format"], args["value_dtype"])
+        return [write_json(folder / CONFIG_FILE, writable(config))]
+    classes = auto_classes(source)
+    config = target_config(source.config, args["architecture"], classes, num_merged, args["format"], args["value_dtype"])
+    code = modeling_source(config).encode()
+    return [write_json(folder / CONFIG_FILE, writable(config)), write_bytes(folder / MODELING_FILE, code)]
+
+
+def _copy(source: Path, name: str, folder: Path) -> WrittenFile:
+    """Copy a side file, which was checked when it was found; it is read with the same bounds. The source's card is renamed."""
+    return write_bytes(folder / (SOURCE_CARD_FILE if name == CARD_FILE else name), read_small(source / name))
+
+
+def _source_card(source: Checkpoint) -> str:
+    if CARD_FILE not in source.side_files.kept:
+        return ""
+    return read_small(source.folder / CARD_FILE).decode("utf-8", "replace")
 
 
 def _index(source: Checkpoint, tensors: list[TensorEntry]) -> dict[str, Any]:

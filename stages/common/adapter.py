@@ -5,10 +5,10 @@ Semi-private names of transformers are used here, in `model_config.py`, `trial.p
 and `test_products.py` check them against the installed version.
 """
 
-import importlib.util
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 import torch
 import transformers
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from stages.common.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ from stages.common.families import EXPERT_COUNT_FIELDS, num_experts_in, text_con
 from stages.common.model_config import load_config, reads_config, stated_dtype
 from stages.common.reader import TORCH_DTYPES
 from stages.common.tied import BASE_KEY, MODELING_FILE, class_name, is_tied, modeling_source
+from stages.common.untrusted import read_small
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,31 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return TORCH_DTYPES[max(num_bytes, key=lambda name: num_bytes[name])]
 
 
+def auto_classes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Names of transformers' Auto classes that know a checkpoint's model type, and of the class that each gives."""
+    config = load_config(checkpoint)
+    found = {}
+    for name in dir(transformers):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is not None and type(config) in mapping:
+            found[name] = _get_model_class(config, mapping).__name__
+    return found
+
+
 def _tied_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
-    """The model class of a tied checkpoint that we wrote. Its file is run only if it is, to the byte, what we write."""
-    path = checkpoint.local_folder / MODELING_FILE
-    if path.read_text() != modeling_source(checkpoint.config):
+    """The model class of a tied checkpoint that we wrote, if its file is to the byte what we write.
+
+    The compared text itself is run, not the file: Python would run a compiled copy beside it instead, whatever that holds.
+    """
+    path, text = checkpoint.folder / MODELING_FILE, modeling_source(checkpoint.config)
+    try:
+        written = read_small(path)
+    except FileNotFoundError as e:
+        raise InputError(f"{path} does not exist; a tied checkpoint is not whole without it") from e
+    if written != text.encode():
         raise InputError(f"{path} is not the file that this version writes for a tied checkpoint; it is not run")
-    spec = importlib.util.spec_from_file_location("modeling_hcsmoe", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType(MODELING_FILE.removesuffix(".py"))
+    exec(compile(text, str(path), "exec"), module.__dict__)
     return getattr(module, class_name(text_config(checkpoint.config)[BASE_KEY]))  # type: ignore[no-any-return]
 
 

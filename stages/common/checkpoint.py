@@ -8,6 +8,7 @@ from typing import Any
 from stages.common.errors import InputError
 from stages.common.headers import SafetensorsHeader, TensorEntry, read_header
 from stages.common.quantised import unpacked_entries
+from stages.common.side_files import SideFiles, find_side_files
 from stages.common.storage import as_path, is_remote, local_copies
 from stages.common.untrusted import read_json, shown
 
@@ -135,16 +136,12 @@ class Checkpoint:
         """A local folder with config and side files, for libraries that read no other: the folder itself, or copies."""
         if not is_remote(self.folder):
             return self.folder
-        return local_copies([self.folder / CONFIG_FILE, *self.side_files()], self)
+        return local_copies(self.folder, [CONFIG_FILE, *self.side_files.kept], self)
 
-    def side_files(self) -> list[Path]:
-        """Every other regular file at the top of the folder: tokenizer, templates, generation config, licence."""
-        skipped = {CONFIG_FILE, INDEX_FILE, *self.files}
-        weights = (*PICKLE_SUFFIXES, ".safetensors", ".index.json", ".h5", ".msgpack", ".onnx", ".gguf")
-        return sorted(
-            path for path in self.folder.iterdir()
-            if path.is_file() and path.name not in skipped and not path.name.startswith(".") and not path.name.endswith(weights)
-        )  # fmt: skip
+    @cached_property
+    def side_files(self) -> SideFiles:
+        """Every other file: what an export takes along (tokenizer, templates, generation config, licence), and what not."""
+        return find_side_files(self.folder, self.config, {CONFIG_FILE, INDEX_FILE, *self.files})
 
 
 def _is_file_name(file: Any) -> bool:

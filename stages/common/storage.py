@@ -310,13 +310,15 @@ def remove_tree(folder: Path, is_strict: bool = False) -> None:
         system.rm(name, recursive=True)
 
 
-def local_copies(files: list[Path], owner: object) -> Path:
-    """A local folder with copies of small remote files, for libraries that read only local ones; it goes when `owner` goes.
+def local_copies(folder: Path, names: list[str], owner: object) -> Path:
+    """A local folder with copies of small files of a remote one, for libraries that read only local files; it is removed when
+    `owner` is.
 
     Of one owner: another thread may be reading the same files at this moment.
     """
     local = Path(tempfile.mkdtemp(prefix="hcsmoe-side-files-"))
     weakref.finalize(owner, shutil.rmtree, local, ignore_errors=True)
-    for file in files:
-        (local / file.name).write_bytes(file.read_bytes())
+    for name in names:
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_bytes((folder / name).read_bytes())
     return local

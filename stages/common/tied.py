@@ -24,14 +24,15 @@ Written by hcsmoe. config.hcsmoe_num_experts maps each MoE layer to the number o
 
 import torch
 from torch import nn
-from transformers import {base} as _Base
+from transformers import {bases}
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 # transformers gives its names on disk to a class of others only once they are registered: for a class, or for a model type.
-for _theirs, _ours in (("{base}", "{class_name}"), (_Base.config_class.model_type,) * 2):
-    _mapping = get_checkpoint_conversion_mapping(_theirs)
-    if _mapping is not None:
-        register_checkpoint_conversion_mapping(_ours, _mapping, overwrite=True)
+for _base in ({bases},):
+    for _theirs, _ours in ((_base.__name__, f"HCSMoE{{_base.__name__}}"), (_base.config_class.model_type,) * 2):
+        _mapping = get_checkpoint_conversion_mapping(_theirs)
+        if _mapping is not None:
+            register_checkpoint_conversion_mapping(_ours, _mapping, overwrite=True)
 
 
 def _merged_class(experts_class):
@@ -64,25 +65,47 @@ def _merge(experts, num_merged):
     experts.__class__ = _merged_class(type(experts))
 
 
-class {class_name}(_Base):
+class _Merged:
+    """What a class below adds to its base, which is also its `_source`: fewer experts, and the map to them."""
+
     def __init__(self, config):
-        config = config.get_text_config()
-        super().__init__(config)
+        text = config.get_text_config()
+        if text is not config and self._source is not {base}:
+            raise ValueError(
+                f"{{type(self).__name__}}: the tied export of a multimodal model runs as its language model alone, by "
+                f"AutoModelForCausalLM; a stock export (export.formats: [stock]) runs whole"
+            )
+        super().__init__(text)
         for name, module in list(self.named_modules()):
             if name.endswith(".experts") and hasattr(module, "num_experts"):
                 layer = name.split("layers.")[1].split(".")[0]
-                _merge(module, config.hcsmoe_num_experts[layer])
+                _merge(module, text.hcsmoe_num_experts[layer])
 
     # transformers looks for these in the source text of a class's module, and this is not the base's: ask for the base.
     # Otherwise experts would run in another implementation, depending on what the process has loaded before.
     @classmethod
     def _can_set_experts_implementation(cls):
-        return _Base._can_set_experts_implementation()
+        return cls._source._can_set_experts_implementation()
 
     @classmethod
     def _can_set_attn_implementation(cls):
-        return _Base._can_set_attn_implementation()
+        return cls._source._can_set_attn_implementation()
+
+    # Asked by engines that build the model from parts of their own (vLLM), never by transformers. They would leave the map out.
+    @classmethod
+    def is_backend_compatible(cls):
+        raise ValueError(
+            f"{{cls.__name__}} is a tied export of hcsmoe: this engine would run {{cls._source.__name__}} without the "
+            f"expert_map and compute garbage. Run it with transformers and trust_remote_code=True, or make a stock export "
+            f"(export.formats: [stock]), which runs wherever the source does"
+        )
 '''
+
+_CLASS = """
+
+class {name}(_Merged, {base}):
+    _source = {base}
+"""
 
 
 def class_name(base: str) -> str:
@@ -95,14 +118,22 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return CONFIG_KEY in text_config(config)
 
 
-def tied_config(config: Mapping[str, Any], base: str, num_experts: Mapping[int, int]) -> dict[str, Any]:
-    """The source's raw config with what a tied checkpoint adds.
+def tied_config(
+    config: Mapping[str, Any], base: str, auto_classes: Mapping[str, str], num_experts: Mapping[int, int]
+) -> dict[str, Any]:
+    """The source's raw config, without names of model code, with what a tied checkpoint adds.
 
-    base: transformers' class for the language model. num_experts: kept experts of each MoE layer.
+    base: transformers' class for the language model. auto_classes: of every Auto class that knows the source's model type, the
+    class that it gives; each gets a tied one, so that no Auto class ever builds the plain model. num_experts: kept experts of
+    each MoE layer.
     """
     edited = deepcopy(dict(config))
     edited["architectures"] = [class_name(base)]
-    edited["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{class_name(base)}"}
+    module = MODELING_FILE.removesuffix(".py")
+    edited["auto_map"] = {
+        **config.get("auto_map", {}),
+        **{auto: f"{module}.{class_name(one)}" for auto, one in sorted(auto_classes.items())},
+    }
     text = text_config(edited)
     assert isinstance(text, dict)
     text[BASE_KEY] = base
@@ -113,6 +144,13 @@ def tied_config(config: Mapping[str, Any], base: str, num_experts: Mapping[int, 
 def modeling_source(config: Mapping[str, Any]) -> str:
     """Text of the model file that belongs to a tied config. Raises InputError for a base that is no class of transformers."""
     base = text_config(config).get(BASE_KEY)
-    if not (isinstance(base, str) and base.isidentifier()):
-        raise InputError(f"config.json: {BASE_KEY} is {base!r}; the name of a class of transformers is due")
-    return _SOURCE.format(base=base, class_name=class_name(base))
+    prefix = f"{MODELING_FILE.removesuffix('.py')}.{class_name('')}"
+    auto_map = config.get("auto_map")
+    values = auto_map.values() if isinstance(auto_map, dict) else ()
+    bases = {value.removeprefix(prefix) for value in values if isinstance(value, str) and value.startswith(prefix)} | {base}
+    for name in bases:
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise InputError(f"config.json: {BASE_KEY} or auto_map names {name!r}, which is no class of transformers")
+    ordered = sorted(map(str, bases))
+    classes = "".join(_CLASS.format(name=class_name(one), base=one) for one in ordered)
+    return _SOURCE.format(base=base, bases=", ".join(ordered)) + classes

@@ -1,12 +1,15 @@
 """Reruns of single stages, batches, and cleaning, by the command line as a user calls it."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
+from pipeline.batch import _summary
 from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.names import STAGES
@@ -121,6 +124,19 @@ def test_a_batch_goes_on_past_a_run_that_is_refused_and_resumes(
     call("batch", str(batch_file), "--executor", "local")
     again = json.loads((tmp_path / "batch" / "batch.json").read_text())["runs"]
     assert [record.get("num_run") for record in again] == [0, 0, None]
+
+
+def test_brackets_of_names_and_errors_stand_in_the_summary_of_a_batch() -> None:
+    model = {"name": "tiny", "num_experts": [3, 2], "bytes": 1, "path": "/models/[red]tiny"}
+    records = [
+        {"run": "a[b].yaml", "error": "shape [8, 32] in [bold]x", "models": []},
+        {"run": "c.yaml", "error": None, "models": [model]},
+    ]
+    console = Console(file=io.StringIO(), width=160)
+    console.print(_summary(records))
+    text = console.file.getvalue()
+    for shown in ("a[b].yaml", "failed: shape [8, 32] in [bold]x", "[3, 2]", "/models/[red]tiny"):
+        assert shown in text
 
 
 def test_two_runs_of_a_batch_cannot_share_a_run_directory(

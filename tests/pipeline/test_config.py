@@ -72,7 +72,7 @@ def test_token_shards_are_whole_micro_batches_and_cover_all_sequences(
 
 PLAN = {
     "num_layers": 10, "layer_bytes": [100_000_000] * 10, "outside_bytes": 50_000_000, "dtype": "bfloat16", "hidden_size": 8,
-    "vocab_size": 8,
+    "vocab_size": 8, "layer_expert_bytes": [90_000_000] * 10, "num_experts": 90_000, "top_k": 1,
 }  # fmt: skip
 
 

@@ -22,6 +22,9 @@ REPOSITORY = Path(__file__).parents[2]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save(build("mixtral", torch.float32), tmp_path_factory.mktemp("hub") / "tiny")
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "USE_POLICY.md").write_text("be kind")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
     (folder / "original").mkdir()
     (folder / "original" / "consolidated.00.pth").write_bytes(b"not to be fetched")
     for name in ("pytorch_model.bin", "consolidated.safetensors", "tf_model.h5"):
@@ -63,11 +66,14 @@ def test_a_run_fetches_what_it_needs_once_and_states_the_commit(model: Path, tmp
         downloads = hub.downloads()
         assert len(downloads) == len(set(downloads))
         assert set(downloads) == weights | {
-            "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"
+            "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "USE_POLICY.md",
+            "additional_chat_templates/rag.jinja",
         }  # fmt: skip
         assert downloads.index("config.json") < min(downloads.index(name) for name in weights)
         card = (tmp_path / "run" / "models" / "tiny-4e-stock" / "README.md").read_text()
         assert f"org/tiny (revision {COMMIT})" in card
+        assert "\nbase_model: org/tiny\n" in card and "\nbase_model_relation: merge\n" in card and str(tmp_path) not in card
+        assert (tmp_path / "run" / "models" / "tiny-4e-stock" / "additional_chat_templates" / "rag.jinja").exists()
         again = hcsmoe(hub, tmp_path, *arguments, HF_TOKEN="secret")
         assert again.returncode == 0 and "\n0 units run" in again.stdout, again.stdout + again.stderr
         assert hub.downloads() == downloads

@@ -103,7 +103,7 @@ def test_a_model_below_the_run_directory_is_fine(copy: FinishedRun) -> None:
 
 
 def test_a_source_that_an_earlier_run_left_there_works_and_is_not_cleaned_away(copy: FinishedRun) -> None:
-    name = f"{copy.config.model_name}-3e-stock"
+    name = f"{copy.config.name}-3e-stock"
     source = copy.run_dir / "models" / name
     before = digests(source)
     settings = [f"model={source}", "clustering.num_experts=[2]"]
@@ -305,7 +305,7 @@ def test_what_is_no_file_in_the_place_of_a_file_is_noticed_before_anything_runs(
 def test_a_folder_of_somebody_elses_under_the_name_of_a_model_is_noticed_before_anything_runs(
     copy: FinishedRun, call: Call
 ) -> None:
-    path = copy.run_dir / "models" / f"{copy.config.model_name}-3e-tied"
+    path = copy.run_dir / "models" / f"{copy.config.name}-3e-tied"
     path.unlink()
     path.mkdir()
     assert call("run", str(copy.run_file), "--executor", "local") == (
@@ -330,16 +330,3 @@ def test_targets_whose_names_would_be_one_are_refused(copy: FinishedRun, monkeyp
     monkeypatch.setattr("pipeline.stage_keys.target_name", lambda num_experts: "5.25e-1f3a")
     with pytest.raises(InputError, match=r"num_experts has two targets whose name would be model-5\.25e-1f3a-stock; run them"):
         checked(copy.run_file, "clustering.num_experts=[3, 2]")
-
-
-@pytest.mark.parametrize(
-    ("model", "name"), [("a/b", "b"), ("/x/b/", "b"), ("s3://bucket/b/", "b"), ("org/b.1", "b.1"), ("/", "model")]
-)
-def test_a_models_name_is_the_last_part_of_its_path(copy: FinishedRun, model: str, name: str) -> None:
-    assert copy.config.model_copy(update={"model": model}).model_name == name
-
-
-def test_the_current_folder_has_a_name_too(copy: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(copy.source)
-    assert copy.config.model_copy(update={"model": "."}).model_name == copy.source.name
-    assert copy.config.model_copy(update={"model": ".."}).model_name == copy.source.parent.name

@@ -55,7 +55,7 @@ def run_all(
     """Run the pipeline; return the folders of its exports by the end of their name, such as `4e-tied`."""
     config = run_config(source, run_dir, ids, targets, formats, **changes)
     run(config, LocalExecutor, Reporter(Console(quiet=True)), RunOptions())
-    return {path.name.removeprefix(f"{config.model_name}-"): path for path in (run_dir / "models").iterdir()}
+    return {path.name.removeprefix(f"{config.name}-"): path for path in (run_dir / "models").iterdir()}
 
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:

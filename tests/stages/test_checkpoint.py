@@ -258,11 +258,3 @@ def test_weights_without_any_tensor_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors", {}, num_data_bytes=0)
     with pytest.raises(InputError, match="holds no tensor"):
         _ = Checkpoint(tmp_path).tensors
-
-
-def test_side_files_are_all_but_weights_config_and_index(tmp_path: Path) -> None:
-    folder_with(tmp_path, {"a": "1.safetensors"}, {"1.safetensors": ONE})
-    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", ".hidden", "old.bin", "consolidated.safetensors"):
-        (tmp_path / name).write_text("x")
-    (tmp_path / "onnx").mkdir()
-    assert [path.name for path in Checkpoint(tmp_path).side_files()] == ["LICENSE", "chat_template.jinja", "tokenizer.json"]

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 from transformers.integrations import moe
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from stages.common.families import SUPPORTED
@@ -153,3 +154,18 @@ def test_packed_experts_become_values() -> None:
 def test_a_class_is_asked_how_its_experts_and_attention_may_run() -> None:
     assert MixtralForCausalLM._can_set_experts_implementation() is True
     assert MixtralForCausalLM._can_set_attn_implementation() is True
+
+
+def test_an_auto_class_says_which_class_it_gives() -> None:
+    config = tiny_config("mixtral")
+    for auto, due in ((AutoModel, "MixtralModel"), (AutoModelForCausalLM, "MixtralForCausalLM")):
+        assert type(config) in auto._model_mapping
+        assert _get_model_class(config, auto._model_mapping).__name__ == due
+    assert type(config) not in transformers.AutoModelForCTC._model_mapping
+
+
+def test_only_other_engines_ask_whether_their_backend_may_run_a_class() -> None:
+    assert callable(PreTrainedModel.is_backend_compatible)
+    package = Path(transformers.__file__).parent
+    asking = [path.name for path in package.rglob("*.py") if b"is_backend_compatible" in path.read_bytes()]
+    assert asking == ["modeling_utils.py"]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from stages.common import tables
+from stages.common.adapter import auto_classes
 from stages.common.checkpoint import Checkpoint
 from stages.common.families import SUPPORTED, expert_count_fields, groups_in, mtp_fields, stock_targets, text_config
 from stages.common.paths import labels_file, statistics_file
@@ -231,11 +232,27 @@ def check_tied(case: Case, target: str, targets: dict[int, int], again: Path) ->
         with torch.inference_mode():
             options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
             assert torch.equal(tied.generate(case.ids[:1], **options), reference.generate(case.ids[:1], **options))
+    check_every_auto_class(case, folder, tied)
     tied.save_pretrained(again)
     loaded = load(again, trust_remote_code=True)
     state = tied.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
     torch.testing.assert_close(case.logits(loaded), found)
+
+
+def check_every_auto_class(case: Case, folder: Path, tied: PreTrainedModel) -> None:
+    """No Auto class builds the plain model from a tied export: each that knows the family gives a class of ours."""
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map == {auto: f"modeling_hcsmoe.HCSMoE{plain}" for auto, plain in auto_classes(Checkpoint(case.source)).items()}
+    assert {"AutoModel", "AutoModelForCausalLM"} <= set(auto_map)
+    inner = AutoModel.from_pretrained(folder, trust_remote_code=True, local_files_only=True).eval()
+    assert type(inner).__name__ == auto_map["AutoModel"].rpartition(".")[2]
+    within = next(module for module in tied.modules() if isinstance(getattr(module, "layers", None), torch.nn.ModuleList))
+    ours, theirs = ({n: t for n, t in model.state_dict().items() if "expert" in n} for model in (inner, within))
+    assert ours and set(ours) == set(theirs) and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    with torch.inference_mode():
+        states = [model(case.ids, use_cache=False).last_hidden_state for model in (inner, within)]
+    assert torch.equal(*states)
 
 
 def check_stock(case: Case) -> None:

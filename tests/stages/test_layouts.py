@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
 from stages.common.checkpoint import Checkpoint
 from tests.stages.runs import load, logits, read_config, read_tensors, run_all, tensor_bytes, token_ids
@@ -75,6 +75,9 @@ def test_language_model_of_a_multimodal_wrapper(family: str, tmp_path: Path) -> 
     torch.testing.assert_close(logits(whole.eval(), ids), stock)
     tied = load(exports["4e-tied"], trust_remote_code=True)
     assert torch.isfinite(logits(tied, ids)).all()
+    for auto in (AutoModel, AutoModelForImageTextToText):
+        with pytest.raises(ValueError, match="runs as its language model alone, by AutoModelForCausalLM"):
+            auto.from_pretrained(exports["4e-tied"], trust_remote_code=True)
     tied.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(load(tmp_path / "again", trust_remote_code=True), ids), logits(tied, ids))
 
@@ -92,10 +95,11 @@ def test_small_files_are_carried_over_and_the_card_tells_how_to_make_it_again(tm
     assert (folder / "SOURCE_README.md").read_text() == "theirs"
     assert (folder / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
     card = (folder / "README.md").read_text()
+    assert str(tmp_path) not in card, "it is published: nobody else has these folders"
     for stated in (
-        str(source),
+        source.name,
         "8 experts a layer merged to 3",
-        str(path),
+        path.name,
         "average",
         "hcsmoe run run.yaml",
         "formats:\n  - tied",

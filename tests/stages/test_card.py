@@ -1,0 +1,63 @@
+"""The model card: front matter that any reader parses, whatever the names and the source's card hold."""
+
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from stages.assemble.card import inherited_metadata, model_card
+
+FACTS: dict[str, Any] = {
+    "name": "tiny-4e-stock", "source": "org/tiny", "base_model": "org/tiny", "revision": "abc", "format": "stock",
+    "num_experts": 8, "experts_text": "4", "source_parameters": 2000, "parameters": 1000, "source_bytes": 4000, "bytes": 2000,
+    "calibration": "4 sequences", "clustering": "linkage average", "merging": "frequency", "router": "frequency",
+    "left_behind": [], "settings": {"model": "org/tiny", "calibration": {"data": ["x.txt"]}},
+}  # fmt: skip
+OURS = {
+    "base_model": "org/tiny", "base_model_relation": "merge", "library_name": "transformers",
+    "pipeline_tag": "text-generation", "tags": ["hcsmoe", "mixture-of-experts", "merge"],
+}  # fmt: skip
+
+
+def front_matter(source_card: str = "", **changes: Any) -> dict[str, Any]:
+    return ModelCard(model_card({**FACTS, **changes}, source_card)).data.to_dict()
+
+
+def test_the_front_matter_of_a_hub_model_and_of_a_folder() -> None:
+    assert front_matter() == OURS
+    assert front_matter(base_model=None) == {k: v for k, v in OURS.items() if not k.startswith("base_model")}
+
+
+def test_licence_and_languages_are_the_sources() -> None:
+    source = (
+        '---\nlicense: other\nlicense_name: >-\n  a "b": c\nlicense_link: LICENSE\nlanguage: [en, no]\ntags: [x]\n---\n# Tiny\n'
+    )
+    inherited = {"license": "other", "license_name": 'a "b": c', "license_link": "LICENSE", "language": ["en", "no"]}
+    assert front_matter(source) == {**OURS, **inherited}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["", "no front matter", "---\n[\n---\n", "---\n- a\n---\n", "---\nlicense: {a: b}\n---\n", "---\nlicense:\n---\n",
+     "---\nlicense: null\nlanguage: []\n---\n", "---\nlanguage: [[en]]\n---\n", "---\nlicense: " + "x" * 1001 + "\n---\n",
+     "---\nlicense: " + "[" * 5000 + "\n---\n", "---\n? [a]\n: b\n---\n", "---\nlicense: \x00\n---\n"],
+)  # fmt: skip
+def test_a_source_card_that_is_not_well_formed_gives_nothing(source: str) -> None:
+    assert inherited_metadata(source) == {}
+    assert front_matter(source) == OURS
+
+
+@pytest.mark.parametrize("base_model", ['a"b: c', "a\nlicense: mit", "- x", "{{ x }}", "no"])
+def test_names_are_escaped(base_model: str) -> None:
+    assert front_matter(base_model=base_model) == {**OURS, "base_model": base_model}
+
+
+def test_names_stay_on_their_line_and_in_their_block() -> None:
+    settings = {"calibration": {"data": ["a\n```\n# b"], "text_field": "````"}}
+    text = model_card({**FACTS, "source": "a\nb", "left_behind": ["a\n`b", *map(str, range(30))], "settings": settings}, "")
+    assert "\na\N{REPLACEMENT CHARACTER}b (revision abc) with 8 experts a layer merged to 4, without\n" in text
+    listed = ", ".join(f"`{number}`" for number in range(19))
+    assert f"not copied: `a\N{REPLACEMENT CHARACTER}b`, {listed}, 11 more\n" in text
+    block = text.partition("`````yaml\n")[2].partition("\n`````\n")[0]
+    assert yaml.safe_load(block) == {**settings, "run_dir": "runs/tiny-4e-stock"}
