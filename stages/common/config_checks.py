@@ -34,8 +34,22 @@ _ALIKE = (
 # Settings that tell transformers to read something else than what stands in this file and in the weight files.
 _ELSEWHERE = {
     "configuration_files": "it names other config files for other versions of transformers",
-    "per_layer_config": "its layers have configs of their own",
 }
+
+
+def _check_layers(configs: Any, place: str) -> None:
+    """Layers may differ in attention, as in dots3_note. Experts of another number or size for a layer are not supported."""
+    if not configs:
+        return
+    if not isinstance(configs, dict) or not all(isinstance(settings, dict) for settings in configs.values()):
+        raise InputError(f"{place}: per_layer_config must map layers to settings; restore the config")
+    for layer, settings in configs.items():
+        name = next((name for name in _ALIKE if name in settings), None)
+        if name is not None:
+            raise InputError(
+                f"{place}: per_layer_config is not supported where it sets {name}, as for layer {shown(str(layer))}: experts "
+                f"must be alike in all layers; remove it"
+            )
 
 
 def check_config(checkpoint: Checkpoint) -> None:
@@ -52,6 +66,7 @@ def check_config(checkpoint: Checkpoint) -> None:
         for name, reason in _ELSEWHERE.items():
             if section.get(name):
                 raise InputError(f"{place}: {name} is not supported: {reason}; remove it")
+    _check_layers(text.get("per_layer_config"), place)
     for name in _ALIKE:
         if isinstance(text.get(name), list):
             number_in(text, name, place)

@@ -19,6 +19,7 @@ from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start as ray_start
 
+from pipeline import __version__
 from pipeline.cli import app
 from pipeline.config import load_config
 
@@ -50,7 +51,7 @@ def pinned(name: str) -> str:
 
 
 def tag(device: str) -> str:
-    return f"{PROJECT['version']}-py{PYTHON}-ray{pinned('ray')}-torch{pinned('torch')}-{device}"
+    return f"{__version__}-py{PYTHON}-ray{pinned('ray')}-torch{pinned('torch')}-{device}"
 
 
 def pods() -> list[dict[str, Any]]:

@@ -168,7 +168,7 @@ def test_status_without_a_log_that_can_be_read_shows_the_rest(
 
 
 def test_names_in_the_log_are_escaped(copy: FinishedRun, call: Call) -> None:
-    log = EventLog(copy.run_dir)
+    log = EventLog(copy.run_dir, lambda: None)
     log.write("failed", unit="merge-x/\x1b[2Ja\nerror: b", message="[red]c\ud800", host="h")
     code, out, err = call("status", str(copy.run_dir))
     assert (code, err) == (0, "")

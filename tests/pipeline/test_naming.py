@@ -1,15 +1,16 @@
 """What exports are called, and what a published card says of its source."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.cli import main
 from pipeline.config import RunConfig, load_config
 from pipeline.naming import hub_name, model_name
 from stages.common.errors import InputError
 from stages.common.storage import absolute
-from tests.pipeline.test_bad_input import hcsmoe
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import load, save_checkpoint, save_token_ids
 
@@ -84,9 +85,12 @@ def test_a_folder_of_an_odd_name_exits_with_2_and_runs_under_another(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_file = write_run_file(tmp_path, tmp_path / folder, save_token_ids(tmp_path / "ids.npy"), {})
-    result = hcsmoe(capsys, monkeypatch, "run", str(run_file), "--executor", "local")
-    assert (result.exit_code, result.out, result.err.count("\n")) == (2, "", 1)
-    assert result.err.startswith(f"error: {run_file}: exports would be called {folder!r}; ")
+    monkeypatch.setattr(sys, "argv", ["hcsmoe", "run", str(run_file), "--executor", "local"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    captured = capsys.readouterr()
+    assert (stopped.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert captured.err.startswith(f"error: {run_file}: exports would be called {folder!r}; ")
     assert load_config(run_file, ["name=plain"]).name == "plain"
 
 

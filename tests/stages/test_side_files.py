@@ -191,7 +191,7 @@ def test_what_is_no_regular_file_is_refused_without_waiting(source: Path) -> Non
     )
     (source / "tokenizer.json").unlink()
     (source / "tokenizer.json").symlink_to("tokenizer.json")
-    assert "tokenizer.json cannot be read: Too many levels of symbolic links" in refused(source)
+    assert refused(source) == (f"{source / 'tokenizer.json'} is a link that leads in a circle; a regular file is needed")
 
 
 def test_a_huge_file_is_refused(source: Path) -> None:
