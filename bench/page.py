@@ -140,7 +140,7 @@ def _memory(results: Mapping[str, Mapping[str, Any]]) -> str:
         "## 4. Memory\n\nPeak resident memory (`VmHWM`, which counts pages of mapped files) of every process of a whole "
         "run on Ray, one worker that holds one layer at a time, in GiB, over the calibration tokens named (a run file's"
         " default is 65,536). On a CPU, experts' matrices of 8 MiB and more are"
-        " mapped: their pages belong to the system's file cache, are let go of after each use, and are read from the disk"
+        " mapped: their pages belong to the system's file cache, are released after each use, and are read from the disk"
         " again where memory is short. Target: worker at most a layer shard and 1 GiB, equal within 10% for any number of"
         " layers; driver under 0.39 GiB (400 MiB).\n\n" + _table(header, rows)
     )

@@ -155,7 +155,7 @@ class Graph:
             stage, "calibrate_unit", self.stages.calibration, data, "stages.calibrate.stage:open_shard", hold_args, "",
             {"sampling": self._sampling()},
         )  # fmt: skip
-        units = [unit for unit in units if unit.writes]  # layers after the last MoE layer have nothing to tell
+        units = [unit for unit in units if unit.writes]  # layers after the last MoE layer add nothing to the statistics
         held = {layer: unit.hold for unit in units if unit.hold for layer in range(*_layers(unit.hold))}
         for layer in self.plan["moe_layers"]:
             partials = [paths.partial_statistics_file(Path(stage.dir), layer, shard) for shard in range(data.num_shards)]

@@ -35,7 +35,7 @@ class HeldLayers(Protocol):
         """Have the files of layers [first, stop) of a model, which come next, read in the background."""
 
     def close(self) -> None:
-        """Let go of all weights, now: models refer to themselves in cycles, and would stay until Python finds time for it."""
+        """Free all weights immediately. Models contain reference cycles: they would live until the garbage collector runs."""
 
 
 class Worker:

@@ -53,7 +53,7 @@ class LocalExecutor:
         """Never called: a unit has ended by the time the driver looks."""
 
     def make_room(self) -> None:
-        """Let go of what is held."""
+        """Free the layer shard that the worker holds."""
         self._worker.let_go()
 
     def why_idle(self) -> str:
