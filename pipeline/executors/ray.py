@@ -233,11 +233,16 @@ class RayExecutor:
             actor.opening = None
 
     def _started(self, slot: Slot, value: Any) -> None:
-        """A worker is up, or could not be started. Raises RunFailed when that happens again and again."""
+        """A worker is up, or could not be started. Raises RunFailed when that happens again and again.
+
+        A node that died says nothing about the others. Until Ray notices, it sends new workers there; then all of them fail.
+        """
         if not isinstance(value, Outcome):
             self._num_failed_starts = 0
             if slot.id in self._actors:
                 self._actors[slot.id].is_ready = True
+            return
+        if value.failure is not None and value.failure.kind == "node":
             return
         self._num_failed_starts += 1
         if self._num_failed_starts >= _MAX_FAILED_STARTS and value.failure is not None:

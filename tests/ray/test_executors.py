@@ -13,13 +13,14 @@ import ray
 
 from pipeline.config import Resources
 from pipeline.drive import Driver
-from pipeline.executors.base import Executor
+from pipeline.errors import RunFailed
+from pipeline.executors.base import Executor, Slot
 from pipeline.executors.local import LocalExecutor
 from pipeline.executors.ray import RayExecutor
 from pipeline.manifest import manifest_path, read_manifest
 from pipeline.process import COMPUTING
 from pipeline.run_state import UnitFailure
-from pipeline.units import Outcome, Unit
+from pipeline.units import Failure, Outcome, Unit
 from stages.common.errors import InputError
 from stages.common.files import write_bytes
 from stages.common.unit import Job, UnitResult
@@ -174,6 +175,20 @@ def test_a_worker_that_fits_nowhere_is_said_to_be_missing(cluster: None) -> None
     assert executor.why_idle().startswith(
         "waiting for a worker: each needs 1 CPUs and 3 GPUs; the cluster has 2 CPUs and 2 GPUs"
     )
+
+
+def test_workers_that_die_with_their_node_do_not_count_as_workers_that_cannot_start(cluster: None) -> None:
+    """Ray sends new workers to a node that died until it notices, and then all of them fail at once."""
+    executor = RayExecutor(Resources(num_gpus=0))
+    slot = Slot("worker-9", is_worker=True)
+
+    def fail(kind: str) -> None:
+        executor._started(slot, Outcome("", 0.0, {}, Failure(kind, "it died")))
+
+    for kind in ("lost", "lost", *["node"] * 5):
+        fail(kind)
+    with pytest.raises(RunFailed, match=r"workers cannot start \(3 tries\): it died"):
+        fail("lost")
 
 
 CLUSTERS: dict[str, dict[str, Any]] = {
