@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.measure import timed
 from bench.models import IDS_FILE, MODELS
 from stages.calibrate.stage import calibrate_unit, open_shard
-from stages.common.unit import Job
+from stages.contracts.units import Job
 from stages.prepare.stage import survey_tables, tokens_unit
 
 Operand = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]

@@ -17,9 +17,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE
-from stages.common.files import write_file, write_json
-from stages.common.headers import write_header
+from stages.checkpoint.folder import CONFIG_FILE, INDEX_FILE
+from stages.checkpoint.headers import write_header
+from stages.io.files import write_file, write_json
 
 OWN_SHARE = 0.3
 """Standard deviation of what is an expert's own, in that of its group's tensor."""

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from pipeline.config import Resources
+from pipeline.driver.units import Unit
 from pipeline.executors.base import Executor
 from pipeline.executors.local import LocalExecutor
 from pipeline.executors.ray import RayExecutor, connect
-from pipeline.units import Unit
-from stages.common.unit import Job, UnitResult
+from stages.contracts.units import Job, UnitResult
 
 
 def nothing_unit(_job: Job) -> UnitResult:

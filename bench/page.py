@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from bench.models import MODELS
-from stages.common.files import write_bytes
+from stages.io.files import write_bytes
 
 _INTRODUCTION = """# Benchmarks
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bench import measure
-from pipeline.events import EVENTS_FILE, SEALED, STARTED
+from pipeline.state.events import EVENTS_FILE, SEALED, STARTED
 
 _MARK = "HCSMOE_PINNED"
 _LOOK_S = 0.2

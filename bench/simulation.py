@@ -15,16 +15,16 @@ from typing import Any
 
 from bench.cluster_model import MODELS, Costs, Hardware, Model, ideal_s
 from pipeline.config import Resources, RunConfig, TextData
-from pipeline.drive import Driver
+from pipeline.driver.loop import Driver
+from pipeline.driver.units import Hold, Outcome, Unit
 from pipeline.executors.base import Slot
-from pipeline.graph import Graph
-from pipeline.manifest import seal
-from pipeline.partition import layer_shards
-from pipeline.stage_keys import Stages
-from pipeline.units import Hold, Outcome, Unit
-from stages.common import paths
-from stages.common.files import write_json
-from stages.common.unit import UnitResult
+from pipeline.run.graph import Graph
+from pipeline.run.partition import layer_shards
+from pipeline.run.stage_keys import Stages
+from pipeline.state.manifest import seal
+from stages.contracts import paths
+from stages.contracts.units import UnitResult
+from stages.io.files import write_json
 
 NUM_WORKERS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import forget_pages, timed
+from pipeline.checks import check
 from pipeline.config import load_config
-from pipeline.graph import Graph
-from pipeline.preflight import check
-from pipeline.stage_keys import Stages
-from pipeline.units import Unit
-from pipeline.worker import Worker
+from pipeline.driver.units import Unit
+from pipeline.driver.worker import Worker
+from pipeline.run.graph import Graph
+from pipeline.run.stage_keys import Stages
 
 _CHUNK_BYTES = 1 << 24
 

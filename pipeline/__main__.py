@@ -2,7 +2,7 @@
 
 import gc
 
-from pipeline.process import prepare_to_compute, run_and_leave
+from pipeline.driver.process import prepare_to_compute, run_and_leave
 
 
 def entry() -> None:

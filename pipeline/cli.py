@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from pipeline.display.printing import show
 from pipeline.names import StageName
-from pipeline.printing import show
-from stages.common.errors import InputError
-from stages.common.storage import failures, is_outside
+from stages.contracts.errors import InputError
+from stages.io.storage import failures, is_outside
 
 if TYPE_CHECKING:
+    from pipeline.commands.run import MakeExecutor
     from pipeline.config import Resources
+    from pipeline.display.progress import Reporter
     from pipeline.executors.base import Executor
-    from pipeline.progress import Reporter
-    from pipeline.runner import MakeExecutor
 
 app = typer.Typer(
     name="hcsmoe",
@@ -87,11 +87,11 @@ def run(
     verify: Verify = False,
 ) -> None:
     """Run every stage that is not finished; the same command resumes."""
+    from pipeline.commands.run import run as run_pipeline
     from pipeline.config import load_config
-    from pipeline.progress import Reporter
-    from pipeline.run_state import RunOptions
-    from pipeline.runner import run as run_pipeline
-    from pipeline.table import certainty_lines, result_table
+    from pipeline.display.progress import Reporter
+    from pipeline.display.tables import certainty_lines, result_table
+    from pipeline.driver.run_state import RunOptions
 
     config = load_config(run_file, settings or [])
     reporter = Reporter(Console(stderr=True))
@@ -119,9 +119,9 @@ def batch(
     verify: Verify = False,
 ) -> None:
     """Run many run files on one cluster; one run's failure does not stop the others."""
-    from pipeline.batch import load_batch, run_batch
-    from pipeline.progress import Reporter
-    from pipeline.run_state import RunOptions
+    from pipeline.commands.batch import load_batch, run_batch
+    from pipeline.display.progress import Reporter
+    from pipeline.driver.run_state import RunOptions
 
     config = load_batch(batch_file)
     errors = Console(stderr=True)
@@ -139,7 +139,7 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only listed.")] = False,
 ) -> None:
     """List, and with --yes remove, what no setting of the last run uses."""
-    from pipeline.cleaning import describe_unused, remove_unused
+    from pipeline.commands.clean import describe_unused, remove_unused
 
     for line in remove_unused(run_dir) if yes else describe_unused(run_dir):
         show(_output(), line)
@@ -148,8 +148,8 @@ def clean(
 @app.command()
 def plan(run_file: RunFile, settings: Settings = None) -> None:
     """Check a run file and print stages, units, memory and disk needed. Runs and writes nothing."""
+    from pipeline.commands.plan import describe_plan
     from pipeline.config import load_config
-    from pipeline.planning import describe_plan
 
     for item in describe_plan(load_config(run_file, settings or [])):
         show(_output(), item)
@@ -162,7 +162,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a checkpoint is, whether it is supported and what merged versions would weigh, from its headers alone."""
-    from pipeline.inspecting import describe_model, inspect_model
+    from pipeline.commands.inspect import describe_model, inspect_model
 
     facts = inspect_model(model, revision)
     if as_json:
@@ -177,7 +177,7 @@ def status(
     run_dir: RunDir,
 ) -> None:
     """Show how far a run is, from its files alone."""
-    from pipeline.status import describe_status
+    from pipeline.commands.status import describe_status
 
     for item in describe_status(run_dir):
         show(_output(), item)

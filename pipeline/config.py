@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipeline.naming import check_name, model_name
-from pipeline.printing import printable
+from pipeline.display.printing import printable
+from pipeline.run.naming import check_name, model_name
 from pipeline.yaml_files import parse_yaml, read_yaml
-from stages.common.errors import InputError
-from stages.common.storage import absolute
+from stages.contracts.errors import InputError
+from stages.io.storage import absolute
 
 _DRIVE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(/(?!/)|\\)")
 """C:\\runs and s3:/bucket, which would otherwise be the name of a folder in the current one."""

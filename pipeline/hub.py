@@ -16,15 +16,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # httpx's, by whatever name
 from huggingface_hub.utils import SafetensorsFileMetadata, disable_progress_bars  # type: ignore[attr-defined]
 
-from pipeline.naming import is_hub_name
-from stages.common.checkpoint import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, Checkpoint
-from stages.common.errors import InputError
-from stages.common.families import family_of, num_experts_in
-from stages.common.files import DigestingFile
-from stages.common.headers import write_header
-from stages.common.side_files import is_kept
-from stages.common.storage import as_path, is_url
-from stages.common.untrusted import read_json
+from pipeline.run.naming import is_hub_name
+from stages.checkpoint.folder import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, Checkpoint
+from stages.checkpoint.headers import write_header
+from stages.checkpoint.side_files import is_kept
+from stages.contracts.errors import InputError
+from stages.io.files import DigestingFile
+from stages.io.storage import as_path, is_url
+from stages.io.untrusted import read_json
+from stages.model.families import family_of, num_experts_in
 
 _SMALL = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*", "README.md")
 _NOT_NEEDED = ("*/*", "*.index.json")  # other formats live in folders; the index of the weights is asked for by name

@@ -18,12 +18,12 @@ from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[a
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from pipeline.sizes import human_bytes
-from pipeline.worker import resolve
-from stages.common.errors import InputError
-from stages.common.files import write_json
-from stages.common.untrusted import read_json, read_small
-from stages.prepare.texts import KNOWN, kind_of
+from pipeline.display.sizes import human_bytes
+from pipeline.driver.worker import resolve
+from stages.contracts.errors import InputError
+from stages.io.files import write_json
+from stages.io.texts import KNOWN, kind_of
+from stages.io.untrusted import read_json, read_small
 
 ENOUGH_BYTES = 1 << 30
 """Files are taken in an order that the seed decides until they have so many bytes: a smaller dataset is taken whole."""
@@ -143,7 +143,7 @@ def _chosen(
 ) -> Dataset:
     """folder: holds README.md, if there is one."""
     readme = read_small(folder / _README) if _README in sizes else None
-    names = resolve("stages.prepare.splits:split_files")(where, sorted(sizes), readme, split or "train")
+    names = resolve("stages.io.splits:split_files")(where, sorted(sizes), readme, split or "train")
     for name in names:
         if kind_of(name) in (None, "ids"):
             raise InputError(f"{where}: its file {name} is of a kind that is not read; known: {KNOWN}")

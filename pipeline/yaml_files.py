@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.printing import printable
-from stages.common.errors import InputError
-from stages.common.untrusted import read_small
+from pipeline.display.printing import printable
+from stages.contracts.errors import InputError
+from stages.io.untrusted import read_small
 
 MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 50_000

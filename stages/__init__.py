@@ -1,1 +1,1 @@
-"""What is computed: one package a stage, plus what they share in `stages.common`. Nothing here imports Ray."""
+"""What is computed: one package a stage, and the rooms that stages share. Nothing here imports Ray."""

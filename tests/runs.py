@@ -9,18 +9,18 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from pipeline.checks import check
+from pipeline.commands.run import run
 from pipeline.config import RunConfig, apply_setting, load_config
+from pipeline.display.progress import Reporter
+from pipeline.driver.run_state import RunOptions, RunResult
+from pipeline.driver.units import Outcome, Unit
 from pipeline.executors.base import Executor
 from pipeline.executors.local import LocalExecutor
-from pipeline.preflight import check
-from pipeline.progress import Reporter
-from pipeline.run_state import RunOptions, RunResult
-from pipeline.runner import run
-from pipeline.stage_keys import Stages
-from pipeline.units import Outcome, Unit
-from stages.common.files import sha256_of
-from stages.common.paths import CHECKPOINT_DIR
-from stages.common.storage import absolute
+from pipeline.run.stage_keys import Stages
+from stages.contracts.paths import CHECKPOINT_DIR
+from stages.io.files import sha256_of
+from stages.io.storage import absolute
 
 
 class Recorder(Reporter):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.units import Hold, Outcome, Unit
+from pipeline.driver.units import Hold, Outcome, Unit
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Sequence
 
+from pipeline.driver.units import Hold, Outcome, Unit
+from pipeline.driver.worker import Worker
 from pipeline.executors.base import Slot
-from pipeline.units import Hold, Outcome, Unit
-from pipeline.worker import Worker
 
 _SLOT = Slot("local", is_worker=True)
 

@@ -16,12 +16,12 @@ import ray
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from pipeline.config import Resources
+from pipeline.driver.units import Failure, Hold, Outcome, Unit
+from pipeline.driver.worker import Worker
 from pipeline.errors import RunFailed
 from pipeline.executors.base import Slot
-from pipeline.metrics import UnitMetrics
-from pipeline.units import Failure, Hold, Outcome, Unit
-from pipeline.worker import Worker
-from stages.common.errors import InputError
+from pipeline.executors.metrics import UnitMetrics
+from stages.contracts.errors import InputError
 
 _OBJECT_STORE_BYTES = 100_000_000  # units pass file names, not data
 _RESOURCES_TTL_S = 2.0

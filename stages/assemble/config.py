@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from stages.common.families import expert_count_fields, mtp_fields, num_experts_in, text_config
-from stages.common.quantised import quantisation_config
-from stages.common.side_files import without_model_code
-from stages.common.tied import tied_config
+from stages.checkpoint.quantised import quantisation_config
+from stages.checkpoint.side_files import without_model_code
+from stages.model.families import expert_count_fields, mtp_fields, num_experts_in, text_config
+from stages.model.tied import tied_config
 
 
 def stock_config(config: Mapping[str, Any], num_merged: int) -> dict[str, Any]:

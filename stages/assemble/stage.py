@@ -6,16 +6,16 @@ from typing import Any
 
 from stages.assemble.card import model_card
 from stages.assemble.config import target_config
-from stages.common.adapter import AdaptedModel, auto_classes
-from stages.common.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint
-from stages.common.completeness import check_complete
-from stages.common.files import WrittenFile, link_or_copy, write_bytes, write_json
-from stages.common.headers import TensorEntry, read_header
-from stages.common.model_config import writable
-from stages.common.paths import CHECKPOINT_DIR
-from stages.common.tied import MODELING_FILE, modeling_source
-from stages.common.unit import Job, UnitResult
-from stages.common.untrusted import read_small
+from stages.checkpoint.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint
+from stages.checkpoint.headers import TensorEntry, read_header
+from stages.contracts.paths import CHECKPOINT_DIR
+from stages.contracts.units import Job, UnitResult
+from stages.io.files import WrittenFile, link_or_copy, write_bytes, write_json
+from stages.io.untrusted import read_small
+from stages.model.adapter import AdaptedModel, auto_classes
+from stages.model.completeness import check_complete
+from stages.model.model_config import writable
+from stages.model.tied import MODELING_FILE, modeling_source
 
 CARD_FILE = "README.md"
 SOURCE_CARD_FILE = "SOURCE_README.md"

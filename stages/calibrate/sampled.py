@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor, nn
 
-from stages.calibrate.routing import Routing
 from stages.calibrate.sampling import Sample
 from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics, add_over_tokens
-from stages.common.expert_weights import ExpertWeights
-from stages.common.tables import PartialStatistics
+from stages.contracts.tables import PartialStatistics
+from stages.model.expert_weights import ExpertWeights
+from stages.model.routing import Routing
 
 
 class _Sampled(LayerStatistics):

@@ -13,13 +13,13 @@ from stages.calibrate.sampling import Sample
 from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics
 from stages.calibrate.totals import add, finish, outputs
 from stages.calibrate.writing import write_groups, write_partial_statistics, write_statistics
-from stages.common import tables
-from stages.common.checkpoint import Checkpoint
-from stages.common.families import Family, family_of
-from stages.common.layer_shard import LayerShard
-from stages.common.paths import groups_file, hidden_file, partial_statistics_file, statistics_file, tokens_file
-from stages.common.streaming import enter, leave, run_layers
-from stages.common.unit import Job, UnitResult
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts import tables
+from stages.contracts.paths import groups_file, hidden_file, partial_statistics_file, statistics_file, tokens_file
+from stages.contracts.units import Job, UnitResult
+from stages.model.families import Family, family_of
+from stages.model.layer_shard import LayerShard
+from stages.model.stream import enter, leave, run_layers
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from stages.calibrate.products import can_group, gates_by_halves, grouped_down, padded, room_for
-from stages.calibrate.routing import Routing
-from stages.common.expert_weights import ExpertWeights
-from stages.common.tables import PartialStatistics
+from stages.contracts.tables import PartialStatistics
+from stages.model.expert_weights import ExpertWeights
+from stages.model.products import can_group, gates_by_halves, grouped_down, padded, room_for
+from stages.model.routing import Routing
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(-1),

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from stages.common.errors import InputError
-from stages.common.expert_weights import ExpertWeights
-from stages.common.tables import Array, PartialStatistics, Statistics
+from stages.contracts.errors import InputError
+from stages.contracts.tables import Array, PartialStatistics, Statistics
+from stages.model.expert_weights import ExpertWeights
 
 _ROWS = 256
 """Rows of W_down that are made float64 at a time, in one place: whole, one expert of Mixtral-8x7B would take 470 MB."""

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stages.common.files import WrittenFile
-from stages.common.schemas import groups_schema, list_column, partial_statistics_schema, statistics_schema, write_table
-from stages.common.tables import Array, PartialStatistics, Statistics
+from stages.contracts.schemas import groups_schema, list_column, partial_statistics_schema, statistics_schema, write_table
+from stages.contracts.tables import Array, PartialStatistics, Statistics
+from stages.io.files import WrittenFile
 
 
 def _plain_columns(sums: Statistics | PartialStatistics) -> dict[str, Any]:

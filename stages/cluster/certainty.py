@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from stages.cluster.linkage import FEATURES, cut, link
-from stages.common.tables import Array, Statistics
+from stages.contracts.tables import Array, Statistics
 
 NUM_DRAWS = 32
 """Random halves of the groups."""

@@ -10,8 +10,8 @@ import numpy as np
 from scipy.cluster import hierarchy
 from scipy.spatial import distance as spatial
 
-from stages.common.errors import InputError
-from stages.common.tables import Array, Statistics
+from stages.contracts.errors import InputError
+from stages.contracts.tables import Array, Statistics
 
 
 def expert_output(statistics: Statistics) -> Array:

@@ -4,11 +4,11 @@ import numpy as np
 
 from stages.cluster.certainty import relative_standard_errors, stability
 from stages.cluster.linkage import FEATURES, all_cuts, link
-from stages.common import tables
-from stages.common.files import WrittenFile
-from stages.common.paths import dendrogram_file, errors_file, groups_file, labels_file, stability_file, statistics_file
-from stages.common.schemas import DENDROGRAM, ERRORS, LABELS, STABILITY, write_table
-from stages.common.unit import Job, UnitResult
+from stages.contracts import tables
+from stages.contracts.paths import dendrogram_file, errors_file, groups_file, labels_file, stability_file, statistics_file
+from stages.contracts.schemas import DENDROGRAM, ERRORS, LABELS, STABILITY, write_table
+from stages.contracts.units import Job, UnitResult
+from stages.io.files import WrittenFile
 
 
 def cluster_unit(job: Job) -> UnitResult:

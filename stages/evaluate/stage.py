@@ -5,13 +5,13 @@ import math
 from torch import Tensor
 from torch.nn import functional
 
-from stages.common import tables
-from stages.common.files import write_json
-from stages.common.layer_shard import LayerShard
-from stages.common.paths import SCORES_FILE, hidden_file, losses_file, tokens_file
-from stages.common.schemas import LOSSES, read_table, write_table
-from stages.common.streaming import enter, leave, micro_batches, run_layers
-from stages.common.unit import Job, UnitResult
+from stages.contracts import tables
+from stages.contracts.paths import SCORES_FILE, hidden_file, losses_file, tokens_file
+from stages.contracts.schemas import LOSSES, read_table, write_table
+from stages.contracts.units import Job, UnitResult
+from stages.io.files import write_json
+from stages.model.layer_shard import LayerShard
+from stages.model.stream import enter, leave, micro_batches, run_layers
 
 
 def sequence_losses(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.common.ahead import ahead
-from stages.common.errors import InputError
-from stages.common.files import DigestingFile, read_into
-from stages.common.finite import is_finite
+from stages.checkpoint.finite import is_finite
+from stages.contracts.errors import InputError
+from stages.io.files import DigestingFile, read_into
+from stages.io.prefetch import ahead
 from stages.merge.weights import WeightedSum, dtype_name
 
 BLOCK_BYTES = 1 << 22

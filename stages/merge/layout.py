@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.common.checkpoint import SINGLE_FILE
-from stages.common.headers import DTYPE_BITS
-from stages.common.quantised import VALUE_DTYPES
-from stages.common.schemas import read_table
+from stages.checkpoint.folder import SINGLE_FILE
+from stages.checkpoint.headers import DTYPE_BITS
+from stages.checkpoint.quantised import VALUE_DTYPES
+from stages.contracts.schemas import read_table
 
 
 @dataclass(frozen=True)

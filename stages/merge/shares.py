@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from stages.common.tables import Array, Statistics
+from stages.contracts.tables import Array, Statistics
 
 Shares = list[tuple[int, float]]
 

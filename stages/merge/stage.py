@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from stages.common import tables
-from stages.common.checkpoint import Checkpoint
-from stages.common.files import DigestingFile, write_file
-from stages.common.headers import TensorEntry, write_header
-from stages.common.paths import CHECKPOINT_DIR, TENSORS_FILE, labels_file, statistics_file
-from stages.common.reader import TORCH_DTYPES, TensorReader
-from stages.common.unit import Job, UnitResult
+from stages.checkpoint.folder import Checkpoint
+from stages.checkpoint.headers import TensorEntry, write_header
+from stages.checkpoint.reader import TORCH_DTYPES, TensorReader
+from stages.contracts import tables
+from stages.contracts.paths import CHECKPOINT_DIR, TENSORS_FILE, labels_file, statistics_file
+from stages.contracts.units import Job, UnitResult
+from stages.io.files import DigestingFile, write_file
 from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch, write_means
 from stages.merge.layout import OutputFile, OutputTensor, output_files, read_tensor_rows
 from stages.merge.shares import METHODS, ROUTERS, Shares, shares_by_cluster

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from stages.common.errors import InputError
-from stages.common.finite import is_finite
+from stages.checkpoint.finite import is_finite
+from stages.contracts.errors import InputError
 from stages.merge.shares import Shares
 
 _PIECE = 1 << 18

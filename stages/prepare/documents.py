@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from stages.io.texts import kind_of
 from stages.prepare.lines import JsonReader, TextReader
 from stages.prepare.reading import Reader, failing
 from stages.prepare.rows import ParquetReader
-from stages.prepare.texts import kind_of
 
 MAX_ORDERED = 1 << 24
 """Documents that the permutation covers: 128 MiB. Of more, as many are considered, evenly spaced over all."""

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from stages.io.texts import content_suffix, open_text
 from stages.prepare.reading import Reader, Size
-from stages.prepare.texts import content_suffix, open_text
 
 MAX_LINE_BYTES = 1 << 26
 """Bound of a line of JSON, and of a JSON file that is one list: what is parsed at a time."""

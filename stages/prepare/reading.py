@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages.common.errors import InputError
+from stages.contracts.errors import InputError
 
 _FAILURES = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 

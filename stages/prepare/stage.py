@@ -3,18 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stages.common.checkpoint import CONFIG_FILE, Checkpoint
-from stages.common.errors import InputError
-from stages.common.families import number_in, text_config
-from stages.common.files import WrittenFile, write_json
-from stages.common.paths import PLAN_FILE, TENSORS_FILE, tokens_file
-from stages.common.schemas import TENSORS, TOKENS, write_table
-from stages.common.tables import Array
-from stages.common.unit import Job, UnitResult
+from stages.checkpoint.folder import CONFIG_FILE, Checkpoint
+from stages.contracts.errors import InputError
+from stages.contracts.paths import PLAN_FILE, TENSORS_FILE, tokens_file
+from stages.contracts.schemas import TENSORS, TOKENS, write_table
+from stages.contracts.tables import Array
+from stages.contracts.units import Job, UnitResult
+from stages.io.files import WrittenFile, write_json
+from stages.io.texts import kind_of, list_files
+from stages.model.families import number_in, text_config
+from stages.model.survey import survey
 from stages.prepare.documents import read_documents
 from stages.prepare.ids import checked_ids, read_ids
-from stages.prepare.survey import survey
-from stages.prepare.texts import kind_of, list_files
 from stages.prepare.tokens import POOL_FACTOR, draw_sequences
 
 

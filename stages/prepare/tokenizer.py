@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
-from stages.common.untrusted import MAX_SMALL_BYTES, check_regular, read_json
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.io.untrusted import MAX_SMALL_BYTES, check_regular, read_json
 from stages.prepare.tokens import Tokens
 
 _JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.common.errors import InputError
+from stages.contracts.errors import InputError
 
 POOL_FACTOR = 16
 """Tokens in the pool that sequences are drawn from, for each token asked for. Also characters read of one document: so it takes

@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from stages.common.files import write_json
-from stages.common.paths import PLAN_FILE, REPORT_FILE, SCORES_FILE, errors_file, stability_file
-from stages.common.schemas import read_table
-from stages.common.unit import Job, UnitResult
+from stages.contracts.paths import PLAN_FILE, REPORT_FILE, SCORES_FILE, errors_file, stability_file
+from stages.contracts.schemas import read_table
+from stages.contracts.units import Job, UnitResult
+from stages.io.files import write_json
 from stages.report.warnings import of_certainty, of_scores
 
 _NOT_REPORTED = ("evaluate_dir", "num_merged")

@@ -11,11 +11,11 @@ from pathlib import Path
 import ray
 
 from pipeline.config import Resources
+from pipeline.driver.units import Unit
+from pipeline.driver.worker import resolve
 from pipeline.executors.base import Slot
 from pipeline.executors.ray import RayExecutor
-from pipeline.units import Unit
-from pipeline.worker import resolve
-from stages.common.unit import Job, UnitResult
+from stages.contracts.units import Job, UnitResult
 
 EATEN_BYTES = 4 * 2**30
 _BITE_BYTES = 2**27

@@ -1,7 +1,7 @@
 """The command line, with a lock that grows stale within seconds: `python -m tests.cluster.quick_driver run ...`."""
 
-from pipeline import lock
 from pipeline.cli import main
+from pipeline.state import lock
 
 STALE_S = 2.0
 

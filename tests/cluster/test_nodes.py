@@ -9,9 +9,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.config import RunConfig, load_config
+from pipeline.driver.units import Outcome, Unit
 from pipeline.executors.base import Slot
 from pipeline.executors.ray import connect
-from pipeline.units import Outcome, Unit
 from tests.cluster.conftest import add_node
 from tests.cluster.faults import FaultyExecutor
 from tests.runs import FinishedRun, execute

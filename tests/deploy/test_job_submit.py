@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runner import transient_run_dir
+from pipeline.commands.run import transient_run_dir
 from tests.deploy.example_run import RUN, SMALL, assert_complete
 from tests.deploy.ray_head import RayHead, Submission, ray_head
 

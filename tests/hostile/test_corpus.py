@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 
 from pipeline.cli import main
+from pipeline.commands.run import run
 from pipeline.config import load_config
+from pipeline.display.progress import Reporter
+from pipeline.driver.run_state import RunOptions
 from pipeline.executors.local import LocalExecutor
-from pipeline.progress import Reporter
-from pipeline.run_state import RunOptions
-from pipeline.runner import run
 from tests.conftest import REPOSITORY
 from tests.hostile.case import Case, load_cases
 from tests.runs import write_run_file

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.config import Resources
+from pipeline.driver.process import COMPUTING
+from pipeline.driver.run_state import UnitFailure
+from pipeline.driver.selection import delete
+from pipeline.driver.units import Failure, Hold, Outcome, Unit
+from pipeline.driver.worker import Worker
 from pipeline.executors.base import Slot
-from pipeline.process import COMPUTING
-from pipeline.run_state import UnitFailure
-from pipeline.selection import delete
-from pipeline.units import Failure, Hold, Outcome, Unit
-from pipeline.worker import Worker
-from stages.common.errors import InputError
-from stages.common.files import write_bytes
-from stages.common.unit import Job, UnitResult
+from stages.contracts.errors import InputError
+from stages.contracts.units import Job, UnitResult
+from stages.io.files import write_bytes
 
 RUN_DIR = "/toy"
 STAGE_DIR = "toy-0"

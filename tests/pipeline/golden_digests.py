@@ -18,9 +18,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from pipeline.stage_keys import VERSIONS
-from stages.common.paths import SCORES_FILE
-from stages.common.schemas import read_table
+from pipeline.run.stage_keys import VERSIONS
+from stages.contracts.paths import SCORES_FILE
+from stages.contracts.schemas import read_table
 from tests.runs import FinishedRun, write_run_file
 
 RECORD = Path(__file__).with_suffix(".json")
@@ -184,7 +184,7 @@ def main() -> None:
         found = found_in(Path(folder) / "work")
     if RECORD.exists():
         for stage in changed_without_a_version(found, json.loads(RECORD.read_text()), VERSIONS):
-            sys.exit(f"{stage} computes something else: raise VERSIONS[{stage!r}] in pipeline/stage_keys.py first")
+            sys.exit(f"{stage} computes something else: raise VERSIONS[{stage!r}] in pipeline/run/stage_keys.py first")
     RECORD.write_text(json.dumps({"versions": VERSIONS, "stages": found}, indent=1) + "\n")
 
 

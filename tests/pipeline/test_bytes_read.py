@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.commands.run import run
 from pipeline.config import load_config
+from pipeline.driver.run_state import RunOptions
+from pipeline.driver.units import Outcome, Unit
 from pipeline.executors.local import LocalExecutor
-from pipeline.run_state import RunOptions
-from pipeline.runner import run
-from pipeline.units import Outcome, Unit
-from stages.common.checkpoint import Checkpoint
+from stages.checkpoint.folder import Checkpoint
 from tests.runs import FinishedRun, Recorder, write_run_file
 
 

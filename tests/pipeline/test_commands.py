@@ -9,8 +9,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pipeline.batch import _summary
 from pipeline.cli import main
+from pipeline.commands.batch import _summary
 from pipeline.config import load_config
 from pipeline.names import STAGES
 from tests.runs import FinishedRun, digests, write_run_file

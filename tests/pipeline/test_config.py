@@ -7,8 +7,8 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import Resources, RunConfig, TextData, apply_setting, load_config
-from pipeline.partition import held_bytes, layer_shards
-from stages.common.errors import InputError
+from pipeline.run.partition import held_bytes, layer_shards
+from stages.contracts.errors import InputError
 from tests.conftest import REPOSITORY
 
 

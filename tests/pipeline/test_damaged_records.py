@@ -10,10 +10,10 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.config import load_config
-from pipeline.events import EventLog, last_run
-from pipeline.partition import read_partition
-from pipeline.record import read_record
-from stages.common.errors import InputError
+from pipeline.run.partition import read_partition
+from pipeline.run.record import read_record
+from pipeline.state.events import EventLog, last_run
+from stages.contracts.errors import InputError
 from tests.runs import FinishedRun, execute, write_run_file
 
 Call = Callable[..., tuple[int, str, str]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.common import tables
+from stages.contracts import tables
 from tests.conftest import REPOSITORY
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import FAMILIES, load

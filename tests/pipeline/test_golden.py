@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.common import tables
-from stages.common.paths import labels_file, statistics_file
+from stages.contracts import tables
+from stages.contracts.paths import labels_file, statistics_file
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import load, logits
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.stage_keys import VERSIONS
+from pipeline.run.stage_keys import VERSIONS
 from tests.pipeline.golden_digests import COMMAND, RECORD, UPSTREAM, changed_without_a_version, differences, found_in
 
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline import hub_data
 from pipeline.hub_data import Dataset, choose_files
 from pipeline.hub_data import _chosen as chosen
-from stages.common.errors import InputError
+from stages.contracts.errors import InputError
 from tests.pipeline.hub_server import COMMIT, Hub, serve
 from tests.pipeline.test_hub import hcsmoe
 from tests.stages.runs import read_config

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import __version__, stage_keys
+from pipeline import __version__
+from pipeline.checks import check
+from pipeline.commands.status import describe_status
 from pipeline.config import load_config
 from pipeline.hub_data import is_dataset_name
-from pipeline.identity import differences, files_identity, key_of
-from pipeline.preflight import check
-from pipeline.stage_keys import Stages
-from pipeline.status import describe_status
-from stages.common.errors import InputError
+from pipeline.run import stage_keys
+from pipeline.run.identity import differences, files_identity, key_of
+from pipeline.run.stage_keys import Stages
+from stages.contracts.errors import InputError
 from tests.conftest import REPOSITORY
 from tests.runs import FinishedRun, write_run_file
 from tests.test_architecture import imported
@@ -107,7 +108,7 @@ def test_every_numeric_library_that_a_stage_imports_is_in_its_key() -> None:
 
 def test_a_version_is_read_without_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
     stage_keys.library_version.cache_clear()
-    monkeypatch.setattr("pipeline.stage_keys.metadata.version", lambda name: "2.13.0+cu128")
+    monkeypatch.setattr("pipeline.run.stage_keys.metadata.version", lambda name: "2.13.0+cu128")
     assert stage_keys.library_version("torch") == "2.13.0"
     stage_keys.library_version.cache_clear()
 

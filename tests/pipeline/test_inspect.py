@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.inspecting import inspect_model
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
+from pipeline.commands.inspect import inspect_model
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
 from tests.stages.runs import read_config, run_all, token_ids
 from tests.stages.tiny import NUM_EXPERTS, build, save
 

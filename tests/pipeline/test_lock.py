@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import lock
 from pipeline.errors import LockLost
-from pipeline.liveness import describe_process, is_gone
-from pipeline.lock import LOCK_FILE, RunLock
-from pipeline.lock_content import Holder, read_holder
-from pipeline.lock_files import LocalLockFile
-from stages.common.errors import InputError
+from pipeline.state import lock
+from pipeline.state.liveness import describe_process, is_gone
+from pipeline.state.lock import LOCK_FILE, RunLock
+from pipeline.state.lock_content import Holder, read_holder
+from pipeline.state.lock_files import LocalLockFile
+from stages.contracts.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
 DEAD_PID = 2**22 + 1  # no process has this number
@@ -64,7 +64,7 @@ def test_a_container_with_the_same_host_name_does_not_take_a_living_drivers_lock
     unshare = ["unshare", "--pid", "--fork", "--mount-proc"]
     if os.geteuid() != 0 or shutil.which("unshare") is None or subprocess.run([*unshare, "true"], check=False).returncode:
         pytest.skip("a process namespace needs root and the command unshare")
-    enter = f"from pathlib import Path; from pipeline.lock import RunLock; RunLock(Path({str(tmp_path)!r})).__enter__()"
+    enter = f"from pathlib import Path; from pipeline.state.lock import RunLock; RunLock(Path({str(tmp_path)!r})).__enter__()"
     with RunLock(tmp_path) as held:
         done = subprocess.run(
             [*unshare, sys.executable, "-c", enter], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False

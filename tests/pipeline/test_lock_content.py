@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.lock import LOCK_FILE, RunLock, describe_holder
-from pipeline.lock_content import Holder, read_holder
-from stages.common.errors import InputError
+from pipeline.state.lock import LOCK_FILE, RunLock, describe_holder
+from pipeline.state.lock_content import Holder, read_holder
+from stages.contracts.errors import InputError
 
 GOOD = {"host": "elsewhere", "pid": 7, "since": "2026-01-02 03:04:05 UTC", "token": "0f"}
 

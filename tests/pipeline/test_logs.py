@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import logs
-from pipeline.cleaning import describe_unused
+from pipeline.commands.clean import describe_unused
 from pipeline.config import load_config
-from pipeline.retry import pause_s, persist
+from pipeline.driver.retry import pause_s, persist
+from pipeline.state import logs
 from tests.pipeline.test_status import shown
 from tests.runs import FinishedRun, execute, write_run_file
 

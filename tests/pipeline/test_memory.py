@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.config import Calibration, Evaluation
-from pipeline.partition import held_bytes
+from pipeline.run.partition import held_bytes
 from stages.prepare.stage import survey_tables
 from tests.conftest import REPOSITORY
 from tests.stages.tiny import build, save
@@ -28,8 +28,8 @@ DATA = {
 _GROWTH = """
 import json, sys
 from pathlib import Path
-from pipeline.units import Hold, Unit
-from pipeline.worker import Worker
+from pipeline.driver.units import Hold, Unit
+from pipeline.driver.worker import Worker
 import stages.calibrate.stage, stages.evaluate.stage
 from stages.prepare.stage import survey_tables
 folder, stage, model = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -46,7 +46,7 @@ tokens = {"place": "calibration", "model": model, "data": [str(folder / "ids.npy
           "num_sequences": 32, "sequence_length": 256, "seed": 0, "trust_remote_code": False, "sequences_per_shard": 32}
 run(unit("tokens", "stages.prepare.stage:tokens_unit", tokens))
 before = peak()
-call = {"calibrate": "stages.calibrate.stage:open_shard", "evaluate": "stages.common.layer_shard:open_layer_shard"}[stage]
+call = {"calibrate": "stages.calibrate.stage:open_shard", "evaluate": "stages.model.layer_shard:open_layer_shard"}[stage]
 routers = {"routers": plan["routers"]} if stage == "calibrate" else {}
 hold = Hold("all", call, {"model": model, "first": 0, "stop": 4, "num_threads": 1, **routers})
 args = {"tokens_dir": stage, "shard": 0, "micro_batch": 16, "is_last": stage == "evaluate", "sampling": None}

@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.config import RunConfig, load_config
-from pipeline.naming import hub_name, model_name
-from stages.common.errors import InputError
-from stages.common.storage import absolute
+from pipeline.run.naming import hub_name, model_name
+from stages.contracts.errors import InputError
+from stages.io.storage import absolute
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import load, save_checkpoint, save_token_ids
 

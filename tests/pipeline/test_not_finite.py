@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from pipeline.cli import main
-from stages.common.paths import losses_file
-from stages.common.schemas import LOSSES, write_table
-from stages.common.unit import Job
+from stages.contracts.paths import losses_file
+from stages.contracts.schemas import LOSSES, write_table
+from stages.contracts.units import Job
 from stages.evaluate.stage import score_unit
 from tests.runs import write_run_file
 from tests.tiny import random_model, save_token_ids

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli import main
-from pipeline.printing import add_row, printable, printable_lines, show
-from pipeline.progress import Reporter
-from pipeline.units import Outcome
-from stages.common.errors import InputError
+from pipeline.display.printing import add_row, printable, printable_lines, show
+from pipeline.display.progress import Reporter
+from pipeline.driver.units import Outcome
+from stages.contracts.errors import InputError
 from tests.pipeline.fake import unit
 
 HOSTILE = {

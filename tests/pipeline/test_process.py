@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.process import COMPUTING, collection_paused
-from pipeline.worker import resolve
+from pipeline.driver.process import COMPUTING, collection_paused
+from pipeline.driver.worker import resolve
 from tests.conftest import REPOSITORY
 from tests.runs import write_run_file
 
@@ -38,8 +38,8 @@ def python(code: str, **env: str) -> tuple[int, str, str]:
 def test_a_worker_sets_what_libraries_read_while_torch_is_not_loaded(own: dict[str, str]) -> None:
     code = """
 import os, sys
-from pipeline.process import COMPUTING
-from pipeline.worker import Worker
+from pipeline.driver.process import COMPUTING
+from pipeline.driver.worker import Worker
 Worker()
 assert "torch" not in sys.modules
 print({name: os.environ.get(name) for name in COMPUTING})
@@ -49,7 +49,7 @@ print({name: os.environ.get(name) for name in COMPUTING})
 
 _KERNELS = """
 from pathlib import Path
-from pipeline.process import prepare_to_compute
+from pipeline.driver.process import prepare_to_compute
 {prepare}
 import torch
 torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def test_kernels_for_many_numbers_of_rows_are_not_all_kept() -> None:
 
 def test_nothing_is_collected_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("pipeline.worker.importlib.import_module", lambda name: seen.append(gc.isenabled()) or os)
+    monkeypatch.setattr("pipeline.driver.worker.importlib.import_module", lambda name: seen.append(gc.isenabled()) or os)
     resolve("any:getpid")
     assert (seen, gc.isenabled()) == ([False], True)
     with pytest.raises(ZeroDivisionError), collection_paused():
@@ -81,7 +81,7 @@ def test_nothing_is_collected_while_modules_are_imported(monkeypatch: pytest.Mon
 
 _LEAVES = """
 import atexit, sys, tempfile, threading, time, weakref
-from pipeline.process import run_and_leave
+from pipeline.driver.process import run_and_leave
 folder = tempfile.TemporaryDirectory()
 class Owner: pass
 owner = Owner()
@@ -107,7 +107,9 @@ def test_the_exit_code_is_the_programs_and_hooks_have_run(last: str, code: int) 
 
 
 def test_python_is_not_dismantled() -> None:
-    code = "import sys\nfrom pipeline.process import run_and_leave\nclass A:\n def __del__(self): print('gone')\na = A()\n"
+    code = (
+        "import sys\nfrom pipeline.driver.process import run_and_leave\nclass A:\n def __del__(self): print('gone')\na = A()\n"
+    )
     assert python(f"{code}run_and_leave(lambda: None)") == (0, "", "")
     assert python(f"{code}run_and_leave(lambda: sys.exit('a reason'))") == (1, "gone\n", "a reason\n")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_config
+from pipeline.driver.units import Unit
+from pipeline.driver.worker import Worker
 from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
-from pipeline.lock import RunLock
-from pipeline.logs import file_name
-from pipeline.units import Unit
-from pipeline.worker import Worker
-from stages.common.errors import InputError
+from pipeline.state.lock import RunLock
+from pipeline.state.logs import file_name
+from stages.contracts.errors import InputError
 from tests.runs import FinishedRun, digests, execute, write_run_file
 from tests.tiny import save_checkpoint
 
@@ -186,7 +186,7 @@ def test_a_worker_killed_between_writing_and_sealing_loses_nothing(
         seal(unit, *rest)
 
     seal = Worker.run.__globals__["seal"]
-    monkeypatch.setattr("pipeline.worker.seal", die_once)
+    monkeypatch.setattr("pipeline.driver.worker.seal", die_once)
     with pytest.raises(KeyboardInterrupt):
         execute(load_config(run_file, []))
     monkeypatch.undo()

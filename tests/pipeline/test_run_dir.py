@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cleaning import describe_unused, remove_unused
+from pipeline.checks import check
 from pipeline.cli import main
+from pipeline.commands.clean import describe_unused, remove_unused
 from pipeline.config import load_config
+from pipeline.driver.selection import delete, sweep
 from pipeline.errors import RunFailed
-from pipeline.identity import key_of
-from pipeline.preflight import check
-from pipeline.run_dir import check_run_dir
-from pipeline.selection import delete, sweep
-from pipeline.stage_keys import Stages
-from stages.common.errors import InputError
-from stages.common.storage import absolute
+from pipeline.run.identity import key_of
+from pipeline.run.run_dir import check_run_dir
+from pipeline.run.stage_keys import Stages
+from stages.contracts.errors import InputError
+from stages.io.storage import absolute
 from tests.runs import FinishedRun, digests, write_run_file
 
 Call = Callable[..., tuple[int, str]]
@@ -205,7 +205,7 @@ def test_clean_takes_what_is_used_from_the_record_not_from_the_versions_of_today
     copy: FinishedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else `clean` with another version of torch would remove all that the last run has made."""
-    monkeypatch.setattr("pipeline.stage_keys.library_version", lambda name: "99.1")
+    monkeypatch.setattr("pipeline.run.stage_keys.library_version", lambda name: "99.1")
     assert list(remove_unused(copy.run_dir)) == ["0 directories removed"]
 
 
@@ -327,6 +327,6 @@ def test_a_batch_goes_on_past_a_run_directory_that_cannot_be_written(copy: Finis
 
 
 def test_targets_whose_names_would_be_one_are_refused(copy: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.stage_keys.target_name", lambda num_experts: "5.25e-1f3a")
+    monkeypatch.setattr("pipeline.run.stage_keys.target_name", lambda num_experts: "5.25e-1f3a")
     with pytest.raises(InputError, match=r"num_experts has two targets whose name would be model-5\.25e-1f3a-stock; run them"):
         checked(copy.run_file, "clustering.num_experts=[3, 2]")

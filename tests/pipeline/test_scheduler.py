@@ -5,12 +5,12 @@ from collections import defaultdict
 
 import pytest
 
-from pipeline.drive import Driver
+from pipeline.driver.loop import Driver
+from pipeline.driver.run_state import UnitFailure
+from pipeline.driver.schedule import Schedule
+from pipeline.driver.units import Failure, Outcome, Unit
 from pipeline.errors import LockLost
 from pipeline.executors.base import Slot
-from pipeline.run_state import UnitFailure
-from pipeline.scheduler import Schedule
-from pipeline.units import Failure, Outcome, Unit
 from tests.pipeline.fake import RUN_DIR, FakeExecutor, ToyRun, chain, unit
 
 LOST = Failure("lost", "ActorDiedError: gone")
@@ -213,7 +213,7 @@ def test_after_a_failure_nothing_starts_what_runs_may_end_and_every_failure_is_t
 
 
 def test_waiting_without_a_worker_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.drive._IDLE_WARNING_S", -1)
+    monkeypatch.setattr("pipeline.driver.loop._IDLE_WARNING_S", -1)
     executor = FakeExecutor(0)
     waits = 0
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import FileRecord, manifest_path, read_manifest
-from pipeline.selection import leftovers, select
-from pipeline.units import Unit
-from pipeline.worker import Worker
+from pipeline.driver.selection import leftovers, select
+from pipeline.driver.units import Unit
+from pipeline.driver.worker import Worker
+from pipeline.state.manifest import FileRecord, manifest_path, read_manifest
 from tests.pipeline.fake import STAGE_DIR, at, chain, run_here, unit
 
 UNITS = chain(num_shards=3, num_tokens=2)

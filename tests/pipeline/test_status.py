@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipeline.commands.status import describe_status
 from pipeline.config import load_config
-from pipeline.events import EVENTS_FILE, last_run
+from pipeline.driver.units import Unit
 from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
-from pipeline.liveness import describe_process
-from pipeline.lock import LOCK_FILE
-from pipeline.status import describe_status
-from pipeline.units import Unit
-from stages.common.errors import InputError
+from pipeline.state.events import EVENTS_FILE, last_run
+from pipeline.state.liveness import describe_process
+from pipeline.state.lock import LOCK_FILE
+from stages.contracts.errors import InputError
 from tests.runs import FinishedRun, execute, write_run_file
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stages.common import tables
-from stages.common.paths import labels_file, statistics_file
+from stages.contracts import tables
+from stages.contracts.paths import labels_file, statistics_file
 from tests.runs import FinishedRun, digests
 from tests.tiny import FAMILIES, load, logits, random_ids
 

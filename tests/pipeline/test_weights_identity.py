@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline.weights_identity import NUM_SAMPLES, SAMPLE_BYTES, sampled_ranges, weights_identity
-from stages.common.checkpoint import Checkpoint
+from pipeline.run.weights_identity import NUM_SAMPLES, SAMPLE_BYTES, sampled_ranges, weights_identity
+from stages.checkpoint.folder import Checkpoint
 
 FILE = "model.safetensors"
 LARGE_BYTES = 40_000

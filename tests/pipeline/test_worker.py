@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.driver.units import Failure, Hold
+from pipeline.driver.worker import Worker
 from pipeline.executors.local import LocalExecutor
-from pipeline.units import Failure, Hold
-from pipeline.worker import Worker
-from stages.common.errors import InputError
-from stages.common.files import DigestingFile
-from stages.common.unit import Job, UnitResult
+from stages.contracts.errors import InputError
+from stages.contracts.units import Job, UnitResult
+from stages.io.files import DigestingFile
 from tests.pipeline.fake import at, unit
 
 REPOSITORY = Path(__file__).parents[2]
@@ -261,7 +261,7 @@ def test_each_units_memory_peak_is_its_own() -> None:
     script = """
 import sys, tempfile
 from pathlib import Path
-from pipeline.worker import Worker
+from pipeline.driver.worker import Worker
 from tests.pipeline.fake import at, unit
 hungry, small = at(Path(tempfile.mkdtemp()), [unit("hungry", call="tests.pipeline.test_worker:hungry"), unit("small")])
 worker = Worker(has_own_process=sys.argv[1] == "own")

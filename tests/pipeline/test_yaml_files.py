@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.batch import load_batch
+from pipeline.commands.batch import load_batch
 from pipeline.config import apply_setting, load_config
 from pipeline.yaml_files import MAX_FILE_BYTES, parse_yaml, read_yaml
-from stages.common.errors import InputError
+from stages.contracts.errors import InputError
 
 GOOD = "model: m\nrun_dir: r\ncalibration: {data: x.txt}\nclustering: {num_experts: 4}\n"
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

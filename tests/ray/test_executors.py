@@ -12,18 +12,18 @@ import pytest
 import ray
 
 from pipeline.config import Resources
-from pipeline.drive import Driver
+from pipeline.driver.loop import Driver
+from pipeline.driver.process import COMPUTING
+from pipeline.driver.run_state import UnitFailure
+from pipeline.driver.units import Failure, Outcome, Unit
 from pipeline.errors import RunFailed
 from pipeline.executors.base import Executor, Slot
 from pipeline.executors.local import LocalExecutor
 from pipeline.executors.ray import RayExecutor
-from pipeline.manifest import manifest_path, read_manifest
-from pipeline.process import COMPUTING
-from pipeline.run_state import UnitFailure
-from pipeline.units import Failure, Outcome, Unit
-from stages.common.errors import InputError
-from stages.common.files import write_bytes
-from stages.common.unit import Job, UnitResult
+from pipeline.state.manifest import manifest_path, read_manifest
+from stages.contracts.errors import InputError
+from stages.contracts.units import Job, UnitResult
+from stages.io.files import write_bytes
 from tests.pipeline.fake import RUN_DIR, STAGE_DIR, ToyRun, at, chain, unit
 from tests.runs import FinishedRun, write_run_file
 

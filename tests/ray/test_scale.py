@@ -11,10 +11,10 @@ import pytest
 import ray
 
 from pipeline.config import Resources
-from pipeline.drive import Driver
+from pipeline.driver.loop import Driver
+from pipeline.driver.units import Outcome, Unit
 from pipeline.executors.ray import RayExecutor
-from pipeline.units import Outcome, Unit
-from stages.common.unit import Job, UnitResult
+from stages.contracts.units import Job, UnitResult
 from tests.pipeline.fake import ToyRun, at, unit
 
 REPOSITORY = Path(__file__).parents[2]

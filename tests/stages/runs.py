@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pipeline.commands.run import run
 from pipeline.config import RunConfig
+from pipeline.display.progress import Reporter
+from pipeline.driver.run_state import RunOptions
 from pipeline.executors.local import LocalExecutor
-from pipeline.progress import Reporter
-from pipeline.run_state import RunOptions
-from pipeline.runner import run
-from stages.common.layer_shard import LayerShard
+from stages.model.layer_shard import LayerShard
 
 NUM_SEQUENCES, NUM_TOKENS = 4, 16
 

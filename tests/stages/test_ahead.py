@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from stages.common.ahead import ahead
+from stages.io.prefetch import ahead
 
 
 def test_items_come_in_order_and_no_more_than_the_depth_are_begun_in_advance() -> None:

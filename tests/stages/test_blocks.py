@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
-from stages.common.files import read_into, write_bytes, write_file
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.io.files import read_into, write_bytes, write_file
 from stages.merge import blocks
 from stages.merge.blocks import BUFFERS, ComputedMean, Mean, PlainMean, Stretch, write_means
 from tests.stages.runs import run_all, token_ids

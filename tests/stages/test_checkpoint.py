@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
-from stages.common.files import write_file
-from stages.common.headers import read_header, write_header
+from stages.checkpoint.folder import Checkpoint
+from stages.checkpoint.headers import read_header, write_header
+from stages.contracts.errors import InputError
+from stages.io.files import write_file
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -117,7 +117,9 @@ def test_holes_in_place_of_a_header_are_not_read(tmp_path: Path, monkeypatch: py
     with path.open("wb") as raw:
         raw.write((99_999_999).to_bytes(8, "little"))
         raw.truncate(10**9)
-    monkeypatch.setattr("stages.common.headers.read_range", lambda p, begin, count: read.append(count) or p.open("rb").read(9))
+    monkeypatch.setattr(
+        "stages.checkpoint.headers.read_range", lambda p, begin, count: read.append(count) or p.open("rb").read(9)
+    )
     with pytest.raises(InputError, match=r"the safetensors header is not JSON: it begins with b'\\x00'"):
         read_header(path)
     assert read == [9]

@@ -27,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from stages.common.families import SUPPORTED
+from stages.model.families import SUPPORTED
 from tests.stages.tiny import NUM_EXPERTS, build, save, tiny_config
 
 

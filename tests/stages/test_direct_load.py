@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.common import direct_load
-from stages.common.adapter import AdaptedModel
-from stages.common.checkpoint import Checkpoint
-from stages.common.direct_load import load_directly
-from stages.common.errors import InputError
-from stages.common.layer_shard import LayerShard
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.model import direct_load
+from stages.model.adapter import AdaptedModel
+from stages.model.direct_load import load_directly
+from stages.model.layer_shard import LayerShard
 from tests.tiny import FAMILIES, load, save_checkpoint
 
 

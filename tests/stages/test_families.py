@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from stages.common import tables
-from stages.common.adapter import auto_classes
-from stages.common.checkpoint import Checkpoint
-from stages.common.families import SUPPORTED, expert_count_fields, groups_in, mtp_fields, stock_targets, text_config
-from stages.common.paths import labels_file, statistics_file
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts import tables
+from stages.contracts.paths import labels_file, statistics_file
+from stages.model.adapter import auto_classes
+from stages.model.families import SUPPORTED, expert_count_fields, groups_in, mtp_fields, stock_targets, text_config
 from tests.stages.runs import aligned, load, logits, run_all, streamed_logits, tensor_bytes, token_ids
 from tests.stages.tiny import FAMILIES, NUM_EXPERTS, build, save
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.common.files import DigestingFile, copy_file, link_or_copy, write_bytes, write_file, write_json
+from stages.io.files import DigestingFile, copy_file, link_or_copy, write_bytes, write_file, write_json
 
 
 def listed(folder: Path) -> list[str]:

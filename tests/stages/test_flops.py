@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from stages.calibrate import statistics
 from stages.calibrate.stage import CalibrationShard, open_shard
 from stages.calibrate.statistics import Blocks, LayerStatistics
-from stages.common.expert_weights import ExpertWeights
-from stages.common.streaming import enter, run_layers
+from stages.model.expert_weights import ExpertWeights
+from stages.model.stream import enter, run_layers
 from stages.prepare.stage import survey_tables
 from tests.tiny import FAMILIES, random_ids
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pipeline.errors import RunFailed
-from stages.common import tables
-from stages.common.errors import InputError
-from stages.common.schemas import read_table
+from stages.contracts import tables
+from stages.contracts.errors import InputError
+from stages.contracts.schemas import read_table
 from stages.prepare.stage import sequences
 from tests.stages.runs import read_config, read_tensors, rewrite, run_all, token_ids
 from tests.stages.tiny import build, save

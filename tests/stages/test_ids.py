@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stages.common.errors import InputError
+from stages.contracts.errors import InputError
 from tests.stages.texts import drawn
 
 IDS_ST = np.arange(60).reshape(6, 10)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
-from stages.common.layer_shard import LayerShard
-from stages.common.streaming import enter, leave, run_layers
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.model.layer_shard import LayerShard
+from stages.model.stream import enter, leave, run_layers
 from tests.conftest import REPOSITORY
 from tests.runs import FinishedRun
 from tests.tiny import FAMILIES, load, logits, random_ids, save_checkpoint
@@ -49,8 +49,8 @@ def test_streamed_logits_are_the_whole_models_bit_for_bit(tmp_path: Path, family
 
 _HOW_EXPERTS_RUN = """
 import sys
-from stages.common.checkpoint import Checkpoint
-from stages.common.layer_shard import LayerShard
+from stages.checkpoint.folder import Checkpoint
+from stages.model.layer_shard import LayerShard
 print(LayerShard(Checkpoint(sys.argv[1]), 0, 1, num_threads=1).model.config._experts_implementation)
 """
 

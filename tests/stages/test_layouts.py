@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
-from stages.common.checkpoint import Checkpoint
+from stages.checkpoint.folder import Checkpoint
 from tests.stages.runs import load, logits, read_config, read_tensors, run_all, tensor_bytes, token_ids
 from tests.stages.tiny import NUM_EXPERTS, build, fill, save, tiny_config
 

@@ -11,7 +11,7 @@ import pytest
 from scipy.cluster import hierarchy
 
 from stages.cluster.linkage import all_cuts, cut, link
-from stages.common.errors import InputError
+from stages.contracts.errors import InputError
 
 NUM_EXPERTS = 9
 

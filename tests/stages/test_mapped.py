@@ -15,11 +15,11 @@ from stages.calibrate import statistics as calibrate_statistics
 from stages.calibrate.stage import CalibrationShard, open_shard
 from stages.calibrate.statistics import LayerStatistics
 from stages.calibrate.totals import outputs
-from stages.common import direct_load
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
-from stages.common.layer_shard import LayerShard
-from stages.common.streaming import enter, run_layers
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.model import direct_load
+from stages.model.layer_shard import LayerShard
+from stages.model.stream import enter, run_layers
 from stages.prepare.stage import survey_tables
 from tests.conftest import REPOSITORY
 from tests.stages.tiny import build, save
@@ -92,7 +92,7 @@ import sys
 import torch
 from pathlib import Path
 from stages.calibrate.totals import outputs
-from stages.common import direct_load
+from stages.model import direct_load
 from tests.stages.test_mapped import calibrated, opened
 from tests.tiny import random_ids
 direct_load.MAPPED_BYTES = int(sys.argv[2])
@@ -151,7 +151,7 @@ def test_where_a_file_cannot_be_mapped_it_is_loaded(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENODEV, "No such device")
 
-    monkeypatch.setattr("stages.common.mapped.mmap.mmap", refuse)
+    monkeypatch.setattr("stages.model.mapped.mmap.mmap", refuse)
     assert not opened(tiny_checkpoint("mixtral")).shard.expert_weights(0).experts.down_proj.is_meta
 
 

@@ -16,20 +16,20 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from pipeline.checks import check
 from pipeline.errors import RunFailed
-from pipeline.preflight import check
-from stages.calibrate.products import gates_by_halves
-from stages.common import trial
-from stages.common.adapter import AdaptedModel, build_meta_model
-from stages.common.checkpoint import Checkpoint
-from stages.common.config_checks import check_config
-from stages.common.errors import InputError
-from stages.common.expert_weights import ExpertsLayout
-from stages.common.families import SUPPORTED, WRAPPERS, text_config
-from stages.common.model_config import load_config, reads_config, stated_dtype, writable
-from stages.common.tied import modeling_source
-from stages.common.trial import check_forward
-from stages.prepare.survey import survey
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.model import trial
+from stages.model.adapter import AdaptedModel, build_meta_model
+from stages.model.config_checks import check_config
+from stages.model.expert_weights import ExpertsLayout
+from stages.model.families import SUPPORTED, WRAPPERS, text_config
+from stages.model.model_config import load_config, reads_config, stated_dtype, writable
+from stages.model.products import gates_by_halves
+from stages.model.survey import survey
+from stages.model.tied import modeling_source
+from stages.model.trial import check_forward
 from tests.stages.runs import load, read_config, run_all, run_config, token_ids
 from tests.stages.tiny import build, save, tiny_config
 
@@ -389,6 +389,6 @@ def test_experts_of_an_unknown_class_are_refused_and_never_taken_for_llama_4(
 
 
 def test_a_fault_of_a_config_starts_no_import_of_torch() -> None:
-    code = "import sys, stages.common.config_checks; print('torch' in sys.modules)"
+    code = "import sys, stages.model.config_checks; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.stdout.strip() == "False"

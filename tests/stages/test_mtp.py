@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.common.errors import InputError
+from stages.contracts.errors import InputError
 from stages.prepare.stage import survey_tables
 from tests.stages.runs import load, logits, read_config, read_tensors, rewrite, run_all, tensor_bytes, token_ids
 from tests.stages.tiny import NUM_EXPERTS, build, save

@@ -9,8 +9,8 @@ from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeou
 from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
-from stages.common.errors import InputError
-from stages.common.storage import is_passing, remedy_for
+from stages.contracts.errors import InputError
+from stages.io.storage import is_passing, remedy_for
 
 
 def answer(code: str, status: int) -> Exception:

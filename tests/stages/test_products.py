@@ -11,11 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.calibrate import statistics
-from stages.calibrate.products import can_group, gates_by_halves, padded, room_for
 from stages.calibrate.sampling import Sample
 from stages.calibrate.statistics import LayerStatistics
-from stages.common.expert_weights import ExpertWeights
-from stages.common.streaming import enter, run_layers
+from stages.model.expert_weights import ExpertWeights
+from stages.model.products import can_group, gates_by_halves, padded, room_for
+from stages.model.stream import enter, run_layers
 from tests.stages.test_mapped import calibrated, opened
 from tests.stages.tiny import build, save
 from tests.tiny import random_ids

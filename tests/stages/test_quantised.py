@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
-from stages.common.reader import dequantise_fp8, dequantise_mxfp4
-from stages.prepare.survey import survey
+from stages.checkpoint.folder import Checkpoint
+from stages.checkpoint.reader import dequantise_fp8, dequantise_mxfp4
+from stages.contracts.errors import InputError
+from stages.model.survey import survey
 from tests.stages.runs import load, logits, read_config, read_tensors, rewrite, run_all, streamed_logits, token_ids
 from tests.stages.tiny import build, save
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.common.checkpoint import Checkpoint
-from stages.common.layer_shard import LayerShard
+from stages.checkpoint.folder import Checkpoint
+from stages.model.layer_shard import LayerShard
 
 
 def _asked_for(monkeypatch: pytest.MonkeyPatch, ask: Callable[[], None]) -> Counter[tuple[str, int, int]]:
@@ -26,8 +26,8 @@ def _asked_for(monkeypatch: pytest.MonkeyPatch, ask: Callable[[], None]) -> Coun
         assert advice == os.POSIX_FADV_WILLNEED
         asked[names[descriptor], begin, num_bytes] += 1
 
-    monkeypatch.setattr("stages.common.file_cache.os.open", opened)
-    monkeypatch.setattr("stages.common.file_cache.os.posix_fadvise", advised)
+    monkeypatch.setattr("stages.io.file_cache.os.open", opened)
+    monkeypatch.setattr("stages.io.file_cache.os.posix_fadvise", advised)
     ask()
     for thread in threading.enumerate():
         if thread.name == "read ahead":

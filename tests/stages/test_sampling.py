@@ -14,10 +14,10 @@ from stages.calibrate.sampling import Sample
 from stages.calibrate.statistics import LayerStatistics
 from stages.calibrate.totals import finish, outputs
 from stages.cluster.certainty import adjusted_rand_index, halves, relative_standard_errors
-from stages.common import tables
-from stages.common.expert_weights import ExpertWeights
-from stages.common.paths import errors_file, groups_file, labels_file, stability_file, statistics_file
-from stages.common.schemas import read_table
+from stages.contracts import tables
+from stages.contracts.paths import errors_file, groups_file, labels_file, stability_file, statistics_file
+from stages.contracts.schemas import read_table
+from stages.model.expert_weights import ExpertWeights
 from tests.runs import FinishedRun, write_run_file
 from tests.stages.runs import run_all, token_ids
 from tests.stages.tiny import build, save

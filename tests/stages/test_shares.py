@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stages.common.tables import Statistics
+from stages.contracts.tables import Statistics
 from stages.merge.shares import METHODS, ROUTERS, shares_by_cluster
 
 LABELS_E = np.array([0, 1, 0, 2, 1, 1])

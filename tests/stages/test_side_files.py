@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.identity import model_identity
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
-from stages.common.untrusted import MAX_SMALL_BYTES
+from pipeline.run.identity import model_identity
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.io.untrusted import MAX_SMALL_BYTES
 from tests.stages.runs import read_config, run_all, tensor_bytes, token_ids
 from tests.stages.tiny import build, save
 

@@ -16,9 +16,9 @@ from torch.nn.functional import silu
 
 from stages.calibrate.statistics import LayerStatistics
 from stages.calibrate.totals import add, finish, outputs
-from stages.common.errors import InputError
-from stages.common.expert_weights import ExpertWeights
-from stages.common.tables import PartialStatistics, Statistics
+from stages.contracts.errors import InputError
+from stages.contracts.tables import PartialStatistics, Statistics
+from stages.model.expert_weights import ExpertWeights
 from tests.tiny import FAMILIES, load, logits, random_ids
 
 

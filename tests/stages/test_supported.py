@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.preflight import check
-from stages.common.errors import InputError
-from stages.common.families import REFUSED, SUPPORTED, WRAPPERS, family_of, groups_in, stock_targets
+from pipeline.checks import check
+from stages.contracts.errors import InputError
+from stages.model.families import REFUSED, SUPPORTED, WRAPPERS, family_of, groups_in, stock_targets
 from tests.stages.runs import run_config, token_ids
 from tests.stages.test_families import CASES
 from tests.stages.test_layouts import test_language_model_of_a_multimodal_wrapper as wrapper_test

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from stages.common.errors import InputError
-from stages.common.paths import statistics_file
-from stages.common.schemas import LABELS, TOKENS, read_table, write_table
-from stages.common.tables import labels, statistics, token_ids
+from stages.contracts.errors import InputError
+from stages.contracts.paths import statistics_file
+from stages.contracts.schemas import LABELS, TOKENS, read_table, write_table
+from stages.contracts.tables import labels, statistics, token_ids
 from tests.runs import FinishedRun
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.common.errors import InputError
+from stages.contracts.errors import InputError
 from stages.prepare import documents
 from stages.prepare.documents import read_documents, seeded_order
 from stages.prepare.lines import PIECE_BYTES

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.common.errors import InputError
-from stages.prepare.texts import list_files
+from stages.contracts.errors import InputError
+from stages.io.texts import list_files
 from tests import HOME
 from tests.stages.texts import COMPRESS, drawn, json_line, words
 

@@ -10,9 +10,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, MixtralForCausalLM, MixtralModel, PreTrainedModel
 
-from stages.common.adapter import build_meta_model
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.model.adapter import build_meta_model
 from tests.stages.runs import load, run_all, token_ids
 from tests.stages.tiny import NUM_EXPERTS, build, save
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
-from stages.common.layer_shard import LayerShard
-from stages.prepare.survey import survey
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.model.layer_shard import LayerShard
+from stages.model.survey import survey
 from tests.stages.runs import load, logits, read_config, read_tensors, rewrite, run_all, token_ids
 from tests.stages.tiny import build, save
 

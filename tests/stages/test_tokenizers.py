@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 import tiktoken
 
-from stages.common.errors import InputError
+from stages.contracts.errors import InputError
 from tests.stages.texts import EXAMPLE, drawn, model_folder
 
 TEXT = "the house stands by the river and the water flows "

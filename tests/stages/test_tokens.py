@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from stages.common.errors import InputError
+from stages.contracts.errors import InputError
 from stages.prepare.tokens import POOL_FACTOR, Tokens, draw_sequences
 
 

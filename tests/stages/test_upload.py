@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.common import direct_load, upload
-from stages.common.checkpoint import Checkpoint
-from stages.common.layer_shard import LayerShard
-from stages.common.upload import Upload
+from stages.checkpoint.folder import Checkpoint
+from stages.model import direct_load, upload
+from stages.model.layer_shard import LayerShard
+from stages.model.upload import Upload
 
 
 class LateCopies:

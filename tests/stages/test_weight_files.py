@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.commands.inspect import describe_model, inspect_model
 from pipeline.errors import RunFailed
-from pipeline.inspecting import describe_model, inspect_model
-from stages.common.checkpoint import Checkpoint
-from stages.common.errors import InputError
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
 from stages.merge import stage as merge_stage
 from stages.prepare.stage import survey_tables
 from tests.stages.runs import (

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stages.common.storage import as_path, file_system
+from stages.io.storage import as_path, file_system
 from tests.deploy.ray_head import free_ports
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import save_checkpoint, save_token_ids

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from stages.common.errors import InputError
-from stages.common.storage import STORES, as_path
+from stages.contracts.errors import InputError
+from stages.io.storage import STORES, as_path
 from tests.conftest import REPOSITORY
 from tests.storage.conftest import SECRET
 
@@ -81,8 +81,8 @@ def test_a_url_of_what_is_no_object_store_is_one_error(url: str, says: str) -> N
 
 
 def test_a_hub_model_needs_files_to_be_downloaded_to(s3: str, remote_run_file: RunFile) -> None:
+    from pipeline.checks import check
     from pipeline.config import load_config
-    from pipeline.preflight import check
 
     with pytest.raises(InputError, match=r"cache_dir is missing: org/name is downloaded to files, and run_dir s3://"):
         check(load_config(remote_run_file({"model": "org/name"}), []))

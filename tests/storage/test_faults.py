@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.executors.ray import connect
-from stages.common.storage import as_path
+from stages.io.storage import as_path
 from tests.cluster.faults import FaultyExecutor
 from tests.cluster.test_driver import start
 from tests.conftest import REPOSITORY

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import s3fs
 
-from pipeline.weights_identity import weights_identity
-from stages.common.checkpoint import Checkpoint
-from stages.common.storage import as_path
+from pipeline.run.weights_identity import weights_identity
+from stages.checkpoint.folder import Checkpoint
+from stages.io.storage import as_path
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_no_object_is_read_for_its_identity(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_a_store_without_tags_is_asked_for_headers_and_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.weights_identity.entity_tags", lambda folder: {})
+    monkeypatch.setattr("pipeline.run.weights_identity.entity_tags", lambda folder: {})
     before = weights_identity(Checkpoint(folder))
     name = sorted(before)[0]
     content = (folder / name).read_bytes()

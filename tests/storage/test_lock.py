@@ -13,13 +13,13 @@ from botocore.exceptions import ClientError
 from s3fs import S3File
 from s3fs.errors import translate_boto_error
 
-from pipeline import lock
-from pipeline.liveness import describe_process
-from pipeline.lock import LOCK_FILE, RunLock
-from pipeline.lock_content import Holder
-from pipeline.lock_files import ObjectLockFile
-from stages.common.errors import InputError
-from stages.common.storage import as_path, create_exclusively
+from pipeline.state import lock
+from pipeline.state.liveness import describe_process
+from pipeline.state.lock import LOCK_FILE, RunLock
+from pipeline.state.lock_content import Holder
+from pipeline.state.lock_files import ObjectLockFile
+from stages.contracts.errors import InputError
+from stages.io.storage import as_path, create_exclusively
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_writes_of_one_name_at_the_same_moment_are_tried_again(
         return call(self, method, *args, **kwargs)
 
     monkeypatch.setattr(S3File, "_call_s3", conflicting)
-    monkeypatch.setattr("stages.common.storage._CONFLICT_WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("stages.io.storage._CONFLICT_WAITS_S", (0.0, 0.0, 0.0))
     if num_conflicts == 9:
         with pytest.raises(OSError, match="try again"):
             create_exclusively(run_dir / "name", b"ours")

@@ -10,13 +10,13 @@ import pytest
 import s3fs
 from botocore.exceptions import EndpointConnectionError
 
-from pipeline import lock
-from pipeline.lock import LOCK_FILE, RunLock
-from pipeline.lock_content import Holder
-from pipeline.lock_files import ObjectLockFile
-from stages.common.checkpoint import Checkpoint
-from stages.common.files import read_into
-from stages.common.storage import as_path, check_readable
+from pipeline.state import lock
+from pipeline.state.lock import LOCK_FILE, RunLock
+from pipeline.state.lock_content import Holder
+from pipeline.state.lock_files import ObjectLockFile
+from stages.checkpoint.folder import Checkpoint
+from stages.io.files import read_into
+from stages.io.storage import as_path, check_readable
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_only_the_models_own_folder_is_listed(model_url: str, monkeypatch: pytes
 
 def test_a_small_object_is_one_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A manifest by parts would cost three round trips, and a killed writer would leave parts that are paid for."""
-    from stages.common.files import write_json
+    from stages.io.files import write_json
 
     call, asked = s3fs.core.S3File._call_s3, []
 

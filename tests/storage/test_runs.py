@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import s3fs
 
-from pipeline.cleaning import describe_unused, remove_unused
-from pipeline.status import describe_status
-from stages.common.storage import as_path
+from pipeline.commands.clean import describe_unused, remove_unused
+from pipeline.commands.status import describe_status
+from stages.io.storage import as_path
 from tests.runs import FinishedRun, execute
 from tests.storage.conftest import results_of
 
@@ -125,7 +125,7 @@ def test_clean_keeps_a_published_copy_that_is_the_source_of_the_last_run(remote_
 
 
 def test_an_object_of_a_failing_writer_is_never_there(s3: str) -> None:
-    from stages.common.files import DigestingFile, write_file
+    from stages.io.files import DigestingFile, write_file
 
     path = as_path(f"{s3}/failing/weights.safetensors")
     part = b"x" * (1 << 24)

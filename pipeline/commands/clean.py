@@ -1,0 +1,64 @@
+"""`clean`: what no key of the last run uses."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.display.sizes import human_bytes
+from pipeline.run.owned import remove_stage_folder, stage_folders
+from pipeline.run.publish import unpublish_lost
+from pipeline.run.record import RunRecord, read_record
+from pipeline.state.lock import RunLock
+from pipeline.state.manifest import MANIFESTS_DIR
+from stages.io.storage import absolute, is_remote
+
+
+def describe_unused(where: str | Path) -> Iterator[str]:
+    """Lines that list the stage folders that the last run does not use. Raises InputError when there was no run."""
+    run_dir = absolute(where)
+    folders = unused(run_dir, read_record(run_dir))
+    for folder in folders:
+        yield f"{folder.name}  {human_bytes(size_of(folder))}"
+    yield f"{len(folders)} directories not used by the last run; --yes removes them"
+
+
+def remove_unused(where: str | Path) -> Iterator[str]:
+    """Remove them, and the names under `models/` that led to them: a line for each that is gone.
+
+    Raises InputError when there was no run or a driver is at work, OSError for what cannot be removed.
+    """
+    run_dir = absolute(where)
+    read_record(run_dir)  # before a lock is made in what is no run directory
+    with RunLock(run_dir) as lock:
+        record = read_record(run_dir)
+        folders = unused(run_dir, record)
+        for folder in folders:
+            num_bytes = size_of(folder)
+            lock.check()
+            remove_stage_folder(run_dir, folder, MANIFESTS_DIR)
+            yield f"{folder.name}  {human_bytes(num_bytes)}  removed"
+        lock.check()
+        unpublish_lost(run_dir, keep=_top(run_dir / "models", record.model))
+    yield f"{len(folders)} directories removed"
+
+
+def unused(run_dir: Path, record: RunRecord) -> list[Path]:
+    """Folders that stages of other settings have made, but for those that the last run reads: its model may be a result of an
+    earlier run in the same run directory."""
+    texts = [record.config.calibration, record.config.evaluation]
+    inputs = [record.model, *(name for text in texts if text is not None for name in text.data)]
+    used = {*record.stage_dirs, *(_top(run_dir, name) for name in inputs)}
+    return [folder for folder in stage_folders(run_dir) if folder.name not in used]
+
+
+def _top(folder: Path, name: str) -> str | None:
+    """The entry of a folder that a path leads through; None if it leads elsewhere."""
+    if is_remote(folder):
+        inside = name.removeprefix(f"{folder}/")
+        return inside.partition("/")[0] if inside != name else None
+    path = Path(name).resolve()
+    return path.relative_to(folder).parts[0] if path != folder and path.is_relative_to(folder) else None
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder; hard links count each time, links not."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if not path.is_symlink() and path.is_file())

@@ -1,0 +1,63 @@
+"""The result table."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from pipeline.display.printing import add_row
+
+
+def perplexity_text(model: Mapping[str, Any]) -> str:
+    """A model's perplexity for people: "-" where it was not evaluated or has no loss, "inf" where no float is so large."""
+    if model.get("loss") is None:
+        return "-"
+    return "inf" if model["perplexity"] is None else f"{model['perplexity']:.3f}"
+
+
+def _percentage(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def result_table(report: Mapping[str, Any]) -> Table:
+    """One row a model of `report.json`; a model's name is that of its folder. Fits into 80 columns."""
+    table = Table(title=None)
+    table.add_column("model", no_wrap=True)
+    for column in ("experts a layer", "parameters", "bytes on disk", "perplexity"):
+        table.add_column(column, justify="right")
+    for model in report["models"]:
+        count = model["num_experts"]
+        experts = str(count) if isinstance(count, int) else f"{min(count)}-{max(count)}"
+        add_row(table, (model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity_text(model)))
+    return table
+
+
+def weights_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What a checkpoint holds beside the weights that transformers loads, for `plan`, `inspect` and the log.
+
+    facts: `unloaded_tensors`, `first_unloaded_tensor` and `ignored_files` of the survey.
+    """
+    if facts["ignored_files"]:
+        yield f"not read     {', '.join(facts['ignored_files'])}: model.safetensors comes first, as in transformers"
+    if facts["unloaded_tensors"]:
+        others = facts["unloaded_tensors"] - 1
+        more = f" and {others} more" if others else ""
+        yield f"not loaded   {facts['first_unloaded_tensor']}{more}: transformers does not use this; exports keep it as it is"
+
+
+def certainty_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """How certain the clusterings are, where un-routed means are those of a sample; nothing otherwise."""
+    certainty = report.get("certainty")
+    if certainty is None:
+        return
+    fraction = report["settings"]["calibration"]["sampling"]["fraction"]
+    yield (
+        f"sampled      {fraction:.0%} of the tokens for mean outputs: standard error "
+        f"{_percentage(certainty['mean_relative_standard_error'])} of a mean, "
+        f"at most {_percentage(certainty['largest_relative_standard_error'])}"
+    )
+    for target, found in certainty["stability"].items():
+        yield (
+            f"stability    {target}: halves of the data give the same labels in {found['equal_share']:.0%} of draws, "
+            f"adjusted Rand index {found['mean_adjusted_rand_index']:.2f}"
+        )

@@ -1,0 +1,63 @@
+"""Which units must run, read from manifests and files alone."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pipeline.driver.units import Unit
+from pipeline.run.owned import check_unlinked, remove_file
+from pipeline.state.manifest import read_manifest
+from stages.io.files import TEMPORARY_PREFIX
+from stages.io.storage import is_remote, remove_tree
+
+
+def select(units: Sequence[Unit], verify: bool) -> list[Unit]:
+    """The units that must run, in order: those not sealed, and the makers of transient files that they lack.
+
+    A maker of transient files that nobody lacks is left alone, sealed or not. verify: compare digests, not only sizes.
+    """
+    must_run: set[str] = set()
+    lacking: set[str] = set()
+    for unit in reversed(units):
+        manifest = read_manifest(unit)
+        if unit.writes:
+            runs = any(
+                path in lacking and not (manifest is not None and manifest.has_transient(unit, path, verify))
+                for path in unit.writes
+            )
+        else:
+            runs = manifest is None or not manifest.is_whole(unit, verify)
+        if runs:
+            must_run.add(unit.id)
+            lacking.update(unit.reads)
+    return [unit for unit in units if unit.id in must_run]
+
+
+def leftovers(units: Sequence[Unit], selected: Sequence[Unit]) -> set[str]:
+    """Transient files that no unit will read again: a crash between a seal and the deletion may have left them."""
+    chosen = {unit.id for unit in selected}
+    wanted = {path for unit in selected for path in (*unit.reads, *unit.writes)}
+    return {path for unit in units if unit.id not in chosen for path in unit.reads} - wanted
+
+
+def delete(run_dir: Path, paths: Iterable[str]) -> None:
+    """Delete transient files of a run. Raises InputError for one that lies behind a link."""
+    for path in paths:
+        remove_file(run_dir, path)
+
+
+def sweep(run_dir: Path, stage_dirs: Iterable[str], folders: Sequence[str] = ()) -> None:
+    """Delete the temporary files that killed workers have left in the stages' directories, and these folders of them.
+
+    Raises InputError for a stage's directory that is a link.
+    """
+    for stage_dir in stage_dirs:
+        check_unlinked(run_dir, run_dir / stage_dir)
+        for folder in folders:
+            remove_tree(run_dir / stage_dir / folder)
+        if is_remote(run_dir):
+            continue  # an object is whole or not there
+        for folder_name, _, names in os.walk(run_dir / stage_dir):  # follows no link
+            for name in names:
+                if name.startswith(TEMPORARY_PREFIX):
+                    Path(folder_name, name).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""One run: its identity, keys, units and published names."""

@@ -1,0 +1,84 @@
+"""Whether a run may work in a run directory: nothing of anybody else's is in its way, and it can write there."""
+
+import os
+import stat
+from pathlib import Path
+
+from pipeline.errors import RunFailed
+from pipeline.run.owned import IDENTITY_FILE, check_unlinked
+from pipeline.run.publish import MODELS_DIR
+from pipeline.run.record import RUN_FILE
+from pipeline.run.stage_keys import Stages
+from pipeline.state.events import EVENTS_FILE
+from pipeline.state.manifest import MANIFESTS_DIR
+from stages.contracts.errors import InputError
+from stages.contracts.paths import REPORT_FILE, TRANSIENT_DIRS
+from stages.io.storage import is_remote
+
+
+def check_run_dir(run_dir: Path, model: Path, stages: Stages) -> None:
+    """Check a run directory (absolute) before a run writes to it. Reads no more than names.
+
+    Raises InputError where the model's folder and the run directory would mix, or where links or files of others stand in the
+    place of what the run makes; RunFailed where it cannot write.
+    """
+    stage_dirs = [stage.dir for stage in stages.all()]
+    _check_apart(run_dir, model, stage_dirs)
+    names = [target.name for target in stages.targets]
+    if len(set(names)) < len(names):
+        (name, *_) = sorted(name for name in names if names.count(name) > 1)
+        raise InputError(f"clustering.num_experts has two targets whose name would be {name}; run them in two run directories")
+    if is_remote(run_dir):
+        return
+    _check_writable(run_dir)
+    for name in stage_dirs:
+        _check_folder(run_dir / name)
+        for part in (*TRANSIENT_DIRS, MANIFESTS_DIR):
+            check_unlinked(run_dir, run_dir / name / part)
+            _check_folder(run_dir / name / part)
+        _check_file(run_dir / name / IDENTITY_FILE)
+    for name in (RUN_FILE, EVENTS_FILE, REPORT_FILE):
+        _check_file(run_dir / name)
+    models = run_dir / MODELS_DIR
+    check_unlinked(run_dir, models)
+    _check_folder(models)
+    for name in names:
+        if os.path.lexists(models / name) and not (models / name).is_symlink():
+            raise InputError(f"{models / name} is not a link that an earlier run has made; move it away, the model goes there")
+
+
+def _check_apart(run_dir: Path, model: Path, stage_dirs: list[str]) -> None:
+    if run_dir == model or model in run_dir.parents:
+        where = "is" if run_dir == model else "lies in"
+        raise InputError(
+            f"run_dir {run_dir} {where} the model's folder {model}, whose files are exported with the model; give a folder "
+            "elsewhere"
+        )
+    for name in stage_dirs:
+        if run_dir / name in (model, *model.parents):
+            raise InputError(f"model {model} lies in {run_dir / name}, which this run writes to; move the model elsewhere")
+
+
+def _check_file(path: Path) -> None:
+    """Nothing there, or a regular file: a link may lead out of the run directory, and a pipe lets whoever opens it wait."""
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise InputError(f"{path} is no regular file; remove it, a file of the run goes there")
+
+
+def _check_folder(path: Path) -> None:
+    """Nothing there, or a folder that can be written to."""
+    if path.exists():
+        _check_writable(path)
+
+
+def _check_writable(folder: Path) -> None:
+    """Whether a folder can be written to, or made. Nothing is written: a run that is refused leaves nothing."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise RunFailed(f"{folder} cannot be written to: {existing} is not a folder; give another run_dir or move it away")
+    with_rights_of_process = os.access in os.supports_effective_ids
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=with_rights_of_process):
+        raise RunFailed(
+            f"{folder} cannot be written to: {existing} is read-only for user {os.geteuid()}; change its permissions or "
+            "give another run_dir"
+        )

@@ -1,0 +1,1 @@
+"""Files that hold the state of a run: manifests, events, lock, logs."""

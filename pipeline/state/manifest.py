@@ -1,0 +1,100 @@
+"""Manifests: the seal of a unit, written last, by whoever ran it. Whether work is done is read from here only."""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from pipeline.driver.units import Unit
+from stages.contracts.errors import InputError
+from stages.contracts.units import UnitResult
+from stages.io.files import WrittenFile, sha256_of, write_json
+from stages.io.storage import as_path
+from stages.io.untrusted import check_regular, read_small
+
+MANIFESTS_DIR = "manifests"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and digest of a file, as its seal has them."""
+
+    bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A sealed unit: its stage directory and name, what it wrote (paths relative to the run directory, size, digest), its
+    facts, and by whom and when."""
+
+    unit: str
+    files: dict[str, FileRecord]
+    transient: dict[str, FileRecord]
+    facts: dict[str, Any]
+    host: str
+    started: float
+    elapsed_s: float
+
+    def is_whole(self, unit: Unit, verify: bool) -> bool:
+        """Whether the files are there with the recorded sizes, and under `verify` with the recorded digests."""
+        return all(_is_whole(as_path(unit.run_dir) / path, recorded, verify) for path, recorded in self.files.items())
+
+    def has_transient(self, unit: Unit, path: str, verify: bool) -> bool:
+        """The same for one transient file."""
+        return path in self.transient and _is_whole(as_path(unit.run_dir) / path, self.transient[path], verify)
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def _name(unit: Unit) -> str:
+    return f"{unit.stage_dir}/{unit.name}"
+
+
+def _is_whole(path: Path, recorded: FileRecord, verify: bool) -> bool:
+    try:
+        check_regular(path)
+        if path.stat().st_size != recorded.bytes:
+            return False
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no regular file, or a path that cannot be one
+        return False
+    return not verify or sha256_of(path) == recorded.sha256
+
+
+def manifest_path(unit: Unit) -> Path:
+    """Where a unit's manifest lies."""
+    return as_path(unit.run_dir) / unit.stage_dir / MANIFESTS_DIR / f"{unit.name}.json"
+
+
+def _records(run_dir: Path, files: tuple[WrittenFile, ...]) -> dict[str, dict[str, Any]]:
+    return {file.path.relative_to(run_dir).as_posix(): {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
+
+
+def seal(unit: Unit, result: UnitResult, started: float) -> None:
+    """Write a unit's manifest."""
+    run_dir = as_path(unit.run_dir)
+    manifest = {
+        "unit": _name(unit),
+        "files": _records(run_dir, result.files),
+        "transient": _records(run_dir, result.transient),
+        "facts": dict(result.facts),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": started,
+        "elapsed_s": time.time() - started,
+    }
+    write_json(manifest_path(unit), manifest)
+
+
+def read_manifest(unit: Unit) -> Manifest | None:
+    """A unit's manifest, or None if it is not sealed. A damaged manifest (they are written whole) seals nothing."""
+    try:
+        manifest = _MANIFEST.validate_json(read_small(manifest_path(unit)))
+    except (FileNotFoundError, NotADirectoryError, InputError, ValidationError):
+        return None
+    return manifest if manifest.unit == _name(unit) else None

@@ -1,0 +1,1 @@
+"""A checkpoint as it lies on disk: its folder, headers, quantised tensors, side files, readers."""

@@ -1,0 +1,1 @@
+"""What stages and pipeline agree on: units, file formats, paths. No torch."""

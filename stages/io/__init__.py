@@ -1,0 +1,1 @@
+"""Files and storage: atomic writes, digests, prefetching, bounded reading, texts. No torch."""

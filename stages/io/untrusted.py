@@ -1,0 +1,74 @@
+"""Small files that somebody else wrote: read whole, but only regular files, and only up to a stated size."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from stages.contracts.errors import InputError
+from stages.io.storage import is_remote
+
+MAX_SMALL_BYTES = 1 << 28
+"""Bound for configs, indices and tokenizers. The largest that we know, an index of 90,000 tensors, takes 10 MB."""
+
+MAX_SHOWN = 1000
+"""Characters of a name that an error shows; longer names are shortened."""
+
+
+def shown(text: str) -> str:
+    """Text from outside as an error shows it: one line, not too long. What models really have is shown as it is."""
+    shortened = text if len(text) <= MAX_SHOWN else f"{text[:80]}... ({len(text):,} characters)"
+    return shortened if shortened.isprintable() else ascii(shortened)
+
+
+def check_regular(path: Path) -> None:
+    """Raise InputError unless path is a regular file or a link to one. A pipe or a device may never end, or never begin.
+
+    Raises FileNotFoundError when there is nothing at all, a link that leads nowhere included.
+    """
+    if is_remote(path):
+        return  # an object store holds nothing else
+    try:
+        mode = path.stat().st_mode
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        raise InputError(f"{path} is a link that leads in a circle; a regular file is needed") from e
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
+        raise InputError(f"{path} is a {kind}; a regular file is needed")
+
+
+def read_small(path: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
+    """Content of a small regular file. Raises InputError for anything else, FileNotFoundError when there is nothing.
+
+    The file is opened without waiting, so a pipe cannot hang the reader even if it takes the file's place meanwhile.
+    """
+    check_regular(path)
+    if is_remote(path):
+        num_bytes = path.stat().st_size
+        data = path.read_bytes() if num_bytes <= max_bytes else b""
+    else:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as raw:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InputError(f"{path} is not a regular file")
+            data = raw.read(max_bytes + 1)
+            num_bytes = max(len(data), os.fstat(descriptor).st_size)
+    if num_bytes > max_bytes:
+        raise InputError(f"{path} has {num_bytes:,} bytes; at most {max_bytes:,} are read of a file of this kind")
+    return data
+
+
+def read_json(path: Path, max_bytes: int = MAX_SMALL_BYTES) -> Any:
+    """Parse a JSON file. Raises InputError when it is missing, too large, no regular file, or not JSON."""
+    try:
+        return json.loads(read_small(path, max_bytes).decode("utf-8"))
+    except FileNotFoundError as e:
+        raise InputError(f"{path} does not exist") from e
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number or a nesting without end
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path} is not valid JSON: {e}") from e

@@ -1,0 +1,98 @@
+"""The weights of a layer's experts, wherever they are: in transformers' module, or mapped from the checkpoint's files.
+
+Dimensions: D hidden size, F intermediate size, P what the first product gives an expert (2 F with a gate, else F), E experts.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.contracts.errors import InputError
+from stages.model.mapped import MappedStack
+
+NOTHING_MAPPED: Mapping[str, MappedStack] = {}
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How an experts module keeps its weights: transformers' own flags where the module declares them."""
+
+    is_transposed: bool
+    has_bias: bool
+    has_gate: bool
+
+    @classmethod
+    def of(cls, experts: Any) -> "ExpertsLayout":
+        """Read the flags; Llama 4's module has none, and multiplies from the right. Raises InputError for any other without."""
+        if all(isinstance(getattr(experts, flag, None), bool) for flag in ("is_transposed", "has_bias", "has_gate")):
+            return cls(experts.is_transposed, experts.has_bias, experts.has_gate)
+        if is_llama4(experts):
+            return cls(is_transposed=True, has_bias=False, has_gate=True)
+        raise InputError(
+            f"experts of class {type(experts).__name__} do not say how they keep their weights, so this model is not "
+            f"supported; docs/families.md lists what is"
+        )
+
+    @property
+    def first(self) -> str:
+        """Name of the weight that hidden states meet first."""
+        return "gate_up_proj" if self.has_gate else "up_proj"
+
+
+def is_llama4(experts: Any) -> bool:
+    """Whether a module is Llama 4's experts, or of a class that a tied export makes of it."""
+    names = [(base.__module__.split(".")[0], base.__name__) for base in type(experts).mro()]
+    return ("transformers", "Llama4TextExperts") in names
+
+
+class ExpertWeights:
+    """Matrices to multiply with from the right, [D, P] (`layout.first`) and [F, D] (`down_proj`).
+
+    experts: transformers' module, with its layout flags; weights that are mapped are on its meta device.
+    mapped: by name of the weight.
+    """
+
+    def __init__(self, experts: Any, mapped: Mapping[str, MappedStack] = NOTHING_MAPPED) -> None:
+        self.experts, self._mapped = experts, mapped
+        self.layout = ExpertsLayout.of(experts)
+        self.num_experts = len(experts.down_proj)
+        rows, columns = experts.down_proj.shape[1:]
+        self.intermediate, self.hidden_size = (rows, columns) if self.layout.is_transposed else (columns, rows)
+        self.dtype = experts.down_proj.dtype
+        self.device = torch.device("cpu") if "down_proj" in mapped else experts.down_proj.device
+
+    def num_columns(self, name: str) -> int:
+        """Columns of a matrix: P or D."""
+        return getattr(self.experts, name).shape[2 if self.layout.is_transposed else 1]  # type: ignore[no-any-return]
+
+    def can_join(self, name: str) -> bool:
+        """Whether the matrices of neighbouring experts can be one."""
+        return not self.layout.is_transposed and name not in self._mapped
+
+    def matrices(self, name: str, first: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """The matrices of experts [first, stop) side by side: column at which each begins, and the matrix."""
+        if name not in self._mapped:
+            weight = getattr(self.experts, name)[first:stop]
+            if self.can_join(name):
+                yield 0, weight.flatten(0, 1).T
+            else:
+                yield from ((i * weight.shape[2], matrix) for i, matrix in enumerate(weight))
+            return
+        width = self.num_columns(name)
+        for expert in range(first, stop):
+            for piece in self._mapped[name].experts[expert]:
+                matrix = piece.values if self.layout.is_transposed else piece.values.T
+                yield (expert - first) * width + piece.row, matrix
+
+    def bias(self, name: str, first: int, stop: int) -> Tensor | None:
+        """Biases of experts [first, stop), one after another, where they have any."""
+        return getattr(self.experts, f"{name}_bias")[first:stop].flatten() if self.layout.has_bias else None
+
+    def release(self, name: str, first: int, stop: int) -> None:
+        """What is mapped of experts [first, stop) is not needed for the moment."""
+        if name in self._mapped:
+            for expert in range(first, stop):
+                self._mapped[name].release(expert)

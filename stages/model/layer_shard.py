@@ -1,0 +1,272 @@
+"""A layer shard: contiguous decoder layers of one checkpoint in memory, run on hidden states with transformers' own code.
+
+The rest of the model stays on the meta device. The decoder's own forward is run with stand-ins for its layers: it then
+tells what it would hand to each layer (masks, position embeddings), and finishes a forward from given hidden states.
+
+Dimensions: B sequences of a micro-batch, T tokens, D hidden size, V vocabulary.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from stages.checkpoint.folder import Checkpoint
+from stages.checkpoint.reader import TensorReader
+from stages.contracts.errors import InputError
+from stages.io.file_cache import read_ahead
+from stages.io.storage import is_remote
+from stages.model.adapter import AdaptedModel
+from stages.model.direct_load import load_directly
+from stages.model.expert_weights import NOTHING_MAPPED, ExpertWeights
+from stages.model.mapped import MappedStack
+from stages.model.model_config import reads_config
+
+LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Stop(BaseException):
+    """Leaves the decoder's forward once its layers' arguments are known."""
+
+
+class _StandIn(nn.Module):
+    """Takes a decoder layer's place in the decoder's loop; any other attribute is the layer's own."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer
+        self.__dict__["_forward"] = forward
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.__dict__["_forward"](hidden_BTD, args, kwargs)  # type: ignore[no-any-return]
+
+
+def choose_device() -> torch.device:
+    """The GPU that this process may use, else the CPU."""
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+class LayerShard:
+    """Decoder layers [first, stop) of a checkpoint, loaded; plus what is outside of the layers at both ends of the model.
+
+    has_head: whether `logits` is to be called; without it the output embedding stays on disk, and so does all else outside of
+    the layers where layer 0 is not among them.
+    maps_experts: whether large matrices of experts may stay in their files, on the CPU; only `expert_weights` gives them then,
+    and the experts' own forward cannot be called.
+    num_threads: CPU threads for this process; a setting, so that results do not depend on the machine. bytes_read: of the
+    checkpoint.
+    Raises InputError, naming the tensors, when the checkpoint does not fill these layers.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        first: int,
+        stop: int,
+        num_threads: int,
+        has_head: bool = True,
+        maps_experts: bool = False,
+    ) -> None:
+        torch.set_num_threads(num_threads)
+        self.device = choose_device()
+        self.adapted = AdaptedModel(checkpoint)
+        self.model = self.adapted.model
+        self.first, self.stop, self._has_head = first, stop, has_head
+        self._arguments: dict[tuple[int, int], list[LayerArguments]] = {}
+        prefixes = self._prefixes(first, stop)
+        mapped = self._load(self._names(first, stop), self._mappable(prefixes) if maps_experts else {})
+        self._initialise_buffers(tuple(prefixes))
+        self._check_loaded(prefixes, mapped)
+
+    def _prefixes(self, first: int, stop: int) -> list[str]:
+        return [f"{self.adapted.layers_prefix}{layer}." for layer in range(first, stop)]
+
+    def _names(self, first: int, stop: int) -> list[str]:
+        """Tensors on disk of layers [first, stop), and at the model's ends of what is outside of the layers."""
+        prefixes = tuple(self._prefixes(first, stop))
+        is_end = first == 0 or (self._has_head and stop == len(self.adapted.layers))
+        unused = "" if self._has_head else self._head_prefix()
+
+        def is_wanted(parameter: str) -> bool:
+            is_outside = bool(parameter) and self.adapted.layer_of(parameter) is None
+            is_unused = bool(unused) and parameter.startswith(unused)
+            return parameter.startswith(prefixes) or (is_end and is_outside and not is_unused)
+
+        return [name for name, target in self.adapted.targets.items() if is_wanted(target.parameter)]
+
+    def _head_prefix(self) -> str:
+        """Name of the output embedding with a trailing dot; empty where the input embedding is made of its tensors."""
+        head = self.model.get_output_embeddings()
+        if head is None or self.adapted.head_fills_embedding:
+            return ""
+        return next(f"{name}." for name, module in self.model.named_modules() if module is head)
+
+    def read_ahead(self, model: str, first: int, stop: int) -> None:
+        """Have other layers' bytes read into the system's file cache while this shard computes, if they are of this model.
+
+        The cache takes memory that nobody else needs, and gives it back when somebody does. Nothing is waited for.
+        """
+        if model == str(self.adapted.checkpoint.folder):
+            entries = (self.adapted.checkpoint.tensors[name] for name in self._names(first, stop))
+            packed = ((e.packing.weight, e.packing.scales) if e.packing else (e,) for e in entries)
+            stretches = [(e.file, e.begin, e.num_bytes) for parts in packed for e in parts]
+            read_ahead(self.adapted.checkpoint.folder, stretches)
+
+    def close(self) -> None:
+        """Let go of all weights at once. The model refers to itself in cycles, and would keep them until they are collected."""
+        for module in self.model.modules():
+            module._parameters.clear()
+            module._buffers.clear()
+        self._mapped.clear()
+        self._arguments.clear()
+
+    def _mappable(self, prefixes: list[str]) -> dict[str, tuple[int, str]]:
+        """Layer and name of the experts' weights that may be mapped, by parameter."""
+        if self.device.type != "cpu" or is_remote(self.adapted.checkpoint.folder):
+            return {}
+        modules = {id(experts): layer for layer, experts in self.adapted.experts_modules().items()}
+        return {
+            f"{name}.{weight}": (modules[id(module)], weight)
+            for name, module in self.model.named_modules() if id(module) in modules and name.startswith(tuple(prefixes))
+            for weight in ("gate_up_proj", "up_proj", "down_proj")
+        }  # fmt: skip
+
+    def _load(self, wanted: list[str], mappable: dict[str, tuple[int, str]]) -> Collection[str]:
+        """Fill the layers; names of the parameters that are mapped instead."""
+        self.bytes_read = sum(self.adapted.checkpoint.tensors[name].stored_bytes for name in wanted)
+        names, mapped = load_directly(self.adapted, wanted, self.device, mappable)
+        self._mapped: dict[int, dict[str, MappedStack]] = defaultdict(dict)
+        for parameter, stack in mapped.items():
+            layer, weight = mappable[parameter]
+            self._mapped[layer][weight] = stack
+        if names:
+            self._convert(names)
+        if self._has_head or self.adapted.head_fills_embedding:
+            # as from_pretrained does: tensors of both that differ stay apart, whatever the config says
+            self.model.tie_weights(missing_keys=set(self.adapted.tied_without_tensor), recompute_mapping=False)
+        self.model.requires_grad_(False)
+        return mapped.keys()
+
+    def _convert(self, names: list[str]) -> None:
+        """Load what takes more than reading by transformers' own conversion."""
+        dtype = self.model.dtype
+        config = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            device_map={"": self.device},
+            weight_mapping=self.adapted.weight_mapping,  # type: ignore[arg-type]
+        )
+        with TensorReader(self.adapted.checkpoint) as reader:
+            slices = {name: reader.slices(name) for name in names}
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        problems = [*info.conversion_errors.values(), *info.error_msgs, *map(str, info.mismatched_keys)]
+        if problems:
+            raise InputError(f"{self.adapted.checkpoint.folder}: transformers cannot load layers: {problems[0]}")
+        self._check_finite(names)
+
+    def _check_finite(self, names: list[str]) -> None:
+        state = self.model.state_dict()
+        loaded = {self.adapted.targets[name].parameter for name in names}
+        bad = {name for name in loaded if state[name].is_floating_point() and not torch.isfinite(state[name].sum())}
+        with TensorReader(self.adapted.checkpoint) as reader:
+            for name in names:
+                if self.adapted.targets[name].parameter not in bad:
+                    continue
+                tensor = reader.read(name)
+                if not torch.isfinite(tensor.float()).all():
+                    raise InputError(f"{reader.place(name)} holds NaN or infinity; download the checkpoint again")
+
+    def _initialise_buffers(self, prefixes: tuple[str, ...]) -> None:
+        """Compute the buffers that no checkpoint holds (rotary frequencies), as transformers does after loading."""
+        for name, module in self.model.named_modules():
+            inside_layers = f"{name}.".startswith(self.adapted.layers_prefix)
+            if inside_layers and not f"{name}.".startswith(prefixes):
+                continue
+            names = [key for key in module._non_persistent_buffers_set if module._buffers.get(key) is not None]
+            for key in names:
+                module._buffers[key] = torch.empty_like(module._buffers[key], device=self.device)
+            if names:
+                with torch.no_grad():
+                    self.model._init_weights(module)
+
+    def _check_loaded(self, prefixes: list[str], mapped: Collection[str]) -> None:
+        state = self.model.state_dict()
+        due = (name for name in state if name.startswith(tuple(prefixes)) and name not in mapped)
+        missing = [name for name in due if state[name].is_meta]
+        if missing:
+            raise InputError(f"{self.adapted.checkpoint.folder} lacks tensors for {', '.join(missing[:5])}")
+
+    def expert_weights(self, layer: int) -> ExpertWeights:
+        """Weights of the experts of a MoE layer of this shard."""
+        return ExpertWeights(self.adapted.experts_modules()[layer], self._mapped.get(layer, NOTHING_MAPPED))
+
+    @contextmanager
+    def _stand_ins(self, forward: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        layers = self.adapted.layers
+
+        def bind(index: int) -> Callable[..., Tensor]:
+            return lambda hidden, args, kwargs: forward(index, hidden, args, kwargs)
+
+        self.adapted.decoder.layers = nn.ModuleList(_StandIn(layer, bind(i)) for i, layer in enumerate(layers))
+        try:
+            with torch.inference_mode():
+                yield
+        except _Stop:
+            pass
+        finally:
+            self.adapted.decoder.layers = layers
+
+    def embed(self, token_ids_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, D] that the decoder hands to layer 0."""
+        captured: list[Tensor] = []
+
+        def capture(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            captured.append(hidden)
+            raise _Stop
+
+        with reads_config(self.adapted.checkpoint.folder, "run this model"), self._stand_ins(capture):
+            self.adapted.decoder(input_ids=token_ids_BT.to(self.device), use_cache=False)
+        return captured[0]
+
+    def _layer_arguments(self, hidden_BTD: Tensor) -> list[LayerArguments]:
+        """What the decoder hands to each layer besides the hidden states; it depends on B and T only."""
+        shape = (hidden_BTD.shape[0], hidden_BTD.shape[1])
+        if shape not in self._arguments:
+            arguments: list[LayerArguments] = []
+
+            def capture(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+                arguments.append((args, kwargs))
+                if index == len(self.adapted.layers) - 1:
+                    raise _Stop
+                return hidden
+
+            with reads_config(self.adapted.checkpoint.folder, "run this model"), self._stand_ins(capture):
+                self.adapted.decoder(inputs_embeds=torch.zeros_like(hidden_BTD), use_cache=False)
+            self._arguments[shape] = arguments
+        return self._arguments[shape]
+
+    def run_layer(self, layer: int, hidden_BTD: Tensor) -> Tensor:
+        """Hidden states [B, T, D] after one decoder layer of this shard."""
+        args, kwargs = self._layer_arguments(hidden_BTD)[layer]
+        with torch.inference_mode():
+            out = self.adapted.layers[layer](hidden_BTD, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] from the hidden states after the last layer, by the model's own final norm and head."""
+        with self._stand_ins(lambda index, hidden, args, kwargs: hidden_BTD):
+            out = self.model(inputs_embeds=hidden_BTD, use_cache=False)
+        return out.logits  # type: ignore[no-any-return]
+
+
+def open_layer_shard(model: str, first: int, stop: int, num_threads: int) -> LayerShard:
+    """Load a layer shard; what a worker calls once and holds for all token shards."""
+    return LayerShard(Checkpoint(model), first, stop, num_threads)

@@ -1,0 +1,154 @@
+"""What every tensor on disk is to the merge: derived from the meta model, from headers alone."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from stages.checkpoint.headers import TensorEntry
+from stages.contracts.errors import InputError
+from stages.model.adapter import AdaptedModel, Target, expert_axes
+from stages.model.families import MTP_FIELDS, mtp_fields, num_experts_in
+
+
+@dataclass(frozen=True)
+class TensorRole:
+    """What a tensor on disk is to the model.
+
+    parameter: the transformers parameter or buffer it becomes part of; empty when transformers does not load it.
+    layer: decoder layer, or None outside of the layers.
+    role: "copy", "expert" (one expert's), "fused_expert" (all experts'), "router" (anything else with an expert axis) or
+    "mtp" (of the layers that predict further tokens). What transformers does not load is copied, unless it is of such layers.
+    expert, template: for "expert", its index and the name with {} in the index's place.
+    expert_axis: for "fused_expert" and "router".
+    """
+
+    entry: TensorEntry
+    parameter: str
+    layer: int | None
+    role: str
+    expert: int | None = None
+    expert_axis: int | None = None
+    template: str | None = None
+
+
+def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
+    """What every tensor on disk is, in the order of the checkpoint's files and bytes.
+
+    Raises InputError, naming file and tensor, where the names do not account for every expert exactly once.
+    """
+    axes = expert_axes(adapted.checkpoint)
+    num_experts = num_experts_in(adapted.checkpoint.config, str(adapted.checkpoint.folder))
+    inside_experts = _experts_parameters(adapted)
+    per_expert = _per_expert_names(adapted, axes, num_experts)
+    blocks = _moe_blocks(adapted)
+    roles = []
+    for name, entry in adapted.checkpoint.tensors.items():
+        target = adapted.targets[name]
+        parameter = target.parameter
+        layer = adapted.layer_of(parameter)
+        if not parameter:
+            roles.append(TensorRole(entry, "", None, "mtp" if _is_mtp(adapted, entry, target, blocks) else "copy"))
+        elif name in per_expert:
+            expert, template = per_expert[name]
+            roles.append(TensorRole(entry, parameter, layer, "expert", expert=expert, template=template))
+        elif parameter in axes:
+            axis = axes[parameter]
+            if len(entry.shape) <= axis or entry.shape[axis] != num_experts:
+                raise InputError(
+                    f"{adapted.checkpoint.folder / entry.file}: tensor {name} has shape {list(entry.shape)}; "
+                    f"axis {axis} must have {num_experts} experts"
+                )
+            role = "fused_expert" if parameter in inside_experts else "router"
+            roles.append(TensorRole(entry, parameter, layer, role, expert_axis=axis))
+        else:
+            roles.append(TensorRole(entry, parameter, layer, "copy"))
+    return roles
+
+
+def _is_mtp(adapted: AdaptedModel, entry: TensorEntry, target: Target, blocks: tuple[str, ...]) -> bool:
+    """Whether a tensor that transformers does not load belongs to a layer that predicts further tokens.
+
+    blocks: prefixes of the modules that hold the experts and routers of the layers. Raises InputError for a layer that the
+    config does not know, and for what looks like a part of experts or routers but is no part of the model: a merge could not
+    keep it true to the merged experts. Anything else is as little of the model's as transformers says.
+    """
+    place = f"{adapted.checkpoint.folder / entry.file}: tensor {entry.name}"
+    if any(part.startswith(("mtp", "nextn")) for part in entry.name.split(".")):
+        return True
+    layer, num_layers = adapted.layer_of(target.renamed), len(adapted.layers)
+    is_ignored = target.renamed in adapted.ignored
+    if layer is not None and layer >= num_layers:
+        if not mtp_fields(adapted.checkpoint.config) and not is_ignored:
+            raise InputError(
+                f"{place} belongs to layer {layer} but config.json has {num_layers} layers and none of "
+                f"{', '.join(MTP_FIELDS)}; config and weights do not belong together"
+            )
+        return True
+    is_of_experts = "expert" in entry.name if layer is not None else ".experts." in entry.name
+    if is_of_experts or (target.renamed.startswith(blocks) and not is_ignored):
+        raise InputError(f"{place} is no part of {type(adapted.model).__name__}; config and weights do not belong together")
+    return False
+
+
+def _moe_blocks(adapted: AdaptedModel) -> tuple[str, ...]:
+    """Prefix of the module around the experts of every MoE layer, with a trailing dot."""
+    names = {module: name for name, module in adapted.model.named_modules()}
+    return tuple(f"{names[experts].rpartition('.')[0]}." for experts in adapted.experts_modules().values())
+
+
+def _experts_parameters(adapted: AdaptedModel) -> set[str]:
+    return {
+        name
+        for index, experts in adapted.experts_modules().items()
+        for name in _names_under(adapted.model, experts, f"{adapted.layers_prefix}{index}.")
+    }
+
+
+def _names_under(model: nn.Module, module: nn.Module, prefix: str) -> Iterable[str]:
+    for name, candidate in model.named_modules():
+        if candidate is module and name.startswith(prefix):
+            return [f"{name}.{parameter}" for parameter in module.state_dict()]
+    raise AssertionError(f"no module under {prefix}")
+
+
+def _per_expert_names(adapted: AdaptedModel, axes: Mapping[str, int], num_experts: int) -> dict[str, tuple[int, str]]:
+    """Expert index and name template of every tensor that holds one expert's part of a parameter."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, target in adapted.targets.items():
+        if target.parameter in axes and target.pattern is not None and "*" in target.pattern:
+            groups[target.parameter, target.pattern].append(name)
+    found: dict[str, tuple[int, str]] = {}
+    for (parameter, _), names in groups.items():
+        parts = [name.split(".") for name in names]
+        places = [i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1]
+        indices = {part[places[0]] for part in parts} if len(places) == 1 and len(set(map(len, parts))) == 1 else set()
+        due = {str(expert) for expert in range(num_experts)}
+        if indices != due or len(names) != num_experts or "{" in names[0] or "}" in names[0]:
+            odd = next((name for name in names if not set(name.split(".")) & due), names[0])
+            missing = sorted(due - indices, key=int)
+            raise InputError(
+                f"{adapted.checkpoint.folder}: {parameter} needs one tensor for each of {num_experts} experts but "
+                f"{len(names)} are there (such as {odd}); missing experts: {', '.join(missing) or 'none, some are doubled'}"
+            )
+        shapes = {adapted.checkpoint.tensors[name].shape for name in names}
+        dtypes = {adapted.checkpoint.tensors[name].dtype for name in names}
+        if len(shapes) > 1 or len(dtypes) > 1:
+            raise InputError(
+                f"{adapted.checkpoint.folder}: the experts of {parameter} differ in shape {sorted(shapes)} "
+                f"or dtype {sorted(dtypes)}"
+            )
+        for name, part in zip(names, parts, strict=True):
+            template = ".".join([*part[: places[0]], "{}", *part[places[0] + 1 :]])
+            found[name] = (int(part[places[0]]), template)
+    return found
+
+
+def router_modules(adapted: AdaptedModel, roles: Iterable[TensorRole]) -> dict[int, nn.Module]:
+    """The module of every MoE layer that owns the router's weight [E, D] and returns the logits first."""
+    routers = {}
+    for role in roles:
+        if role.role == "router" and len(role.entry.shape) == 2 and role.expert_axis == 0 and role.layer is not None:
+            routers[role.layer] = adapted.model.get_submodule(role.parameter.rsplit(".", 1)[0])
+    return routers

@@ -1,0 +1,88 @@
+"""What a checkpoint is made of, from its config and headers alone."""
+
+from collections import defaultdict
+from typing import Any
+
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.model.adapter import AdaptedModel, checkpoint_dtype
+from stages.model.completeness import check_complete
+from stages.model.config_checks import check_config
+from stages.model.families import family_name, family_of, num_experts_in, number_in, text_config, top_k_in
+from stages.model.roles import TensorRole, router_modules, tensor_roles
+from stages.model.tied import is_tied
+from stages.model.trial import check_experts, check_forward
+
+FLOATING = ("F64", "F32", "F16", "BF16")
+MERGED = ("expert", "fused_expert", "router")
+
+
+def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
+    """Return the plan of a checkpoint (JSON values, sizes in bytes) and the role of each of its tensors.
+
+    Raises InputError for a checkpoint that is not MoE, incomplete, inconsistent, or of a family that we cannot merge.
+    """
+    place = str(checkpoint.folder)
+    family_of(checkpoint.config, place)
+    check_config(checkpoint)
+    if is_tied(checkpoint.config):
+        raise InputError(f"{place} is itself a tied export; merge the checkpoint that it was made from")
+    num_experts = num_experts_in(checkpoint.config, place)
+    top_k = top_k_in(checkpoint.config, place)
+    adapted = AdaptedModel(checkpoint)
+    check_complete(adapted)
+    check_experts(adapted)
+    check_forward(checkpoint)
+    roles = tensor_roles(adapted)
+    for role in roles:
+        if role.role in MERGED and role.entry.dtype not in FLOATING:
+            raise InputError(
+                f"{checkpoint.folder / role.entry.file}: tensor {role.entry.name} is {role.entry.dtype}; "
+                f"only {', '.join(FLOATING)} can be averaged: use the checkpoint from before quantisation"
+            )
+    moe_layers = sorted(adapted.experts_modules())
+    routers = router_modules(adapted, roles)
+    if not moe_layers or moe_layers != sorted(routers):
+        raise InputError(
+            f"{place}: {checkpoint.config['model_type']} keeps its experts or routers in a way that is not supported "
+            f"(layers with experts: {moe_layers}, with routers: {sorted(routers)})"
+        )
+    names = {module: name for name, module in adapted.model.named_modules()}
+    layer_bytes: dict[int | None, int] = defaultdict(int)
+    expert_bytes: dict[int | None, int] = defaultdict(int)
+    for role in roles:
+        layer_bytes[role.layer] += role.entry.num_bytes
+        if role.role in ("expert", "fused_expert"):
+            expert_bytes[role.layer] += role.entry.num_bytes
+    text = text_config(checkpoint.config)
+    mtp = [role for role in roles if role.role == "mtp"]
+    unloaded = [role for role in roles if role.role == "copy" and not role.parameter]
+    plan = {
+        "family": family_name(checkpoint.config),
+        "architecture": type(adapted.model).__name__,
+        "num_layers": len(adapted.layers),
+        "moe_layers": moe_layers,
+        "routers": {str(layer): names[router] for layer, router in sorted(routers.items())},
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "hidden_size": number_in(text, "hidden_size", place),
+        "vocab_size": number_in(text, "vocab_size", place),
+        "max_positions": number_in(text, "max_position_embeddings", place),
+        "dtype": str(checkpoint_dtype(checkpoint)).removeprefix("torch."),
+        "num_parameters": sum(role.entry.num_elements for role in roles),
+        "total_bytes": checkpoint.total_bytes,
+        "mtp_tensors": len(mtp),
+        "first_mtp_tensor": _first_place(checkpoint, mtp),
+        "unloaded_tensors": len(unloaded),
+        "first_unloaded_tensor": _first_place(checkpoint, unloaded),
+        "ignored_files": list(checkpoint.ignored_files),
+        "outside_bytes": layer_bytes[None],
+        "layer_bytes": [layer_bytes[layer] for layer in range(len(adapted.layers))],
+        "layer_expert_bytes": [expert_bytes[layer] for layer in range(len(adapted.layers))],
+    }
+    return plan, roles
+
+
+def _first_place(checkpoint: Checkpoint, roles: list[TensorRole]) -> str | None:
+    """How a message names the first of some tensors."""
+    return f"{checkpoint.folder / roles[0].entry.file}: tensor {roles[0].entry.name}" if roles else None

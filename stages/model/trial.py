@@ -1,0 +1,58 @@
+"""A forward without numbers: what transformers would refuse at the first token of a run is refused before the run.
+
+Weights would take the memory of the model; torch's fake tensors have shapes and dtypes only, so this takes seconds.
+"""
+
+import traceback
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode, fake_tensor
+
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.model.adapter import AdaptedModel, build_meta_model
+from stages.model.expert_weights import ExpertsLayout
+from stages.model.model_config import reads_config
+
+_SHAPE = (2, 2)
+"""Sequences and tokens."""
+
+
+def check_experts(adapted: AdaptedModel) -> None:
+    """Raise InputError for experts of a class whose weights and arithmetic are not known."""
+    for layer, experts in adapted.experts_modules().items():
+        try:
+            ExpertsLayout.of(experts)
+        except InputError as e:
+            raise InputError(f"{adapted.checkpoint.folder}: layer {layer}: {e}") from e
+
+
+def check_forward(checkpoint: Checkpoint) -> None:
+    """Raise InputError, with transformers' reason, where a forward by this config would fail.
+
+    Experts are not called, as their kernels ask for numbers; their sizes and names are checked elsewhere.
+    """
+    try:
+        # fakes of the CPU, so that the few tensors that models make of numbers are fakes like the others
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+            model = build_meta_model(checkpoint, device="cpu")
+            for name, module in model.named_modules():
+                if name.rsplit(".", 1)[-1] == "experts" and hasattr(module, "num_experts"):
+                    module.forward = _first
+            with reads_config(checkpoint.folder, "run this model"):
+                model(input_ids=torch.zeros(_SHAPE, dtype=torch.int64), use_cache=False)
+    except InputError as e:
+        if not _needs_numbers(e.__cause__):
+            raise
+
+
+def _needs_numbers(reason: BaseException | None) -> bool:
+    """Whether fake tensors themselves gave up, as where rotary frequencies depend on positions: only a run can tell then."""
+    frames = traceback.extract_tb(reason.__traceback__) if reason is not None else []
+    return bool(frames) and Path(fake_tensor.__file__).parent in Path(frames[-1].filename).parents
+
+
+def _first(hidden: Tensor, *routing: Tensor) -> Tensor:
+    return hidden
