@@ -19,7 +19,7 @@ from bench import measure
 from bench.models import IDS_FILE, MODELS, generate
 from bench.page import write_page
 from bench.scaling import pinned_calibrate_s
-from stages.contracts.schemas import read_table
+from stages.contracts.arrow import read_table
 from stages.io.files import write_file, write_json
 
 STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "report")

@@ -31,13 +31,12 @@ def describe_plan(config: RunConfig) -> Iterator[Table | str]:
 def _describe(config: RunConfig, folder: Path) -> Iterator[Table | str]:
     checked = check(config, folder)
     stages, run_dir, model = Stages(config, checked.identities), absolute(config.run_dir), checked.model
-    plan, columns = resolve("stages.prepare.stage:survey_tables")(str(model))
+    plan, rows = resolve("stages.prepare.stage:survey_tables")(str(model))
     check_layers(config, len(plan["moe_layers"]))
     check_mtp(config, plan)
     for place in texts_of(config):
         if place not in checked.datasets:
             resolve("stages.prepare.stage:sequences")(tokens_args(config, place, model, checked.identities[place]))
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     num_workers = config.resources.num_workers or 1
     num_layers, num_moe = plan["num_layers"], len(plan["moe_layers"])
 

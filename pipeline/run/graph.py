@@ -17,9 +17,10 @@ from pipeline.run.stage_keys import StageRun, Stages, TargetRun
 from pipeline.state.manifest import read_manifest
 from stages.contracts import paths
 from stages.contracts.errors import InputError
+from stages.contracts.tensors import TensorRow, read_tensors
 from stages.io.files import write_json
 from stages.io.untrusted import read_small
-from stages.merge.layout import output_files, read_tensor_rows
+from stages.merge.layout import output_files
 
 PARTITION_FILE = "partition.json"
 
@@ -229,10 +230,10 @@ class Graph:
     @cached_property
     def _merged(self) -> dict[str, list[Unit]]:
         """Units of merge by target; what follows asks for them again."""
-        rows = read_tensor_rows(self.run_dir / self.stages.survey.dir / paths.TENSORS_FILE)
+        rows = read_tensors(self.run_dir / self.stages.survey.dir / paths.TENSORS_FILE)
         return {target.name: self._merge_units(target, rows) for target in self.stages.targets}
 
-    def _merge_units(self, target: TargetRun, rows: list[dict[str, Any]]) -> list[Unit]:
+    def _merge_units(self, target: TargetRun, rows: list[TensorRow]) -> list[Unit]:
         num_merged = self.num_merged(target)
         counts = {int(layer): count for layer, count in num_merged.items()}
         bound = self.config.export.max_file_bytes

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor, nn
 
+from stages.calibrate.partial import PartialStatistics
 from stages.calibrate.sampling import Sample
 from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics, add_over_tokens
-from stages.contracts.tables import PartialStatistics
 from stages.model.expert_weights import ExpertWeights
 from stages.model.routing import Routing
 

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from stages.calibrate.partial import read_partial_statistics, write_partial_statistics
 from stages.calibrate.sampled import SampledInputGatedStatistics, SampledStatistics
 from stages.calibrate.sampling import Sample
 from stages.calibrate.statistics import InputGatedStatistics, LayerStatistics
-from stages.calibrate.totals import add, finish, outputs
-from stages.calibrate.writing import write_groups, write_partial_statistics, write_statistics
+from stages.calibrate.totals import COLUMNS, add, finish, outputs
 from stages.checkpoint.folder import Checkpoint
-from stages.contracts import tables
+from stages.contracts.evidence import write_groups, write_statistics
 from stages.contracts.paths import groups_file, hidden_file, partial_statistics_file, statistics_file, tokens_file
 from stages.contracts.units import Job, UnitResult
 from stages.model.families import Family, family_of
 from stages.model.layer_shard import LayerShard
-from stages.model.stream import enter, leave, run_layers
+from stages.model.stream import enter, leave, read_token_ids, run_layers
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def calibrate_unit(job: Job) -> UnitResult:
     """
     args, held = job.args, job.held
     shard: LayerShard = held.shard
-    token_ids_ST = tables.token_ids(job.run_dir / args["tokens_dir"] / tokens_file(args["shard"]))
+    token_ids_ST = read_token_ids(job.run_dir / args["tokens_dir"] / tokens_file(args["shard"]))
     source = hidden_file(job.stage_dir, shard.first, args["shard"]) if shard.first else None
     sample = Sample.of(args["sampling"], args["shard"]) if args["sampling"] else None
     watched: dict[int, LayerStatistics] = {}
@@ -95,14 +95,14 @@ def reduce_unit(job: Job) -> UnitResult:
     """
     layer, held = job.args["layer"], job.held
     paths = [partial_statistics_file(job.stage_dir, layer, shard) for shard in range(job.args["num_shards"])]
-    total = add([tables.partial_statistics(path) for path in paths])
+    total = add([read_partial_statistics(path) for path in paths])
     weights = held.shard.expert_weights(layer)
     with torch.inference_mode():
         output_sum_EGD = outputs(total, weights)
-    statistics = finish(total, output_sum_EGD, weights.dtype)
     is_sampled = job.args["is_sampled"]
-    files = [write_statistics(statistics_file(job.stage_dir, layer), statistics, is_sampled)]
-    if is_sampled:
-        files.append(write_groups(groups_file(job.stage_dir, layer), total.num_sampled_G, output_sum_EGD))
+    evidence = finish(total, output_sum_EGD, weights.dtype, is_sampled)
+    files = [write_statistics(statistics_file(job.stage_dir, layer), evidence, COLUMNS, is_sampled)]
+    if evidence.groups is not None:
+        files.append(write_groups(groups_file(job.stage_dir, layer), evidence.groups))
     never_routed = np.flatnonzero(total.num_routed_E == 0).tolist()
     return UnitResult(tuple(files), facts={"num_tokens": total.num_tokens, "never_routed": never_routed})

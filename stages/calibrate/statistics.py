@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from stages.contracts.tables import PartialStatistics
+from stages.calibrate.partial import PartialStatistics
 from stages.model.expert_weights import ExpertWeights
 from stages.model.products import can_group, gates_by_halves, grouped_down, padded, room_for
 from stages.model.routing import Routing

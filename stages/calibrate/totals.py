@@ -8,12 +8,24 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from stages.calibrate.partial import PartialStatistics
+from stages.contracts.arrow import Array
 from stages.contracts.errors import InputError
-from stages.contracts.tables import Array, PartialStatistics, Statistics
+from stages.contracts.evidence import Column, LayerEvidence, OutputGroups
 from stages.model.expert_weights import ExpertWeights
 
 _ROWS = 256
 """Rows of W_down that are made float64 at a time, in one place: whole, one expert of Mixtral-8x7B would take 470 MB."""
+
+
+COLUMNS = (
+    Column("num_routed_tokens", "tokens whose top-k holds the expert, f_e", dtype="int64"),
+    Column("gate_sum", "sum over routed tokens of the weight that the model gave the expert"),
+    Column("gated_output_norm_sum", "sum over routed tokens of gate * ||E_e(x)||_2"),
+    Column("router_probability_sum", "sum over all T tokens of the router's score (softmax or sigmoid of the logits)"),
+    Column("router_logit_gram", "row e of sum over T of logit_e * logit_e'", "[E]"),
+    Column("output_sum", "sum over {tokens} of E_e(x), not gated; x is the input of the MoE block", "[D]"),
+)
 
 
 def add(parts: Sequence[PartialStatistics]) -> PartialStatistics:
@@ -48,8 +60,10 @@ def outputs(total: PartialStatistics, weights: ExpertWeights) -> Array:
     return output_sum_EGD.cpu().numpy()
 
 
-def finish(total: PartialStatistics, output_sum_EGD: Array, dtype: torch.dtype) -> Statistics:
-    """Statistics of a layer, its groups added up. Raises InputError, naming layer and expert, when a sum is not finite.
+def finish(total: PartialStatistics, output_sum_EGD: Array, dtype: torch.dtype, is_sampled: bool) -> LayerEvidence:
+    """Evidence of a layer; columns are totals over its groups.
+
+    Raises InputError, naming layer and expert, when a sum is not finite.
 
     dtype: of the weights, for the message.
     """
@@ -60,14 +74,19 @@ def finish(total: PartialStatistics, output_sum_EGD: Array, dtype: torch.dtype) 
                 f"layer {total.layer}: the outputs or router logits of expert {expert} on the calibration set are not "
                 f"finite; its weights hold NaN or infinity, or overflow {dtype}"
             )
-    return Statistics(
+    columns = {
+        "num_routed_tokens": total.num_routed_E,
+        "gate_sum": total.gate_sum_E,
+        "gated_output_norm_sum": total.gated_output_norm_sum_E,
+        "router_probability_sum": total.router_probability_sum_E,
+        "router_logit_gram": total.router_logit_gram_EE,
+        "output_sum": output_sum_ED,
+    }
+    return LayerEvidence(
         layer=total.layer,
         num_tokens=total.num_tokens,
         num_output_tokens=int(total.num_sampled_G.sum()),
-        num_routed_E=total.num_routed_E,
-        gate_sum_E=total.gate_sum_E,
-        output_sum_ED=output_sum_ED,
-        gated_output_norm_sum_E=total.gated_output_norm_sum_E,
-        router_probability_sum_E=total.router_probability_sum_E,
-        router_logit_gram_EE=total.router_logit_gram_EE,
+        num_experts=len(output_sum_ED),
+        columns=columns,
+        groups=OutputGroups(total.num_sampled_G, output_sum_EGD) if is_sampled else None,
     )

@@ -10,19 +10,22 @@ from typing import Any
 import numpy as np
 
 from stages.cluster.linkage import FEATURES, cut, link
-from stages.contracts.tables import Array, Statistics
+from stages.contracts.arrow import Array
+from stages.contracts.certainty import Stability
+from stages.contracts.evidence import LayerEvidence, OutputGroups
 
 NUM_DRAWS = 32
 """Random halves of the groups."""
 
 
-def relative_standard_errors(num_sampled_G: Array, output_sum_EGD: Array) -> Array:
+def relative_standard_errors(groups: OutputGroups) -> Array:
     """Standard error of every expert's mean output over the norm of the mean, [E]; infinite or NaN where that is zero.
 
     Random groups (Wolter, Introduction to Variance Estimation, 2nd ed., section 2.4): with the mean m_g of group g and the
     mean m of all, var(m) = sum_g ||m_g - m||^2 / (G (G - 1)), here summed over the D dimensions. Groups are of sequences,
     whole, since tokens of one sequence resemble each other.
     """
+    num_sampled_G, output_sum_EGD = groups.num_tokens_G, groups.output_sum_EGD
     num_groups = len(num_sampled_G)
     mean_EGD = output_sum_EGD / num_sampled_G[:, None]
     mean_ED = output_sum_EGD.sum(1) / num_sampled_G.sum()
@@ -54,14 +57,9 @@ def halves(num_groups: int, seed: int) -> Iterator[Array]:
 
 
 def stability(
-    statistics: Statistics,
-    num_sampled_G: Array,
-    output_sum_EGD: Array,
-    linkage_Z: Array,
-    settings: Mapping[str, Any],
-    seed: int,
-) -> dict[str, Any]:
-    """Columns of schema STABILITY: each half of the groups is clustered as all were, and its labels compared.
+    evidence: LayerEvidence, groups: OutputGroups, linkage_Z: Array, settings: Mapping[str, Any], seed: int
+) -> Stability:
+    """Each half of the groups is clustered as all were, and its labels compared.
 
     settings: feature, distance, linkage. place of a failure is that of the whole, which has been clustered.
     """
@@ -69,19 +67,15 @@ def stability(
     counts = range(1, num_experts + 1)
     whole = [cut(linkage_Z, k) for k in counts]
     equal_K, index_K = np.zeros(num_experts), np.zeros(num_experts)
-    for chosen in halves(len(num_sampled_G), seed):
+    for chosen in halves(len(groups.num_tokens_G), seed):
         half = replace(
-            statistics,
-            output_sum_ED=output_sum_EGD[:, chosen].sum(1),
-            num_output_tokens=int(num_sampled_G[chosen].sum()),
+            evidence,
+            columns={**evidence.columns, "output_sum": groups.output_sum_EGD[:, chosen].sum(1)},
+            num_output_tokens=int(groups.num_tokens_G[chosen].sum()),
         )
         half_Z = link(FEATURES[settings["feature"]](half), settings["distance"], settings["linkage"], f"layer {half.layer}")
         for k in counts:
             labels_E = cut(half_Z, k)
             equal_K[k - 1] += np.array_equal(labels_E, whole[k - 1])
             index_K[k - 1] += adjusted_rand_index(labels_E, whole[k - 1])
-    return {
-        "num_clusters": np.array(counts, dtype=np.int32),
-        "equal_share": equal_K / NUM_DRAWS,
-        "mean_adjusted_rand_index": index_K / NUM_DRAWS,
-    }
+    return Stability(equal_K / NUM_DRAWS, index_K / NUM_DRAWS)

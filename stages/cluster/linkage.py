@@ -4,23 +4,23 @@ Dimensions: E experts, D feature size, K clusters. A linkage matrix Z [E-1, 4] i
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from scipy.cluster import hierarchy
 from scipy.spatial import distance as spatial
 
+from stages.contracts.arrow import Array
 from stages.contracts.errors import InputError
-from stages.contracts.tables import Array, Statistics
+from stages.contracts.evidence import LayerEvidence
 
 
-def expert_output(statistics: Statistics) -> Array:
+def expert_output(evidence: LayerEvidence) -> Array:
     """Mean output [E, D] of every expert over all calibration tokens, or the sampled, un-gated (HC-SMoE, arXiv:2410.08589,
     eq. 4)."""
-    return statistics.output_sum_ED / statistics.num_output_tokens
+    return evidence["output_sum"] / evidence.num_output_tokens
 
 
-FEATURES: dict[str, Callable[[Statistics], Array]] = {"expert_output": expert_output}
+FEATURES: dict[str, Callable[[LayerEvidence], Array]] = {"expert_output": expert_output}
 DISTANCES: dict[str, Callable[[Array], Array]] = {"euclidean": lambda feature_ED: spatial.pdist(feature_ED, "euclidean")}
 LINKAGES: dict[str, Callable[[Array], Array]] = {
     "average": hierarchy.average,
@@ -56,12 +56,6 @@ def cut(linkage_Z: Array, num_clusters: int) -> Array:
     return labels
 
 
-def all_cuts(linkage_Z: Array) -> dict[str, Any]:
-    """Columns of schema LABELS: the cut to every K from 1 to E."""
-    num_experts = len(linkage_Z) + 1
-    labels_KE = np.stack([cut(linkage_Z, k) for k in range(1, num_experts + 1)])
-    return {
-        "num_clusters": np.repeat(np.arange(1, num_experts + 1, dtype=np.int32), num_experts),
-        "expert": np.tile(np.arange(num_experts, dtype=np.int32), num_experts),
-        "label": labels_KE.reshape(-1),
-    }
+def all_cuts(linkage_Z: Array) -> Array:
+    """Labels [K, E] of the cut to every K from 1 to E."""
+    return np.stack([cut(linkage_Z, k) for k in range(1, len(linkage_Z) + 2)])

@@ -35,6 +35,11 @@ def groups_file(stage_dir: Path, layer: int) -> Path:
     return stage_dir / f"layer-{layer:04d}.groups.arrow"
 
 
+def evidence_file(stage_dir: Path, layer: int, collector: str) -> Path:
+    """Evidence of one layer from a collector that only some methods need."""
+    return stage_dir / f"layer-{layer:04d}.{collector}.arrow"
+
+
 def errors_file(stage_dir: Path, layer: int) -> Path:
     """Standard errors of one layer's mean outputs; only under sampling."""
     return stage_dir / f"layer-{layer:04d}.errors.arrow"

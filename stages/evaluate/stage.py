@@ -5,13 +5,12 @@ import math
 from torch import Tensor
 from torch.nn import functional
 
-from stages.contracts import tables
+from stages.contracts.losses import Losses, read_losses, write_losses
 from stages.contracts.paths import SCORES_FILE, hidden_file, losses_file, tokens_file
-from stages.contracts.schemas import LOSSES, read_table, write_table
 from stages.contracts.units import Job, UnitResult
 from stages.io.files import write_json
 from stages.model.layer_shard import LayerShard
-from stages.model.stream import enter, leave, micro_batches, run_layers
+from stages.model.stream import enter, leave, micro_batches, read_token_ids, run_layers
 
 
 def sequence_losses(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:
@@ -23,13 +22,13 @@ def sequence_losses(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:
 
 
 def evaluate_unit(job: Job) -> UnitResult:
-    """Send a token shard through the held layer shard; after the last layer, write its losses (schema LOSSES).
+    """Send a token shard through the held layer shard; after the last layer, write its losses.
 
     args: tokens_dir (relative to the run directory), shard, micro_batch (sequences), is_last.
     """
     args = job.args
     held: LayerShard = job.held
-    token_ids_ST = tables.token_ids(job.run_dir / args["tokens_dir"] / tokens_file(args["shard"]))
+    token_ids_ST = read_token_ids(job.run_dir / args["tokens_dir"] / tokens_file(args["shard"]))
     source = hidden_file(job.stage_dir, held.first, args["shard"]) if held.first else None
     hidden = run_layers(held, enter(held, token_ids_ST, source, args["micro_batch"]))
     if not args["is_last"]:
@@ -37,8 +36,8 @@ def evaluate_unit(job: Job) -> UnitResult:
     losses: list[float] = []
     for hidden_BTD, ids in zip(hidden, micro_batches(token_ids_ST, args["micro_batch"]), strict=True):
         losses.extend(sequence_losses(held.logits(hidden_BTD), ids).tolist())
-    columns = {"negative_log_likelihood": losses, "num_predictions": [token_ids_ST.shape[1] - 1] * len(losses)}
-    return UnitResult((write_table(losses_file(job.stage_dir, args["shard"]), columns, LOSSES),))
+    record = Losses(losses, [token_ids_ST.shape[1] - 1] * len(losses))
+    return UnitResult((write_losses(losses_file(job.stage_dir, args["shard"]), record),))
 
 
 def score_unit(job: Job) -> UnitResult:
@@ -48,10 +47,10 @@ def score_unit(job: Job) -> UnitResult:
     """
     total, num_predictions = 0.0, 0
     for shard in range(job.args["num_shards"]):
-        table = read_table(losses_file(job.stage_dir, shard))
-        losses = table["negative_log_likelihood"].to_pylist()
+        record = read_losses(losses_file(job.stage_dir, shard))
+        losses = record.negative_log_likelihood
         total += math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-        num_predictions += sum(table["num_predictions"].to_pylist())
+        num_predictions += sum(record.num_predictions)
     loss = total / num_predictions
     scores = {
         "perplexity": _exp(loss),

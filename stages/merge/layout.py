@@ -5,15 +5,13 @@ With r = E the files are the source's own, byte for byte. A file larger than the
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from stages.checkpoint.folder import SINGLE_FILE
 from stages.checkpoint.headers import DTYPE_BITS
 from stages.checkpoint.quantised import VALUE_DTYPES
-from stages.contracts.schemas import read_table
+from stages.contracts.tensors import TensorRow
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class OutputTensor:
     shape: tuple[int, ...]
     rule: str
     layer: int | None
-    source: Mapping[str, Any]
+    source: TensorRow
     cluster: int | None = None
 
     @property
@@ -52,36 +50,34 @@ class OutputFile:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
-def read_tensor_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of `tensors.arrow`."""
-    return read_table(path).to_pylist()  # type: ignore[no-any-return]
-
-
 def _output_tensors(
-    row: Mapping[str, Any], num_merged: Mapping[int, int], export_format: str, value_dtype: str, keeps_mtp: bool
+    row: TensorRow, num_merged: Mapping[int, int], export_format: str, value_dtype: str, keeps_mtp: bool
 ) -> list[OutputTensor]:
-    name, shape, layer, role = row["name"], tuple(row["shape"]), row["layer"], row["role"]
-    dtype = VALUE_DTYPES[value_dtype] if row["scheme"] else row["dtype"]
+    name, shape, layer, role = row.name, row.shape, row.layer, row.role
+    dtype = VALUE_DTYPES[value_dtype] if row.scheme else row.dtype
     if role == "mtp":
         return [OutputTensor(name, dtype, shape, "copy", layer, row)] if keeps_mtp else []
     if role == "copy" or (role == "router" and export_format == "tied"):
         return [OutputTensor(name, dtype, shape, "copy", layer, row)]
+    assert layer is not None
     if role == "expert":
-        if row["expert"] >= num_merged[layer]:
+        assert row.expert is not None
+        if row.expert >= num_merged[layer]:
             return []
-        return [OutputTensor(name, dtype, shape, "expert", layer, row, cluster=row["expert"])]
-    axis = row["expert_axis"]
+        return [OutputTensor(name, dtype, shape, "expert", layer, row, cluster=row.expert)]
+    axis = row.expert_axis
+    assert axis is not None
     shorter = (*shape[:axis], num_merged[layer], *shape[axis + 1 :])
     return [OutputTensor(name, dtype, shorter, role, layer, row)]
 
 
-def _expert_map(row: Mapping[str, Any], num_experts: int) -> OutputTensor:
-    module = row["template"].split(".{}.", 1)[0] if row["role"] == "expert" else row["parameter"].rsplit(".", 1)[0]
-    return OutputTensor(f"{module}.expert_map", "I64", (num_experts,), "expert_map", row["layer"], row)
+def _expert_map(row: TensorRow, num_experts: int) -> OutputTensor:
+    module = row.template.split(".{}.", 1)[0] if row.template is not None else row.parameter.rsplit(".", 1)[0]
+    return OutputTensor(f"{module}.expert_map", "I64", (num_experts,), "expert_map", row.layer, row)
 
 
 def output_files(
-    rows: list[dict[str, Any]],
+    rows: Iterable[TensorRow],
     num_experts: int,
     num_merged: Mapping[int, int],
     export_format: str,
@@ -95,13 +91,13 @@ def output_files(
     come first in a file, so that all are aligned.
     """
     groups: dict[str, list[OutputTensor]] = {}
-    mapped: set[int] = set()
+    mapped: set[int | None] = set()
     keeps_mtp = all(count == num_experts for count in num_merged.values())
     for row in rows:
-        group = groups.setdefault(row["file"], [])
+        group = groups.setdefault(row.file, [])
         group.extend(_output_tensors(row, num_merged, export_format, value_dtype, keeps_mtp))
-        if export_format == "tied" and row["role"] in ("expert", "fused_expert") and row["layer"] not in mapped:
-            mapped.add(row["layer"])
+        if export_format == "tied" and row.role in ("expert", "fused_expert") and row.layer not in mapped:
+            mapped.add(row.layer)
             group.append(_expert_map(row, num_experts))
     parts: list[tuple[str, list[OutputTensor]]] = []
     for file, group in groups.items():

@@ -7,21 +7,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-from stages.contracts.tables import Array, Statistics
+from stages.contracts.arrow import Array
+from stages.contracts.evidence import LayerEvidence
 
 Shares = list[tuple[int, float]]
 
 
-def _frequency(statistics: Statistics) -> Array:
-    return statistics.num_routed_E.astype(np.float64)
+def _frequency(evidence: LayerEvidence) -> Array:
+    return evidence["num_routed_tokens"].astype(np.float64)
 
 
-def _equal(statistics: Statistics) -> Array:
-    return np.ones(len(statistics.num_routed_E))
+def _equal(evidence: LayerEvidence) -> Array:
+    return np.ones(len(evidence["num_routed_tokens"]))
 
 
 # Weight of each expert within its cluster. "frequency" is HC-SMoE's merge (arXiv:2410.08589, eq. 6).
-METHODS: dict[str, Callable[[Statistics], Array]] = {"frequency": _frequency, "average": _equal}
+METHODS: dict[str, Callable[[LayerEvidence], Array]] = {"frequency": _frequency, "average": _equal}
 
 
 def shares_by_cluster(weights_E: Array, labels_E: Array) -> tuple[list[Shares], list[int]]:
@@ -40,8 +41,8 @@ def shares_by_cluster(weights_E: Array, labels_E: Array) -> tuple[list[Shares], 
     return shares, unweighted
 
 
-def _dominant(statistics: Statistics, labels_E: Array) -> list[Shares]:
-    used = statistics.num_routed_E
+def _dominant(evidence: LayerEvidence, labels_E: Array) -> list[Shares]:
+    used = evidence["num_routed_tokens"]
     return [
         [(min(members, key=lambda expert: (-used[expert], expert)), 1.0)]
         for members in (np.flatnonzero(labels_E == cluster).tolist() for cluster in range(int(labels_E.max()) + 1))
@@ -49,8 +50,8 @@ def _dominant(statistics: Statistics, labels_E: Array) -> list[Shares]:
 
 
 # How a stock export combines the router rows (and biases) of a cluster: usage-weighted mean, mean, or most used member's.
-ROUTERS: dict[str, Callable[[Statistics, Array], list[Shares]]] = {
-    "frequency": lambda statistics, labels_E: shares_by_cluster(_frequency(statistics), labels_E)[0],
-    "average": lambda statistics, labels_E: shares_by_cluster(_equal(statistics), labels_E)[0],
+ROUTERS: dict[str, Callable[[LayerEvidence, Array], list[Shares]]] = {
+    "frequency": lambda evidence, labels_E: shares_by_cluster(_frequency(evidence), labels_E)[0],
+    "average": lambda evidence, labels_E: shares_by_cluster(_equal(evidence), labels_E)[0],
     "dominant": _dominant,
 }

@@ -11,12 +11,15 @@ import torch
 from stages.checkpoint.folder import Checkpoint
 from stages.checkpoint.headers import TensorEntry, write_header
 from stages.checkpoint.reader import TORCH_DTYPES, TensorReader
-from stages.contracts import tables
-from stages.contracts.paths import CHECKPOINT_DIR, TENSORS_FILE, labels_file, statistics_file
+from stages.contracts.arrow import Array
+from stages.contracts.dendrogram import read_labels
+from stages.contracts.evidence import LayerEvidence, read_evidence
+from stages.contracts.paths import CHECKPOINT_DIR, TENSORS_FILE, labels_file
+from stages.contracts.tensors import TensorRow, read_tensors
 from stages.contracts.units import Job, UnitResult
 from stages.io.files import DigestingFile, write_file
 from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch, write_means
-from stages.merge.layout import OutputFile, OutputTensor, output_files, read_tensor_rows
+from stages.merge.layout import OutputFile, OutputTensor, output_files
 from stages.merge.shares import METHODS, ROUTERS, Shares, shares_by_cluster
 from stages.merge.weights import merge_rows
 
@@ -31,35 +34,36 @@ _COPIED_DTYPES = {
 class LayerMerge:
     """What a layer's tensors are merged by; read when the first of them is reached."""
 
-    statistics_path: Path
+    layer: int
+    statistics_dir: Path
     labels_path: Path
     num_merged: int
     method: str
     router: str
 
     @cached_property
-    def _statistics(self) -> tables.Statistics:
-        return tables.statistics(self.statistics_path)
+    def _evidence(self) -> LayerEvidence:
+        return read_evidence(self.statistics_dir, self.layer)
 
     @cached_property
-    def labels_E(self) -> tables.Array:
+    def labels_E(self) -> Array:
         """Cluster of every source expert."""
-        return tables.labels(self.labels_path, self.num_merged)
+        return read_labels(self.labels_path, self.num_merged)
 
     @cached_property
     def experts(self) -> list[Shares]:
         """Members and shares of every merged expert."""
-        return shares_by_cluster(METHODS[self.method](self._statistics), self.labels_E)[0]
+        return shares_by_cluster(METHODS[self.method](self._evidence), self.labels_E)[0]
 
     @cached_property
     def unweighted(self) -> list[int]:
         """Merged experts whose members were never routed to."""
-        return shares_by_cluster(METHODS[self.method](self._statistics), self.labels_E)[1]
+        return shares_by_cluster(METHODS[self.method](self._evidence), self.labels_E)[1]
 
     @cached_property
     def rows(self) -> list[Shares]:
         """Members and shares of every combined router row."""
-        return ROUTERS[self.router](self._statistics, self.labels_E)
+        return ROUTERS[self.router](self._evidence, self.labels_E)
 
 
 def _stretch(entry: TensorEntry, source: TensorReader, expert: int | None = None) -> Stretch:
@@ -98,17 +102,19 @@ def _sources(tensor: OutputTensor, layers: Mapping[int, LayerMerge]) -> list[str
     if tensor.rule == "expert_map":
         return []
     if tensor.rule != "expert":
-        return [tensor.source["name"]]
+        return [tensor.source.name]
     assert tensor.layer is not None and tensor.cluster is not None
-    return [tensor.source["template"].format(member) for member, _ in layers[tensor.layer].experts[tensor.cluster]]
+    template = tensor.source.template
+    assert template is not None
+    return [template.format(member) for member, _ in layers[tensor.layer].experts[tensor.cluster]]
 
 
 def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, LayerMerge]) -> Iterator[Mean]:
     """The bytes of an output tensor, one mean after another."""
     row = tensor.source
-    dtype, place = (TORCH_DTYPES | _COPIED_DTYPES).get(tensor.dtype, torch.uint8), source.place(row["name"])
+    dtype, place = (TORCH_DTYPES | _COPIED_DTYPES).get(tensor.dtype, torch.uint8), source.place(row.name)
     if tensor.rule == "copy":
-        yield _mean([(row["name"], 1.0)], dtype, source, place, may_be_infinite=not row["parameter"])
+        yield _mean([(row.name, 1.0)], dtype, source, place, may_be_infinite=not row.parameter)
         return
     assert tensor.layer is not None
     layer = layers[tensor.layer]
@@ -118,21 +124,22 @@ def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, Laye
         assert tensor.cluster is not None
         shares = [share for _, share in layer.experts[tensor.cluster]]
         yield _mean(list(zip(_sources(tensor, layers), shares, strict=True)), dtype, source, place)
-    elif tensor.rule == "fused_expert" and row["expert_axis"] == 0:
-        yield from _fused_means(row["name"], layer.experts, dtype, source, place)
+    elif tensor.rule == "fused_expert" and row.expert_axis == 0:
+        yield from _fused_means(row.name, layer.experts, dtype, source, place)
     else:
         clusters = layer.rows if tensor.rule == "router" else layer.experts
-        merged = merge_rows(source.read(row["name"]).to(dtype), row["expert_axis"], clusters, place)
+        assert row.expert_axis is not None
+        merged = merge_rows(source.read(row.name).to(dtype), row.expert_axis, clusters, place)
         yield ComputedMean([(merged, 1.0)], 1, dtype, place)
 
 
 @lru_cache(maxsize=1)
-def _surveyed(model: str, survey_dir: Path) -> tuple[Checkpoint, list[dict[str, Any]]]:
+def _surveyed(model: str, survey_dir: Path) -> tuple[Checkpoint, list[TensorRow]]:
     """The checkpoint and its `tensors.arrow`, kept for the next file: DeepSeek-V3's 90,000 headers take 1.5 s to read.
 
     A changed checkpoint has another survey: the name of its directory holds the digest of what it was made from.
     """
-    return Checkpoint(model), read_tensor_rows(survey_dir / TENSORS_FILE)
+    return Checkpoint(model), read_tensors(survey_dir / TENSORS_FILE)
 
 
 @lru_cache(maxsize=1)
@@ -164,7 +171,8 @@ def merge_unit(job: Job) -> UnitResult:
     file = files[args["file"]]
     layers = {
         layer: LayerMerge(
-            statistics_file(job.run_dir / args["statistics_dir"], layer),
+            layer,
+            job.run_dir / args["statistics_dir"],
             labels_file(job.run_dir / args["labels_dir"], layer),
             count,
             args["method"],

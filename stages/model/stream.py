@@ -9,11 +9,17 @@ import torch
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
+from stages.contracts.tokens import read_tokens
 from stages.io.files import WrittenFile, write_bytes
 from stages.io.storage import is_remote
 from stages.model.layer_shard import LayerShard
 
 _KEY = "hidden_states"
+
+
+def read_token_ids(path: Path) -> Tensor:
+    """Token ids int64 [S, T] of a token shard."""
+    return torch.from_numpy(read_tokens(path))
 
 
 def micro_batches(batch: Tensor, size: int) -> Iterator[Tensor]:

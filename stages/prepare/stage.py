@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.checkpoint.folder import CONFIG_FILE, Checkpoint
+from stages.contracts.arrow import Array
 from stages.contracts.errors import InputError
 from stages.contracts.paths import PLAN_FILE, TENSORS_FILE, tokens_file
-from stages.contracts.schemas import TENSORS, TOKENS, write_table
-from stages.contracts.tables import Array
+from stages.contracts.tensors import TensorRow, write_tensors
+from stages.contracts.tokens import write_tokens
 from stages.contracts.units import Job, UnitResult
 from stages.io.files import WrittenFile, write_json
 from stages.io.texts import kind_of, list_files
@@ -19,40 +20,42 @@ from stages.prepare.tokens import POOL_FACTOR, draw_sequences
 
 
 def survey_unit(job: Job) -> UnitResult:
-    """Write `plan.json` and `tensors.arrow` (schema TENSORS) of a checkpoint. args: model (folder)."""
-    plan, columns = survey_tables(job.args["model"])
-    tensors = write_table(job.stage_dir / TENSORS_FILE, columns, TENSORS)
-    return UnitResult((tensors, write_json(job.stage_dir / PLAN_FILE, plan)), facts={"num_tensors": len(columns["name"])})
+    """Write `plan.json` and `tensors.arrow` of a checkpoint. args: model (folder)."""
+    plan, rows = survey_tables(job.args["model"])
+    tensors = write_tensors(job.stage_dir / TENSORS_FILE, rows)
+    return UnitResult((tensors, write_json(job.stage_dir / PLAN_FILE, plan)), facts={"num_tensors": len(rows)})
 
 
-def survey_tables(model: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """The plan of a checkpoint folder and the columns of schema TENSORS. Raises InputError as `survey` does."""
+def survey_tables(model: str) -> tuple[dict[str, Any], list[TensorRow]]:
+    """The plan of a checkpoint folder and its tensors. Raises InputError as `survey` does."""
     plan, roles = survey(Checkpoint(model))
-    columns: dict[str, list[Any]] = {
-        "name": [role.entry.name for role in roles],
-        "file": [role.entry.file for role in roles],
-        "dtype": [role.entry.dtype for role in roles],
-        "shape": [list(role.entry.shape) for role in roles],
-        "num_bytes": [role.entry.num_bytes for role in roles],
-        "parameter": [role.parameter for role in roles],
-        "layer": [role.layer for role in roles],
-        "role": [role.role for role in roles],
-        "expert": [role.expert for role in roles],
-        "expert_axis": [role.expert_axis for role in roles],
-        "template": [role.template for role in roles],
-        "scheme": [role.entry.packing.scheme if role.entry.packing else "" for role in roles],
-    }
-    return plan, columns
+    rows = [
+        TensorRow(
+            name=role.entry.name,
+            file=role.entry.file,
+            dtype=role.entry.dtype,
+            shape=role.entry.shape,
+            num_bytes=role.entry.num_bytes,
+            parameter=role.parameter,
+            layer=role.layer,
+            role=role.role,
+            expert=role.expert,
+            expert_axis=role.expert_axis,
+            template=role.template,
+            scheme=role.entry.packing.scheme if role.entry.packing else "",
+        )
+        for role in roles
+    ]
+    return plan, rows
 
 
 def tokens_unit(job: Job) -> UnitResult:
-    """Write the token shards of one text (schema TOKENS). args: sequences_per_shard, and those of `sequences`."""
+    """Write the token shards of one text. args: sequences_per_shard, and those of `sequences`."""
     ids_ST = sequences(job.args)
     files: list[WrittenFile] = []
     step = job.args["sequences_per_shard"]
     for shard, start in enumerate(range(0, len(ids_ST), step)):
-        rows = [row.tolist() for row in ids_ST[start : start + step]]
-        files.append(write_table(job.stage_dir / tokens_file(shard), {"token_ids": rows}, TOKENS))
+        files.append(write_tokens(job.stage_dir / tokens_file(shard), ids_ST[start : start + step]))
     return UnitResult(tuple(files), facts={"num_tokens": int(ids_ST.size)})
 
 

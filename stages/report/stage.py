@@ -3,10 +3,11 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from stages.contracts.certainty import read_errors, read_stability
 from stages.contracts.paths import PLAN_FILE, REPORT_FILE, SCORES_FILE, errors_file, stability_file
-from stages.contracts.schemas import read_table
 from stages.contracts.units import Job, UnitResult
 from stages.io.files import write_json
 from stages.report.warnings import of_certainty, of_scores
@@ -45,17 +46,14 @@ def _certainty(job: Job) -> dict[str, Any] | None:
     folder = job.run_dir / job.args["certainty_dir"]
     moe_layers = job.args["targets"][0]["num_merged"]
     errors = {
-        layer: [
-            error if math.isfinite(error) else None
-            for error in read_table(errors_file(folder, int(layer)))["relative_standard_error"].to_pylist()
-        ]
+        layer: [error if math.isfinite(error) else None for error in read_errors(errors_file(folder, int(layer))).tolist()]
         for layer in moe_layers
     }
     finite = [error for values in errors.values() for error in values if error is not None]
     stability: dict[str, Any] = {}
     for target in job.args["targets"]:
         rows = {
-            layer: read_table(stability_file(folder, int(layer))).slice(count - 1, 1).to_pylist()[0]
+            layer: asdict(read_stability(stability_file(folder, int(layer))).of(count))
             for layer, count in target["num_merged"].items()
         }
         stability[target["target"]] = {

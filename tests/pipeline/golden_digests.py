@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from pipeline.run.stage_keys import VERSIONS
+from stages.contracts.arrow import read_table
 from stages.contracts.paths import SCORES_FILE
-from stages.contracts.schemas import read_table
 from tests.runs import FinishedRun, write_run_file
 
 RECORD = Path(__file__).with_suffix(".json")

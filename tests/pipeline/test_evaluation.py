@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.contracts import tables
+from stages.model.stream import read_token_ids
 from tests.conftest import REPOSITORY
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import FAMILIES, load
@@ -18,7 +18,7 @@ def whole_model_loss(folder: Path, done: FinishedRun, dtype: torch.dtype, **opti
     model = load(folder, dtype=dtype, **options)
     assert done.stages.evaluation is not None and done.config.evaluation is not None
     shards = sorted((done.run_dir / done.stages.evaluation.dir).glob("tokens-*.arrow"))
-    ids = torch.cat([tables.token_ids(path) for path in shards])
+    ids = torch.cat([read_token_ids(path) for path in shards])
     assert len(shards) > 1
     assert len(ids) == done.config.evaluation.num_sequences
     with torch.inference_mode():

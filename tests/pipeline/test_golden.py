@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.contracts import tables
-from stages.contracts.paths import labels_file, statistics_file
+from stages.contracts.dendrogram import read_labels
+from stages.contracts.evidence import read_evidence
+from stages.contracts.paths import labels_file
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import load, logits
 
@@ -80,7 +81,7 @@ def partition(labels_E: np.ndarray) -> set[frozenset[int]]:
 
 
 def our_labels(done: FinishedRun, layer: int, num_experts: int) -> np.ndarray:
-    return tables.labels(labels_file(done.cluster_dir, layer), num_experts)
+    return read_labels(labels_file(done.cluster_dir, layer), num_experts)
 
 
 def target_cases(records: dict[str, Any]) -> Iterator[tuple[str, str, int, str]]:
@@ -109,10 +110,10 @@ def test_mean_outputs_and_usage(golden_runs: dict[Any, FinishedRun], reference: 
     done = golden_runs["average", "freq"]
     means_LED, usage_LE = reference[f"{NAME}/mean_out"], reference[f"{NAME}/usage"]
     for layer in range(4):
-        statistics = tables.statistics(statistics_file(done.calibrate_dir, layer))
-        assert statistics.num_tokens == 16 * 128
-        close(statistics.output_sum_ED / statistics.num_tokens, means_LED[layer])
-        close(statistics.num_routed_E / statistics.num_routed_E.sum(), usage_LE[layer])
+        evidence = read_evidence(done.calibrate_dir, layer)
+        assert evidence.num_tokens == 16 * 128
+        close(evidence["output_sum"] / evidence.num_tokens, means_LED[layer])
+        close(evidence["num_routed_tokens"] / evidence["num_routed_tokens"].sum(), usage_LE[layer])
 
 
 def test_partitions_at_every_target(golden_runs: dict[Any, FinishedRun], records: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from pipeline.cli import main
+from stages.contracts.losses import Losses, write_losses
 from stages.contracts.paths import losses_file
-from stages.contracts.schemas import LOSSES, write_table
 from stages.contracts.units import Job
 from stages.evaluate.stage import score_unit
 from tests.runs import write_run_file
@@ -71,7 +71,7 @@ def silence_expert(model: torch.nn.Module) -> None:
 def test_a_score_is_written_whatever_the_losses_are(
     tmp_path: Path, losses: list[float], loss: float | None, perplexity: float | None
 ) -> None:
-    write_table(losses_file(tmp_path, 0), {"negative_log_likelihood": losses, "num_predictions": [3, 3]}, LOSSES)
+    write_losses(losses_file(tmp_path, 0), Losses(losses, [3, 3]))
     result = score_unit(Job(tmp_path, tmp_path, {"num_shards": 1}))
     assert result.facts == {"perplexity": perplexity, "loss": loss, "num_predictions": 6}
     assert json.loads((tmp_path / "scores.json").read_text()) == result.facts

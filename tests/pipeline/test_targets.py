@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stages.contracts import tables
-from stages.contracts.paths import labels_file, statistics_file
+from stages.contracts.dendrogram import read_labels
+from stages.contracts.evidence import read_evidence
+from stages.contracts.paths import labels_file
 from tests.runs import FinishedRun, digests
 from tests.tiny import FAMILIES, load, logits, random_ids
 
@@ -44,12 +45,12 @@ def raw(tensor: Tensor) -> bytes:
 
 
 def clusters(done: FinishedRun, layer: int, num_clusters: int) -> list[list[int]]:
-    labels_E = tables.labels(labels_file(done.cluster_dir, layer), num_clusters)
+    labels_E = read_labels(labels_file(done.cluster_dir, layer), num_clusters)
     return [np.flatnonzero(labels_E == label).tolist() for label in range(num_clusters)]
 
 
 def usage(done: FinishedRun, layer: int) -> np.ndarray:
-    return tables.statistics(statistics_file(done.calibrate_dir, layer)).num_routed_E
+    return read_evidence(done.calibrate_dir, layer)["num_routed_tokens"]
 
 
 def merged_in_memory(done: FinishedRun, num_experts: Mapping[int, int]) -> PreTrainedModel:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pipeline.errors import RunFailed
-from stages.contracts import tables
+from stages.contracts.arrow import read_table
 from stages.contracts.errors import InputError
-from stages.contracts.schemas import read_table
+from stages.contracts.evidence import read_evidence
 from stages.prepare.stage import sequences
 from tests.stages.runs import read_config, read_tensors, rewrite, run_all, token_ids
 from tests.stages.tiny import build, save
@@ -67,8 +67,8 @@ def test_statistics_that_are_not_finite(source: Path, tmp_path: Path) -> None:
     file.unlink()  # it is mapped to memory
     with pa.OSFile(str(file), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
         writer.write_table(table)
-    with pytest.raises(InputError, match=r"layer-0001\.statistics\.arrow: gate_sum_E of expert 2 is not finite"):
-        tables.statistics(file)
+    with pytest.raises(InputError, match=r"layer-0001\.statistics\.arrow: gate_sum of expert 2 is not finite"):
+        read_evidence(file.parent, 1)
 
 
 class _Bomb:

@@ -1,28 +1,30 @@
 """Names, sizes and files of a target, known from shapes alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from stages.contracts.tensors import TensorRow
 from stages.merge.layout import OutputFile, output_files
 
 NUM_EXPERTS = 4
 BIG = 10**9
 
 
-def row(name: str, file: str, shape: list[int], role: str = "copy", dtype: str = "F32", **more: Any) -> dict[str, Any]:
+def row(name: str, file: str, shape: list[int], role: str = "copy", dtype: str = "F32", **more: Any) -> TensorRow:
     """A row of `tensors.arrow`."""
     empty = {"layer": None, "expert": None, "expert_axis": None, "template": None, "scheme": ""}
-    return {"name": name, "file": file, "dtype": dtype, "shape": shape, "role": role, "parameter": name, **empty, **more}
+    return TensorRow(name, file, dtype, tuple(shape), num_bytes=0, parameter=name, role=role, **{**empty, **more})
 
 
-def expert(layer: int, index: int, file: str) -> dict[str, Any]:
+def expert(layer: int, index: int, file: str) -> TensorRow:
     template = f"layers.{layer}.experts.{{}}.w1.weight"
     name = template.format(index)
     return row(name, file, [8, 4], "expert", layer=layer, expert=index, template=template)
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> list[TensorRow]:
     """Two MoE layers: one with a tensor an expert, over two files, one with fused experts."""
     return [
         row("embed.weight", "a", [10, 4]),
@@ -70,9 +72,9 @@ def test_with_all_experts_stock_has_the_sources_tensors_file_by_file() -> None:
     files = output_files(rows(), NUM_EXPERTS, {0: 4, 1: 4}, "stock", BIG)
     assert [file.source_file for file in files] == ["a", "b", "c"]
     for file in files:
-        source = [row for row in rows() if row["file"] == file.source_file]
+        source = [row for row in rows() if row.file == file.source_file]
         found = {(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors}
-        assert found == {(row["name"], row["dtype"], tuple(row["shape"])) for row in source}
+        assert found == {(row.name, row.dtype, row.shape) for row in source}
 
 
 def test_a_file_whose_experts_are_all_merged_away_is_not_written() -> None:
@@ -84,7 +86,7 @@ def test_a_file_whose_experts_are_all_merged_away_is_not_written() -> None:
 
 
 def test_one_file_has_the_name_of_a_single_file() -> None:
-    (file,) = output_files([{**one, "file": "a"} for one in rows()], NUM_EXPERTS, {0: 2, 1: 2}, "tied", BIG)
+    (file,) = output_files([replace(one, file="a") for one in rows()], NUM_EXPERTS, {0: 2, 1: 2}, "tied", BIG)
     assert file.name == "model.safetensors"
 
 
@@ -102,7 +104,7 @@ def test_files_larger_than_the_bound_are_split_and_no_tensor_is_lost(bound: int)
 
 @pytest.mark.parametrize("export_format", ["tied", "stock"])
 def test_every_tensor_begins_at_a_multiple_of_its_item_size(export_format: str) -> None:
-    odd = [row("odd.weight", "a", [3], dtype="BF16"), *({**one, "file": "a"} for one in rows())]
+    odd = [row("odd.weight", "a", [3], dtype="BF16"), *(replace(one, file="a") for one in rows())]
     size = {"I64": 8, "F32": 4, "BF16": 2}
     for file in output_files(odd, NUM_EXPERTS, {0: 3, 1: 3}, export_format, BIG):
         position = 0

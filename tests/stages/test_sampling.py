@@ -1,6 +1,7 @@
 """Sampling mode: what is sampled, what stays exact, and what is then said of the means and the labels."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from stages.calibrate.partial import PartialStatistics
 from stages.calibrate.sampled import SampledStatistics
 from stages.calibrate.sampling import Sample
 from stages.calibrate.statistics import LayerStatistics
 from stages.calibrate.totals import finish, outputs
 from stages.cluster.certainty import adjusted_rand_index, halves, relative_standard_errors
-from stages.contracts import tables
-from stages.contracts.paths import errors_file, groups_file, labels_file, stability_file, statistics_file
-from stages.contracts.schemas import read_table
+from stages.contracts.certainty import read_errors, read_stability
+from stages.contracts.dendrogram import read_labels
+from stages.contracts.evidence import LayerEvidence, OutputGroups, read_evidence
+from stages.contracts.paths import errors_file, labels_file, stability_file
 from stages.model.expert_weights import ExpertWeights
 from tests.runs import FinishedRun, write_run_file
 from tests.stages.runs import run_all, token_ids
@@ -63,14 +66,14 @@ def watched(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Pat
     layer = FAMILIES[request.param].moe_layers[-1]
     block = model.model.layers[layer].mlp
 
-    def watch(chosen: Sample | None) -> tuple[tables.Statistics, tables.PartialStatistics, int]:
+    def watch(chosen: Sample | None) -> tuple[LayerEvidence, PartialStatistics, int]:
         weights = ExpertWeights(block.experts)
         parts = (layer, weights, block.gate, "softmax")
         statistics = LayerStatistics(*parts) if chosen is None else SampledStatistics(*parts, chosen)
         with FlopCounterMode(display=False) as counter, statistics:
             logits(model, random_ids())
         total = statistics.result()
-        summed = finish(total, outputs(total, weights), weights.dtype)
+        summed = finish(total, outputs(total, weights), weights.dtype, chosen is not None)
         return summed, total, counter.get_total_flops()
 
     watch.shape = (block.experts.num_experts, *block.experts.down_proj.shape[1:])  # type: ignore[attr-defined]
@@ -83,7 +86,7 @@ def test_all_tokens_in_groups_give_the_exact_sums_to_rounding(watched: Callable[
     grouped, total, _ = watched(sample(1.0))
     assert total.num_sampled_G.sum() == grouped.num_output_tokens == exact.num_tokens
     np.testing.assert_allclose(
-        grouped.output_sum_ED, exact.output_sum_ED, rtol=0, atol=1e-5 * np.abs(exact.output_sum_ED).max()
+        grouped["output_sum"], exact["output_sum"], rtol=0, atol=1e-5 * np.abs(exact["output_sum"]).max()
     )
 
 
@@ -92,9 +95,9 @@ def test_what_is_routed_stays_exact_under_sampling(watched: Callable[..., Any]) 
     sampled, total, _ = watched(sample(0.25))
     assert total.num_sampled_G.sum() == round(0.25 * LENGTH) * NUM_SEQUENCES
     assert sampled.num_tokens == exact.num_tokens
-    assert sampled.num_routed_E.tolist() == exact.num_routed_E.tolist()
-    for name in ("gate_sum_E", "gated_output_norm_sum_E", "router_probability_sum_E", "router_logit_gram_EE"):
-        np.testing.assert_allclose(getattr(sampled, name), getattr(exact, name), rtol=1e-5)
+    assert sampled["num_routed_tokens"].tolist() == exact["num_routed_tokens"].tolist()
+    for name in ("gate_sum", "gated_output_norm_sum", "router_probability_sum", "router_logit_gram"):
+        np.testing.assert_allclose(sampled[name], exact[name], rtol=1e-5)
 
 
 def test_operations_fall_by_what_is_not_sampled(watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +119,7 @@ def test_the_standard_error_shrinks_with_the_root_of_the_number_of_groups() -> N
     chance = np.random.default_rng(0)
     for groups, tokens in ((8, 1), (32, 1), (8, 16), (128, 4)):
         mean_EGD = 5 + chance.standard_normal((200, groups, 16)) / np.sqrt(tokens)
-        errors_E = relative_standard_errors(np.full(groups, tokens), mean_EGD * tokens)
+        errors_E = relative_standard_errors(OutputGroups(np.full(groups, tokens), mean_EGD * tokens))
         expected = np.sqrt(16 / (groups * tokens)) / np.sqrt(16 * 25)
         assert np.sqrt(np.square(errors_E).mean()) == pytest.approx(expected, rel=0.05)
 
@@ -152,13 +155,13 @@ def test_a_run_with_all_tokens_has_the_exact_labels_and_says_how_stable_they_are
     (folder,) = run.run_dir.glob("cluster-*")
     (exact_folder,) = done.run_dir.glob("cluster-*")
     for count in (6, 3):
-        labels = tables.labels(labels_file(folder, layer), count)
-        assert labels.tolist() == tables.labels(labels_file(exact_folder, layer), count).tolist()
-    rows = read_table(stability_file(folder, layer)).to_pylist()
+        labels = read_labels(labels_file(folder, layer), count)
+        assert labels.tolist() == read_labels(labels_file(exact_folder, layer), count).tolist()
+    rows = [asdict(read_stability(stability_file(folder, layer)).of(count)) for count in range(1, 7)]
     assert [row["num_clusters"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["equal_share"] == rows[-1]["equal_share"] == 1, "one cluster, and one an expert, leave no choice"
     assert all(0 <= row["equal_share"] <= 1 for row in rows)
-    errors = read_table(errors_file(folder, layer))["relative_standard_error"].to_pylist()
+    errors = read_errors(errors_file(folder, layer)).tolist()
     certainty = run.report["certainty"]
     assert certainty["relative_standard_errors"][str(layer)] == errors
     assert 0 < certainty["mean_relative_standard_error"] <= certainty["largest_relative_standard_error"]
@@ -172,16 +175,17 @@ def test_all_tokens_in_groups_give_the_exact_sums_where_gates_multiply_inputs_an
 ) -> None:
     source = save(build(family, torch.float32), tmp_path / "tiny")
     path, ids = token_ids(tmp_path)
-    found: list[list[tables.Statistics]] = []
+    found: list[list[LayerEvidence]] = []
     for name, more in {"exact": {}, "grouped": {"sampling": {"fraction": 1, "groups": 2}}}.items():
         calibration = {"data": str(path), "num_sequences": len(ids), "sequence_length": ids.shape[1], **more}
         run_all(source, tmp_path / name, path, [4], ["stock"], calibration=calibration)
-        files = sorted((tmp_path / name).glob("calibrate-*/*.statistics.arrow"))
-        found.append([tables.statistics(file) for file in files])
+        (folder,) = (tmp_path / name).glob("calibrate-*")
+        layers = sorted(int(file.name[6:10]) for file in folder.glob("*.statistics.arrow"))
+        found.append([read_evidence(folder, layer) for layer in layers])
     for exact, grouped in zip(*found, strict=True):
-        assert exact.num_routed_E.tolist() == grouped.num_routed_E.tolist()
-        size = np.abs(exact.output_sum_ED).max()
-        np.testing.assert_allclose(grouped.output_sum_ED, exact.output_sum_ED, rtol=0, atol=1e-5 * size)
+        assert exact["num_routed_tokens"].tolist() == grouped["num_routed_tokens"].tolist()
+        size = np.abs(exact["output_sum"]).max()
+        np.testing.assert_allclose(grouped["output_sum"], exact["output_sum"], rtol=0, atol=1e-5 * size)
 
 
 def test_the_run_keeps_what_is_routed_exact_and_its_groups_add_up(
@@ -190,10 +194,10 @@ def test_the_run_keeps_what_is_routed_exact_and_its_groups_add_up(
     done = finished_run("mixtral")
     run = sampled_run(tmp_path, done, {"fraction": 0.5, "groups": 3})
     (layer, *_) = FAMILIES["mixtral"].moe_layers
-    statistics, exact = (tables.statistics(statistics_file(one.calibrate_dir, layer)) for one in (run, done))
-    num_sampled_G, output_sum_EGD = tables.output_groups(groups_file(run.calibrate_dir, layer))
-    assert statistics.num_output_tokens == num_sampled_G.sum() == exact.num_output_tokens // 2
-    np.testing.assert_array_equal(output_sum_EGD.sum(1), statistics.output_sum_ED)
-    assert statistics.num_routed_E.tolist() == exact.num_routed_E.tolist()
+    evidence, exact = (read_evidence(one.calibrate_dir, layer) for one in (run, done))
+    assert evidence.groups is not None and exact.groups is None
+    assert evidence.num_output_tokens == evidence.groups.num_tokens_G.sum() == exact.num_output_tokens // 2
+    np.testing.assert_array_equal(evidence.groups.output_sum_EGD.sum(1), evidence["output_sum"])
+    assert evidence["num_routed_tokens"].tolist() == exact["num_routed_tokens"].tolist()
     assert run.stages.calibrate.key != done.stages.calibrate.key
     assert run.stages.calibration.key == done.stages.calibration.key

@@ -4,7 +4,6 @@ Dimensions: T tokens, D hidden size, F intermediate size, E experts, k experts a
 """
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from stages.calibrate.partial import PartialStatistics
 from stages.calibrate.statistics import LayerStatistics
 from stages.calibrate.totals import add, finish, outputs
 from stages.contracts.errors import InputError
-from stages.contracts.tables import PartialStatistics, Statistics
+from stages.contracts.evidence import LayerEvidence
 from stages.model.expert_weights import ExpertWeights
 from tests.tiny import FAMILIES, load, logits, random_ids
 
 
-def finished(total: PartialStatistics, experts: Any) -> Statistics:
-    return finish(total, outputs(total, ExpertWeights(experts)), experts.down_proj.dtype)
+def finished(total: PartialStatistics, experts: Any) -> LayerEvidence:
+    return finish(total, outputs(total, ExpertWeights(experts)), experts.down_proj.dtype, is_sampled=False)
 
 
 class Layer:
@@ -51,7 +51,7 @@ class Layer:
             logits(self.model, ids_ST)
         return statistics.result()
 
-    def watch(self, ids_ST: np.ndarray) -> tuple[Statistics, Tensor]:
+    def watch(self, ids_ST: np.ndarray) -> tuple[LayerEvidence, Tensor]:
         """Statistics gathered during a forward, and its logits."""
         with LayerStatistics(self.index, ExpertWeights(self.experts), self.router, "softmax") as statistics:
             found = logits(self.model, ids_ST)
@@ -83,16 +83,16 @@ def test_output_sums_are_those_of_every_expert_on_every_token(layer: Layer) -> N
     """The mean identity: W_down of the summed activations is the sum of the experts' outputs, un-gated and un-routed."""
     statistics, _ = layer.watch(layer.ids_ST)
     direct_ED = torch.stack([layer.outputs_of(expert).sum(0) for expert in range(layer.num_experts)])
-    close(statistics.output_sum_ED, direct_ED)
+    close(statistics["output_sum"], direct_ED)
 
 
 def test_counts_and_gate_sums_are_those_of_the_models_own_routing(layer: Layer) -> None:
     statistics, _ = layer.watch(layer.ids_ST)
     counts = [int((layer.index_Tk == expert).sum()) for expert in range(layer.num_experts)]
     assert statistics.num_tokens == layer.ids_ST.size
-    assert statistics.num_routed_E.tolist() == counts
+    assert statistics["num_routed_tokens"].tolist() == counts
     assert sum(counts) == layer.ids_ST.size * 2
-    close(statistics.gate_sum_E, [layer.gates_of(expert).sum().item() for expert in range(layer.num_experts)])
+    close(statistics["gate_sum"], [layer.gates_of(expert).sum().item() for expert in range(layer.num_experts)])
 
 
 def test_gated_output_norms_run_over_routed_tokens_only(layer: Layer) -> None:
@@ -101,15 +101,15 @@ def test_gated_output_norms_run_over_routed_tokens_only(layer: Layer) -> None:
     direct = [
         (layer.gates_of(expert) * layer.outputs_of(expert).norm(dim=1)).sum().item() for expert in range(layer.num_experts)
     ]
-    close(statistics.gated_output_norm_sum_E, direct)
+    close(statistics["gated_output_norm_sum"], direct)
 
 
 def test_router_probabilities_and_the_gram_of_logits_run_over_all_tokens(layer: Layer) -> None:
     statistics, _ = layer.watch(layer.ids_ST)
     logits_TE = layer.router_logits_TE
-    close(statistics.router_probability_sum_E, logits_TE.softmax(1).sum(0))
-    close(statistics.router_logit_gram_EE, logits_TE.T @ logits_TE)
-    assert statistics.router_probability_sum_E.sum() == pytest.approx(layer.ids_ST.size, rel=1e-6)
+    close(statistics["router_probability_sum"], logits_TE.softmax(1).sum(0))
+    close(statistics["router_logit_gram"], logits_TE.T @ logits_TE)
+    assert statistics["router_probability_sum"].sum() == pytest.approx(layer.ids_ST.size, rel=1e-6)
 
 
 def test_watching_changes_the_forward_by_rounding_only_and_ends_with_the_context(layer: Layer) -> None:
@@ -123,9 +123,9 @@ def test_sums_over_shards_are_the_sums_of_the_whole(layer: Layer) -> None:
     parts = [layer.watch_part(ids_ST) for ids_ST in np.split(layer.ids_ST, [3, 5])]
     total = finished(add(parts), layer.experts)
     assert total.num_tokens == whole.num_tokens
-    assert total.num_routed_E.tolist() == whole.num_routed_E.tolist()
-    for field in fields(Statistics):
-        close(getattr(total, field.name), getattr(whole, field.name))
+    assert total["num_routed_tokens"].tolist() == whole["num_routed_tokens"].tolist()
+    for name, values in whole.columns.items():
+        close(total[name], values)
 
 
 def test_addition_is_float64_in_the_order_given() -> None:
@@ -152,7 +152,7 @@ def test_an_expert_that_no_token_chose_has_an_output_sum_but_no_usage(layer: Lay
     with LayerStatistics(layer.index, ExpertWeights(layer.experts), layer.router, "softmax") as watched:
         out_TD = layer.experts(x_TD, chosen_Tk, torch.tensor([[0.75, 0.5]]).expand(len(x_TD), 2))
     statistics = finished(watched.result(), layer.experts)
-    assert statistics.num_routed_E.tolist() == [len(x_TD), 0, 0, len(x_TD), 0, 0]
-    assert statistics.gate_sum_E.tolist() == [0.75 * len(x_TD), 0, 0, 0.5 * len(x_TD), 0, 0]
-    close(statistics.output_sum_ED[1], layer.outputs_of(1).sum(0))
+    assert statistics["num_routed_tokens"].tolist() == [len(x_TD), 0, 0, len(x_TD), 0, 0]
+    assert statistics["gate_sum"].tolist() == [0.75 * len(x_TD), 0, 0, 0.5 * len(x_TD), 0, 0]
+    close(statistics["output_sum"][1], layer.outputs_of(1).sum(0))
     close(out_TD, 0.75 * layer.outputs_of(0) + 0.5 * layer.outputs_of(3))
