@@ -6,7 +6,8 @@ Dimensions: T tokens, D hidden size, F intermediate size, E experts, k experts a
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+
+from stages.contracts.survey import Survey
 
 STATISTICS_ITEMSIZE = 8
 HIDDEN_ITEMSIZE = 2
@@ -81,24 +82,33 @@ class Model:
         product = 2 * self.hidden_size * self.intermediate
         return attention + product * (2 * self.num_experts + self.top_k + 3 * self.num_shared)
 
-    def plan(self) -> dict[str, Any]:
-        """What the survey would write of it, as far as the units of calibrate depend on it."""
-        moe_layers = [layer for layer in range(self.num_layers) if self.is_moe(layer)]
-        return {
-            "num_layers": self.num_layers,
-            "moe_layers": moe_layers,
-            "routers": {str(layer): f"model.layers.{layer}.gate" for layer in moe_layers},
-            "hidden_size": self.hidden_size,
-            "vocab_size": self.vocab_size,
-            "dtype": "bfloat16",
-            "outside_bytes": 2 * VALUE_BYTES * self.vocab_size * self.hidden_size,
-            "layer_bytes": [VALUE_BYTES * self.layer_values(layer) for layer in range(self.num_layers)],
-            "layer_expert_bytes": [
-                VALUE_BYTES * self.num_experts * self.expert_values * self.is_moe(layer) for layer in range(self.num_layers)
-            ],
-            "num_experts": self.num_experts,
-            "top_k": self.top_k,
-        }
+    def survey(self) -> Survey:
+        """What the survey would find of it, as far as the units of calibrate depend on it."""
+        moe_layers = tuple(layer for layer in range(self.num_layers) if self.is_moe(layer))
+        expert_bytes = VALUE_BYTES * self.num_experts * self.expert_values
+        return Survey(
+            family="simulated",
+            architecture="Simulated",
+            num_layers=self.num_layers,
+            moe_layers=moe_layers,
+            routers={layer: f"model.layers.{layer}.gate" for layer in moe_layers},
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            max_positions=None,
+            dtype="bfloat16",
+            num_parameters=sum(map(self.layer_values, range(self.num_layers))),
+            total_bytes=VALUE_BYTES * sum(map(self.layer_values, range(self.num_layers))),
+            mtp_tensors=0,
+            first_mtp_tensor=None,
+            unloaded_tensors=0,
+            first_unloaded_tensor=None,
+            ignored_files=(),
+            outside_bytes=2 * VALUE_BYTES * self.vocab_size * self.hidden_size,
+            layer_bytes=tuple(VALUE_BYTES * self.layer_values(layer) for layer in range(self.num_layers)),
+            layer_expert_bytes=tuple(expert_bytes * self.is_moe(layer) for layer in range(self.num_layers)),
+        )
 
 
 def _mla_values(hidden: int, heads: int, query_rank: int, key_rank: int, nope: int, rope: int, value: int) -> int:
@@ -131,7 +141,7 @@ class Costs:
         """Weights of a layer shard from storage to the host's memory."""
         values = sum(self.model.layer_values(layer) for layer in range(first, stop))
         is_end = first == 0 or stop == self.model.num_layers
-        outside = self.model.plan()["outside_bytes"] if is_end else 0
+        outside = self.model.survey().outside_bytes if is_end else 0
         return (self.model.disk_bytes * values + outside) / self.hardware.read_bytes_s(self.num_workers)
 
     def place_s(self, first: int, stop: int) -> float:

@@ -19,9 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import timed
 from bench.models import IDS_FILE, MODELS
-from stages.calibrate.stage import calibrate_unit, open_shard
-from stages.contracts.units import Job
-from stages.prepare.stage import survey_tables, tokens_unit
+from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs
+from stages.calibrate.units import CalibrationShard, calibrate_unit, open_shard
+from stages.contracts.stream_units import StreamArgs
+from stages.contracts.units import HeldJob, Job
+from stages.model.survey import survey_checkpoint
+from stages.prepare.spec import TextArgs, TokensArgs
+from stages.prepare.units import tokens_unit
 
 Operand = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
@@ -30,7 +34,7 @@ class MatmulRecorder(TorchDispatchMode):
     """Counts matrix products by shape, stride and dtype of their two operands."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.products: Counter[tuple[Operand, Operand]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,17 +79,17 @@ def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         run_dir = Path(temporary)
         micro_batch = max(1, 2048 // spec.sequence_length)
-        texts = {
-            "place": "calibration", "model": str(folder), "data": [str(folder / IDS_FILE)], "num_sequences": spec.num_sequences,
-            "sequence_length": spec.sequence_length, "sequences_per_shard": spec.num_sequences,
-        }  # fmt: skip
-        tokens_unit(Job(run_dir, run_dir / "tokens", texts))
-        plan, _ = survey_tables(str(folder))
-        opened: list[Any] = []
-        routers = plan["routers"]
-        load_s, load_cpu_s = timed(lambda: opened.append(open_shard(str(folder), 0, plan["num_layers"], num_threads, routers)))
-        args = {"tokens_dir": "tokens", "shard": 0, "micro_batch": micro_batch, "is_last": True, "sampling": None}
-        job = Job(run_dir, run_dir / "calibrate", args, opened[0])
+        text = TextArgs(
+            place="calibration", model=str(folder), trust_remote_code=False, data=(str(folder / IDS_FILE),), text_field="text",
+            num_sequences=spec.num_sequences, sequence_length=spec.sequence_length, seed=0,
+        )  # fmt: skip
+        tokens_unit(Job(run_dir, run_dir / "tokens", TokensArgs(text, spec.num_sequences)))
+        survey, _ = survey_checkpoint(str(folder))
+        layers = CalibrationShardArgs(str(folder), 0, survey.num_layers, num_threads, survey.routers)
+        opened: list[CalibrationShard] = []
+        load_s, load_cpu_s = timed(lambda: opened.append(open_shard(layers)))
+        args = CalibrateArgs(StreamArgs("tokens", 0, micro_batch, is_last=True), sample=None, collectors=())
+        job = HeldJob(run_dir, run_dir / "calibrate", args, opened[0])
         with FlopCounterMode(display=False) as counter:
             calibrate_unit(job)
         with MatmulRecorder() as recorder:

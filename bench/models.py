@@ -1,4 +1,4 @@
-"""Models to measure on: real architectures with seeded random weights, in hub layout, over several bfloat16 files.
+"""Models to measure on: real architectures with seeded random weights, in hub layout, over several files.
 
 Experts come in planted groups, so that clusterings mean something: an expert is its group's tensor plus a smaller one of its
 own. Written tensor by tensor: no file, let alone a model, is ever in memory.
@@ -24,6 +24,7 @@ from stages.io.files import write_file, write_json
 OWN_SHARE = 0.3
 """Standard deviation of what is an expert's own, in that of its group's tensor."""
 IDS_FILE = "ids.npy"
+_DTYPE_CODES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Spec:
     """A model to generate.
 
     settings: of the config class. A half of its experts are the first of a planted group, so merging to half finds the
-    groups again. max_file_bytes: of a weight file. num_sequences, sequence_length: of its calibration tokens.
+    groups again. max_file_bytes: of a weight file. num_sequences, sequence_length: of its calibration tokens. dtype: of the
+    weights, "bfloat16" or "float32", as torch names it.
     """
 
     config_class: str
@@ -39,11 +41,17 @@ class Spec:
     max_file_bytes: int
     num_sequences: int
     sequence_length: int
+    dtype: str = "bfloat16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @property
     def config(self) -> Any:
         """The transformers config."""
-        return getattr(transformers, self.config_class)(**self.settings, tie_word_embeddings=False, dtype="bfloat16")
+        return getattr(transformers, self.config_class)(**self.settings, tie_word_embeddings=False, dtype=self.dtype)
 
     @property
     def num_experts(self) -> int:
@@ -72,7 +80,9 @@ _TRUE = (4096, 14336, 32, 8, 32000)  # mistralai/Mixtral-8x7B-v0.1: hidden, inte
 MODELS = {
     "tiny": Spec("MixtralConfig", _mixtral(2, 64, 96, 4, 2, 256), 200_000, 4, 64),
     "mid": Spec("MixtralConfig", _mixtral(8, 512, 1792, 8, 4, 8192), 100_000_000, 16, 512),
+    "mid-f32": Spec("MixtralConfig", _mixtral(8, 512, 1792, 8, 4, 8192), 200_000_000, 16, 512, "float32"),
     "fine": Spec("Qwen3MoeConfig", _FINE, 80_000_000, 16, 512),
+    "true-layer-f32": Spec("MixtralConfig", _mixtral(1, *_TRUE), 3_000_000_000, 2, 512, "float32"),
     "true-layer": Spec("MixtralConfig", _mixtral(2, *_TRUE), 1_500_000_000, 2, 512),
     "true-4": Spec("MixtralConfig", _mixtral(4, *_TRUE), 3_000_000_000, 2, 512),
     "deep": Spec("MixtralConfig", _mixtral(8, *_TRUE), 4_900_000_000, 2, 512),
@@ -87,9 +97,9 @@ class _Planned:
     shape: tuple[int, ...]
     group: str = ""
 
-    @property
-    def num_bytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Size in a dtype."""
+        return dtype.itemsize * int(np.prod(self.shape))
 
 
 def _planned(spec: Spec) -> Iterator[_Planned]:
@@ -124,22 +134,22 @@ def _normal(key: str, seed: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
 
 
-def _values(tensor: _Planned, seed: int) -> Tensor:
+def _values(tensor: _Planned, dtype: torch.dtype, seed: int) -> Tensor:
     """Weights that keep the scale of what they are applied to. Embeddings share a direction, as those of trained models do."""
     if len(tensor.shape) == 1:
-        return torch.ones(tensor.shape, dtype=torch.bfloat16)
+        return torch.ones(tensor.shape, dtype=dtype)
     values = _normal(tensor.group or tensor.name, seed, tensor.shape)
     if tensor.group:
         values.add_(_normal(tensor.name, seed, tensor.shape), alpha=OWN_SHARE)
     if tensor.name.endswith("embed_tokens.weight"):
-        return (values + _normal("direction", seed, tensor.shape[1:])).bfloat16()
-    return values.mul_(tensor.shape[1] ** -0.5).bfloat16()
+        return (values + _normal("direction", seed, tensor.shape[1:])).to(dtype)
+    return values.mul_(tensor.shape[1] ** -0.5).to(dtype)
 
 
-def _files(tensors: list[_Planned], max_file_bytes: int) -> list[list[_Planned]]:
+def _files(tensors: list[_Planned], dtype: torch.dtype, max_file_bytes: int) -> list[list[_Planned]]:
     files: list[list[_Planned]] = [[]]
     for tensor in tensors:
-        if files[-1] and sum(t.num_bytes for t in files[-1]) + tensor.num_bytes > max_file_bytes:
+        if files[-1] and sum(t.num_bytes(dtype) for t in (*files[-1], tensor)) > max_file_bytes:
             files.append([])
         files[-1].append(tensor)
     return files
@@ -150,15 +160,16 @@ def generate(name: str, folder: Path, seed: int = 0) -> Path:
     if (folder / INDEX_FILE).exists():
         return folder
     spec = MODELS[name]
-    files = _files(list(_planned(spec)), spec.max_file_bytes)
-    weight_map = {}
+    dtype = spec.torch_dtype
+    files = _files(list(_planned(spec)), dtype, spec.max_file_bytes)
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
 
         def write(out: Any, tensors: list[_Planned] = tensors) -> None:
-            write_header(out, ((t.name, "BF16", t.shape, t.num_bytes) for t in tensors), {"format": "pt"})
+            write_header(out, ((t.name, _DTYPE_CODES[dtype], t.shape, t.num_bytes(dtype)) for t in tensors), {"format": "pt"})
             for tensor in tensors:
-                out.write(_values(tensor, seed).view(-1).view(torch.uint8).numpy().data)
+                out.write(_values(tensor, dtype, seed).view(-1).view(torch.uint8).numpy().data)
 
         write_file(folder / file, write)
         weight_map |= {tensor.name: file for tensor in tensors}
@@ -167,7 +178,7 @@ def generate(name: str, folder: Path, seed: int = 0) -> Path:
     write_json(folder / CONFIG_FILE, config)
     ids = np.random.default_rng(seed).integers(0, config["vocab_size"], (spec.num_sequences, spec.sequence_length))
     write_file(folder / IDS_FILE, lambda out: np.save(out, ids))
-    total = sum(tensor.num_bytes for tensors in files for tensor in tensors)
+    total = sum(tensor.num_bytes(dtype) for tensors in files for tensor in tensors)
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return folder
 

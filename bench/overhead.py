@@ -6,23 +6,24 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.config import Resources
-from pipeline.driver.units import Unit
 from pipeline.executors.base import Executor
 from pipeline.executors.local import LocalExecutor
 from pipeline.executors.ray import RayExecutor, connect
-from stages.contracts.units import Job, UnitResult
+from stages.contracts.settings import Resources
+from stages.contracts.units import Job, NoFacts, Unit, UnitCall, UnitResult
+
+NOTHING = UnitCall("bench.overhead:nothing_unit", NoFacts, NoFacts)
 
 
-def nothing_unit(_job: Job) -> UnitResult:
+def nothing_unit(_job: Job[NoFacts]) -> UnitResult[NoFacts]:
     """Do nothing; sealing it writes a manifest."""
-    return UnitResult()
+    return UnitResult(NoFacts())
 
 
 def seconds_a_unit(executor: Executor, folder: Path, num_units: int) -> float:
     """Wall seconds of one empty unit, sealed, one after another through one worker."""
     units = [
-        Unit(str(folder), "nothing", "nothing", f"unit-{i}", "bench.overhead:nothing_unit", {}, f"{i}", on_worker=True)
+        Unit(str(folder), "nothing", "nothing", f"unit-{i}", NOTHING.on(NoFacts()), f"{i}", on_worker=True)
         for i in range(num_units + 1)
     ]
     executor.want(units)

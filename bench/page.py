@@ -123,23 +123,16 @@ def _transfer(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _memory(results: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, found in results.items():
-        peaks = found["peaks"]
-        rows.append(
-            [
-                name,
-                f"{found['num_tokens']:,}",
-                str(found["num_layers"]),
-                _gib(found["layer_bytes"]),
-                _gib(found["outside_bytes"]),
-                *(_gib(peaks[kind]) if kind in peaks else "-" for kind in ("worker", "task", "driver", "other")),
-            ]
-        )
-    sizes = ["layer, GiB", "outside of layers, GiB"]
-    header = ["model", "tokens", "layers", *sizes, "worker", "CPU task", "driver", "any process of Ray"]
+        sizes = [str(found["num_layers"]), _gib(found["layer_bytes"]), _gib(found["outside_bytes"])]
+        for num_tokens, peaks in found["peaks"].items():
+            kinds = [_gib(peaks[kind]) if kind in peaks else "-" for kind in ("worker", "task", "driver", "other")]
+            rows.append([name, found["dtype"], f"{int(num_tokens):,}", *sizes, *kinds])
+    columns = ["layer, GiB", "outside of layers, GiB"]
+    header = ["model", "dtype", "tokens", "layers", *columns, "worker", "CPU task", "driver", "any process of Ray"]
     return (
         "## 4. Memory\n\nPeak resident memory (`VmHWM`, which counts pages of mapped files) of every process of a whole "
         "run on Ray, one worker that holds one layer at a time, in GiB, over the calibration tokens named (a run file's"
-        " default is 65,536). On a CPU, experts' matrices of 8 MiB and more are"
+        " default is 65,536), in the dtype in which the model computes. On a CPU, experts' matrices of 8 MiB and more are"
         " mapped: their pages belong to the system's file cache, are released after each use, and are read from the disk"
         " again where memory is short. Target: worker at most a layer shard and 1 GiB, equal within 10% for any number of"
         " layers; driver under 0.39 GiB (400 MiB).\n\n" + _table(header, rows)
@@ -221,6 +214,7 @@ def _state(results: Results) -> str:
                     name,
                     on["date"],
                     on["commit"],
+                    f"{on['cpu']}, {on['bf16']}",
                     str(on["threads"]),
                     str(on["repeats"]),
                     f"{on['load']:.1f}",
@@ -229,10 +223,10 @@ def _state(results: Results) -> str:
             )
     on = next(found["on"] for models in results.values() for found in models.values())
     line = (
-        f"{on['num_cpus']} processors ({on['cpu']}, {on['bf16']}), {on['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{on['num_cpus']} processors, {on['memory_bytes'] / 2**30:.0f} GiB, "
         f"{on['gpu'] or 'no GPU'}; Python {on['python']}, torch {on['torch']}, transformers {on['transformers']}.\n\n"
     )
-    header = ["benchmark", "model", "date", "commit", "threads", "repeats", "load after", "note"]
+    header = ["benchmark", "model", "date", "commit", "processor", "threads", "repeats", "load after", "note"]
     return "## When and on what\n\n" + line + _table(header, rows)
 
 

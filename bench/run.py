@@ -28,8 +28,9 @@ ON_ONE_MODEL = ("overhead", "scaling", "simulation")
 SCALING_SEQUENCES = 64
 SCALING_WORKERS = (1, 2, 4)
 MEMORY_TOKENS = 65_536
-"""As a run file calibrates by default, 32 sequences of 2,048: more than models have elsewhere, since memory might grow with
-them."""
+"""As a run file calibrates by default, 32 sequences of 2,048: more than models have elsewhere."""
+FEWER_TOKENS = (2_048, 32_768)
+"""Of the smaller models memory is measured at these as well, since it might grow with them."""
 
 
 class Bench:
@@ -139,28 +140,34 @@ class Bench:
         return {**json.loads(measured.output), "peak_bytes": measured.peak_bytes}
 
     def memory(self, name: str) -> dict[str, Any]:
-        """Benchmark 4: one Ray worker that holds one layer at a time, as many tokens as by default; every process watched."""
+        """Benchmark 4: one Ray worker that holds one layer at a time; every process watched."""
+        counts = [MEMORY_TOKENS] if name.startswith(("true", "deep")) else [*FEWER_TOKENS, MEMORY_TOKENS]
+        peaks = {str(num_tokens): self._peaks(name, num_tokens) for num_tokens in counts}
+        run_dir = self.work_dir / "runs" / f"{name}-ray"
+        plan = json.loads(next(run_dir.glob("prepare-model-*/plan.json")).read_text())
+        shutil.rmtree(run_dir)
+        return {
+            "peaks": peaks,
+            "dtype": MODELS[name].dtype,
+            "layer_bytes": max(plan["layer_bytes"]),
+            "outside_bytes": plan["outside_bytes"],
+            "num_layers": plan["num_layers"],
+        }
+
+    def _peaks(self, name: str, num_tokens: int) -> dict[str, int]:
+        """Peak bytes of each kind of process over so many calibration tokens."""
         run_file = self.run_file(name, "ray", num_workers=1, layers_per_shard=1)
         run_dir = self.work_dir / "runs" / f"{name}-ray"
         shutil.rmtree(run_dir, ignore_errors=True)
-        num_sequences = MEMORY_TOKENS // MODELS[name].sequence_length
+        num_sequences = num_tokens // MODELS[name].sequence_length
         settings = (f"calibration.data={self._ids(name, num_sequences)}", f"calibration.num_sequences={num_sequences}")
         measured = self.pipeline(run_file, "ray", watch_all=True, settings=settings)
-        plan = json.loads(next(run_dir.glob("prepare-model-*/plan.json")).read_text())
-        shutil.rmtree(run_dir)
         peaks: dict[str, int] = {"driver": measured.peak_bytes}
         for title, peak in measured.peaks.items():
             is_unit = any(f"ray::{stage} " in title for stage in STAGES)
             kind = "worker" if "ray::Worker" in title else "task" if is_unit else "other"
             peaks[kind] = max(peaks.get(kind, 0), peak)
-        at_ends = plan["outside_bytes"]
-        return {
-            "peaks": peaks,
-            "layer_bytes": max(plan["layer_bytes"]),
-            "outside_bytes": at_ends,
-            "num_layers": plan["num_layers"],
-            "num_tokens": MEMORY_TOKENS,
-        }
+        return peaks
 
     def overhead(self, name: str) -> dict[str, Any]:
         """Benchmark 6."""

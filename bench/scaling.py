@@ -78,7 +78,7 @@ def pinned_calibrate_s(command: Sequence[str], run_dir: Path, num_workers: int) 
         "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": num_workers}),
     }  # fmt: skip
     with Pinned(f"{_MARK}={name}") as pinned:
-        measure.run(command, **environment)
+        measure.run(command, False, **environment)
     if pinned.num_pinned < num_workers:
         raise RuntimeError(f"{pinned.num_pinned} worker processes were found to pin, of {num_workers}")
     return calibrate_s(run_dir)

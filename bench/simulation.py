@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.cluster_model import MODELS, Costs, Hardware, Model, ideal_s
-from pipeline.config import Resources, RunConfig, TextData
 from pipeline.driver.loop import Driver
-from pipeline.driver.units import Hold, Outcome, Unit
+from pipeline.driver.outcome import Outcome
 from pipeline.executors.base import Slot
-from pipeline.run.graph import Graph
-from pipeline.run.partition import layer_shards
-from pipeline.run.stage_keys import Stages
-from pipeline.state.manifest import seal
-from stages.contracts import paths
-from stages.contracts.units import UnitResult
-from stages.io.files import write_json
+from pipeline.run.view import Inputs, RunView
+from stages.calibrate.spec import CalibrateArgs, ReduceArgs
+from stages.contracts.partition import layer_shards
+from stages.contracts.settings import Resources, RunConfig, TextData
+from stages.contracts.stream_units import LayerShardArgs, StreamArgs
+from stages.contracts.units import Hold, Unit
 
 NUM_WORKERS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -105,10 +103,12 @@ class SimulatedExecutor:
         """Know when the unit will have ended."""
         worker = self._workers[slot.id]
         seconds = self._open_s(worker, unit) + self.costs.hardware.unit_s
-        if "num_shards" in unit.args:
-            seconds += self.costs.sum_s(unit.args["layer"], unit.args["num_shards"])
+        args = unit.call.args
+        if isinstance(args, ReduceArgs):
+            seconds += self.costs.sum_s(args.layer, args.num_shards)
         else:
-            seconds += self._pass_s(worker, unit)
+            assert isinstance(args, CalibrateArgs)
+            seconds += self._pass_s(worker, unit, args.stream)
         worker.busy_s += seconds
         heapq.heappush(self._running, (self.now_s + seconds, self._num_submitted, seconds, slot, unit))
         self._num_submitted += 1
@@ -122,12 +122,12 @@ class SimulatedExecutor:
             worker.open_at = max(self.now_s, worker.has_come_at) + self.costs.place_s(first, stop)
         return max(0.0, worker.open_at - self.now_s)
 
-    def _pass_s(self, worker: _Worker, unit: Unit) -> float:
+    def _pass_s(self, worker: _Worker, unit: Unit, args: StreamArgs) -> float:
         assert unit.hold is not None
-        num_tokens = self._num_tokens(unit.args["shard"])
+        num_tokens = self._num_tokens(args.shard)
         read_s = self.costs.hidden_s(num_tokens) if unit.reads else 0.0
         worker.has_come_at += read_s  # the link is shared with what comes ahead
-        seconds = read_s + (0.0 if unit.args["is_last"] else self.costs.hidden_s(num_tokens))
+        seconds = read_s + (0.0 if args.is_last else self.costs.hidden_s(num_tokens))
         for layer in range(*_layers(unit.hold)):
             seconds += self.costs.compute_s(layer, num_tokens)
             seconds += self.costs.partial_statistics_s() if self.costs.model.is_moe(layer) else 0.0
@@ -175,19 +175,20 @@ class SimulatedExecutor:
 
 
 def _layers(hold: Hold) -> tuple[int, int]:
-    return hold.args["first"], hold.args["stop"]
+    assert isinstance(hold.call.args, LayerShardArgs)
+    return hold.call.args.first, hold.call.args.stop
 
 
 class _Run:
     """Calibrate alone, as the driver knows runs."""
 
     def __init__(self, units: Sequence[Unit], config: RunConfig) -> None:
-        self.run_dir, self.config, self.is_active = units[0].run_dir, config, True
-        self._units = list(units)
+        self.run_dir, self.config, self.is_active, self.is_due = units[0].run_dir, config, True, True
+        self._units, self._num_left = list(units), len(units)
 
     def advance(self) -> list[Unit]:
         units, self._units = self._units, []
-        self.is_active = bool(units)
+        self.is_due, self.is_active = False, bool(units)
         return units
 
     def check_lock(self) -> None:
@@ -198,16 +199,14 @@ class _Run:
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
         """Nothing to delete."""
+        self._num_left -= 1
+        self.is_due = not self._num_left
 
 
 def calibrate_units(model: Model, config: RunConfig, num_workers: int) -> list[Unit]:
-    """The units that `Graph` lists for a model of these dimensions."""
-    stages = Stages(config, {"model": {"name": model.name}, "calibration": {}})
-    run_dir = Path(config.run_dir)
-    graph = Graph(config, stages, run_dir, run_dir / "model", num_workers)
-    plan = write_json(run_dir / stages.survey.dir / paths.PLAN_FILE, model.plan())
-    seal(graph.survey_unit(), UnitResult((plan,)), started=0)
-    return graph.units("calibrate")
+    """The units that calibrate lists for a model of these dimensions."""
+    inputs = Inputs(Path(config.run_dir) / "model", {"model": {"name": model.name}, "calibration": {}})
+    return list(RunView(config, inputs, num_workers, surveyed=(model.survey(), ())).units("calibrate"))
 
 
 def run_config(hardware: Hardware, run_dir: str, **settings: Any) -> RunConfig:
@@ -234,7 +233,7 @@ def simulate(model: Model, hardware: Hardware, num_workers: int, has_prefetch: b
         run: Any = _Run(units, config)
         Driver([run], executor, print, executor.clock).drive()
     room = Resources(worker_memory=hardware.gpu_memory_bytes)
-    most = max(stop - first for first, stop in layer_shards(model.plan(), data, room, num_workers=1, num_rounds=1))
+    most = max(stop - first for first, stop in layer_shards(model.survey(), data, room, num_workers=1, num_rounds=1))
     ideal = ideal_s(costs, data.micro_batch * data.sequence_length, most)
     holds = {unit.hold.key for unit in units if unit.hold}
     return {

@@ -14,10 +14,9 @@ from typing import Any
 from bench.measure import forget_pages, timed
 from pipeline.checks import check
 from pipeline.config import load_config
-from pipeline.driver.units import Unit
 from pipeline.driver.worker import Worker
-from pipeline.run.graph import Graph
-from pipeline.run.stage_keys import Stages
+from pipeline.run.view import RunView
+from stages.contracts.units import Unit
 
 _CHUNK_BYTES = 1 << 24
 
@@ -46,13 +45,12 @@ def _run(worker: Worker, unit: Unit) -> None:
 def measure(run_file: Path, repeats: int) -> dict[str, Any]:
     """Bytes and seconds of merge and assemble and of the copy, and the share of its rate that is reached."""
     config = load_config(run_file, [])
-    checked = check(config)
-    run_dir = Path(config.run_dir)
-    graph = Graph(config, Stages(config, checked.identities), run_dir, checked.model, None)
-    merge, assemble = graph.units("merge"), graph.units("assemble")
-    merged = run_dir / merge[0].stage_dir / "checkpoint"
+    view = RunView(config, check(config).inputs)
+    run_dir, model = Path(config.run_dir), view.model
+    merge, assemble = view.units("merge"), view.units("assemble")
+    merged = run_dir / merge[0].part_dir / "checkpoint"
     written = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
-    read = sum(path.stat().st_size for path in checked.model.glob("*.safetensors"))
+    read = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     worker, bare = Worker(), run_dir / "copy"
     found: dict[str, list[float]] = {"unit_s": [], "unit_cpu_s": [], "copy_s": [], "share": []}
 
@@ -61,15 +59,15 @@ def measure(run_file: Path, repeats: int) -> dict[str, Any]:
             _run(worker, unit)
 
     for number in range(repeats + 1):
-        shutil.rmtree(run_dir / assemble[0].stage_dir)
+        shutil.rmtree(run_dir / assemble[0].part_dir)
         shutil.rmtree(merged)
         shutil.rmtree(bare, ignore_errors=True)
         os.sync()
-        forget_pages(checked.model)
+        forget_pages(model)
         unit_s, unit_cpu_s = timed(run_units)
         os.sync()
-        forget_pages(checked.model)
-        copy_s, _ = timed(lambda: copy(checked.model, bare, written))
+        forget_pages(model)
+        copy_s, _ = timed(lambda: copy(model, bare, written))
         if number:  # the first pass imports
             found["unit_s"].append(unit_s)
             found["unit_cpu_s"].append(unit_cpu_s)

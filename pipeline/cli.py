@@ -12,15 +12,15 @@ import typer
 from rich.console import Console
 
 from pipeline.display.printing import show
-from pipeline.names import StageName
 from stages.contracts.errors import InputError
 from stages.io.storage import failures, is_outside
+from stages.registry import STAGES
 
 if TYPE_CHECKING:
     from pipeline.commands.run import MakeExecutor
-    from pipeline.config import Resources
     from pipeline.display.progress import Reporter
     from pipeline.executors.base import Executor
+    from stages.contracts.settings import Resources
 
 app = typer.Typer(
     name="hcsmoe",
@@ -29,6 +29,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+StageName = StrEnum("StageName", {name.upper(): name for name in STAGES})  # type: ignore[misc]  # from the registry
 
 
 class ExecutorName(StrEnum):

@@ -1,275 +1,20 @@
-"""The run file: typed, frozen, checked once."""
+"""Reads run files: YAML, `--set`, and one line for every mistake."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, create_model
 
-from pipeline.display.printing import printable
-from pipeline.run.naming import check_name, model_name
+from pipeline.display.problems import problems
+from pipeline.run.variants import variants_of
 from pipeline.yaml_files import parse_yaml, read_yaml
 from stages.contracts.errors import InputError
-from stages.io.storage import absolute
+from stages.contracts.settings import RunConfig
+from stages.registry import stage_specs
 
-_DRIVE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(/(?!/)|\\)")
-"""C:\\runs and s3:/bucket, which would otherwise be the name of a folder in the current one."""
-_MAX_BYTES = 1 << 63
 _MAX_DEPTH = 8
-_MAX_SHOWN = 200
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def _parse_bytes(value: Any) -> Any:
-    """`"8 GB"` or a number of bytes."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?b)?\s*", value.lower())
-        if match is None:
-            raise ValueError(f"{value!r} is not a size; write for example 8 GB")
-        num_bytes = float(match[1]) * _UNITS[match[2] or ""]
-        if num_bytes >= _MAX_BYTES:
-            raise ValueError(f"{value!r} is larger than any file or memory; write for example 8 GB")
-        return int(num_bytes)
-    return value
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=1)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-Count = Annotated[int, Field(ge=1, le=2**53, strict=True)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TextData(_Section):
-    """A text and what is drawn from it."""
-
-    data: Names
-    """Files and folders of one kind (.txt, .json, .jsonl, also .gz, .bz2, .xz, .zst; .parquet; or token ids in one .npy or
-    .safetensors file), or one dataset of the hub, `org/name[:split]`. Every name is that file: no patterns."""
-    text_field: str = "text"
-    """Column of JSON or Parquet that holds the text; no other is read."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
-    num_sequences: Count = 32
-    sequence_length: Annotated[int, Field(ge=2, strict=True)] = 2048
-    """Tokens."""
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
-    tokens_per_shard: Count = 2048
-    """Size of a token shard: no more workers can be busy than there are shards. Fewer cost less, each some milliseconds."""
-    tokens_per_micro_batch: Count = 2048
-    """Tokens that run through a layer at once: the activations of a worker. Part of the result's last bits."""
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of a micro-batch."""
-        return max(1, self.tokens_per_micro_batch // self.sequence_length)
-
-    @property
-    def sequences_per_shard(self) -> int:
-        """Sequences of a token shard, whole micro-batches."""
-        return max(1, self.tokens_per_shard // self.sequence_length // self.micro_batch) * self.micro_batch
-
-    @property
-    def num_shards(self) -> int:
-        """Token shards."""
-        return -(-self.num_sequences // self.sequences_per_shard)
-
-
-class Sampling(_Section):
-    """Un-routed means from a sample of tokens, with what is then not certain in the report. Routing stays exact."""
-
-    fraction: Annotated[float, Field(gt=0, le=1)]
-    """Of the tokens of each sequence, evenly spaced. 1 takes them all, and still tells how certain the means are."""
-    groups: Annotated[int, Field(ge=2, strict=True)] = 8
-    """Groups of sequences whose means are kept apart: from their spread follow standard errors and stability."""
-
-
-class Calibration(TextData):
-    """The calibration set."""
-
-    sampling: Sampling | None = None
-    """Leave out for exact means over all tokens."""
-
-    @model_validator(mode="after")
-    def _check_groups(self) -> Self:
-        if self.sampling is not None and self.sampling.groups > self.num_sequences:
-            raise ValueError(
-                f"sampling.groups is {self.sampling.groups} but there are {self.num_sequences} sequences to put "
-                f"in them; use at most {self.num_sequences}"
-            )
-        return self
-
-
-class Evaluation(TextData):
-    """Held-out text and metrics."""
-
-    metrics: Annotated[tuple[Literal["perplexity"], ...], BeforeValidator(_as_tuple)] = ("perplexity",)
-
-
-Target = Count | Annotated[tuple[Count, ...], Field(min_length=1)]
-
-
-class Clustering(_Section):
-    """How experts are grouped."""
-
-    num_experts: Annotated[tuple[Target, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-    """One target an element: experts that each layer keeps, or a list with a number for each MoE layer (tied only)."""
-    feature: Literal["expert_output"] = "expert_output"
-    distance: Literal["euclidean"] = "euclidean"
-    linkage: Literal["average", "single", "complete", "ward"] = "average"
-
-
-class Merging(_Section):
-    """How a cluster becomes one expert."""
-
-    method: Literal["frequency", "average"] = "frequency"
-
-
-class Export(_Section):
-    """What is written."""
-
-    formats: Annotated[tuple[Literal["tied", "stock"], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
-        "tied",
-        "stock",
-    )
-    router: Literal["frequency", "average", "dominant"] = "frequency"
-    """How `stock` combines the router rows of a cluster."""
-    max_file_bytes: Bytes = 5 * 10**9
-    """A weight file larger than this is split."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """In which the values of a quantised source are written; any other source keeps its dtypes."""
-    mtp: Literal["drop", "error"] = "drop"
-    """What to do with layers that predict further tokens (MTP), whose experts no calibration reaches: leave them out of the
-    checkpoint, or refuse the model."""
-
-
-class Resources(_Section):
-    """What one worker gets. None of it changes the result, but for the last bits that depend on `num_cpus`."""
-
-    num_gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of a worker; fractions share one. Default: 1 where the cluster has GPUs, else 0."""
-    num_cpus: Count = 1
-    """CPU threads of a worker."""
-    num_workers: Count | None = None
-    """Workers that hold a layer shard each. Default: as many as the cluster has room for."""
-    worker_memory: Bytes = 8 * 2**30
-    """Memory of a worker for weights and activations (of its GPU, where it has one): decides how many layers it holds."""
-    layers_per_shard: Count | None = None
-    """Layers of a layer shard. Default: as many as fit in `worker_memory`, but at most a quarter of a worker's share: a worker
-    reads its next layer shard while it computes, and the fewer layers, the sooner all are busy."""
-    max_attempts: Count = 3
-    """How often a unit is given to a worker before the workers' deaths, or errors of a file server or store that may pass,
-    count as its failure."""
-    unit_timeout_s: Annotated[float, Field(gt=0)] | None = None
-    """Seconds after which a unit counts as hung and is given to another worker. Default: 20 times the median of its kind in
-    this run, at least ten minutes; two hours for the first of its kind. Loading a layer shard has a limit of its own: 20 times
-    the median, at least half an hour; four hours for the first."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of the logs, a file for each process in `logs` of the run directory."""
-
-
-class RunConfig(_Section):
-    """A run file."""
-
-    model: str
-    """A checkpoint folder or its URL on object storage, or a model of the hub, `org/name`."""
-    name: str = ""
-    """Beginning of the exports' names. Default: the last part of `model`."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    trust_remote_code: bool = False
-    """Run code that comes with the checkpoint, for its tokenizer only: the model's classes are always those of transformers."""
-    cache_dir: str | None = None
-    """Where what comes from the hub is downloaded to, on storage that every node reaches. Default: `source` in `run_dir`."""
-    run_dir: str
-    """Everything the run knows and writes; a folder on storage that every node reaches, or a URL of object storage."""
-    calibration: Calibration
-    clustering: Clustering
-    merging: Merging = Merging()
-    export: Export = Export()
-    evaluation: Evaluation | None = None
-    """Leave out to skip evaluation."""
-    resources: Resources = Resources()
-
-    @field_validator("run_dir", "model", "cache_dir")
-    @classmethod
-    def _is_a_path(cls, value: str | None) -> str | None:
-        if value is not None and not value.strip():
-            raise ValueError("must not be empty")
-        if value is not None and "\0" in value:
-            raise ValueError("must not hold the character NUL")
-        if value is not None and _DRIVE.match(value):
-            raise ValueError(
-                f"names no folder here; write {value.partition(':')[0]}://... for a URL, or a path that begins with /"
-            )
-        return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_name(cls, values: Any) -> Any:
-        """Name the model once: what `.` is called depends on where the command runs, and `run.json` is read elsewhere."""
-        if isinstance(values, dict) and isinstance(values.get("model"), str) and values.get("name") is None:
-            return {**values, "name": model_name(values["model"])}
-        return values
-
-    @model_validator(mode="after")
-    def _check_name(self) -> Self:
-        check_name(self.name)
-        return self
-
-    @model_validator(mode="after")
-    def _check_targets(self) -> Self:
-        targets = self.clustering.num_experts
-        if len(set(targets)) != len(targets):
-            raise ValueError(f"clustering.num_experts lists a target twice: {list(targets)}")
-        if "stock" in self.export.formats and any(isinstance(t, tuple) and len(set(t)) > 1 for t in targets):
-            raise ValueError(
-                "clustering.num_experts has a target with a different number in each layer, which only the tied format can "
-                "express; set export.formats to [tied]"
-            )
-        return self
-
-
-def texts_of(config: RunConfig) -> dict[str, TextData]:
-    """The texts of a run, by the sections that name them."""
-    texts = {"calibration": config.calibration, "evaluation": config.evaluation}
-    return {place: data for place, data in texts.items() if data is not None}
-
-
-def hub_dir(config: RunConfig) -> Path:
-    """Where models and datasets of the hub are downloaded to."""
-    return absolute(config.cache_dir or absolute(config.run_dir) / "source")
-
-
-def problems(error: ValidationError) -> str:
-    """One line that names every key that is wrong, with the value."""
-    lines = []
-    for problem in error.errors():
-        parts = [str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "constrained-"))]
-        place = printable(".".join(parts))
-        given = problem["input"]
-        shown = f" (it is {_shortened(given)})" if isinstance(given, str | int | float | bool) or given is None else ""
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{place} is not a setting")
-        elif problem["type"] == "missing":
-            lines.append(f"{place} is missing")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{place}: {message}{shown}" if place else message)
-    return "; ".join(dict.fromkeys(lines))
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def apply_setting(values: dict[str, Any], setting: str) -> None:
@@ -294,6 +39,12 @@ def set_value(values: dict[str, Any], key: str, value: Any, place: str) -> None:
     section[last] = value
 
 
+def run_config_class() -> type[RunConfig]:
+    """The run file with the sections that stages declare beyond those of `RunConfig`, each with its defaults."""
+    sections: dict[str, Any] = {name: (kind, kind()) for spec in stage_specs() for name, kind in spec.sections.items()}
+    return create_model("RunConfig", __base__=RunConfig, **sections) if sections else RunConfig
+
+
 def load_config(path: Path, settings: Sequence[str], values_on_top: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
     """Read a run file and apply `--set`, and values by their dotted keys, on top.
 
@@ -307,6 +58,21 @@ def load_config(path: Path, settings: Sequence[str], values_on_top: Mapping[str,
     for key, value in values_on_top.items():
         set_value(values, key, value, f"set of {path}")
     try:
-        return RunConfig.model_validate(values)
+        config = run_config_class().model_validate(values)
+        _check_variant_sections(values)
+        variants_of(config)
     except ValidationError as e:
         raise InputError(f"{path}: {problems(e)}") from e
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from e
+    return config
+
+
+def _check_variant_sections(values: Mapping[str, Any]) -> None:
+    """Raise InputError for settings of a method beside variants, which each have their own."""
+    if values.get("variants") is None:
+        return
+    beside = [f"clustering.{name}" for name in values["clustering"] if name != "num_experts"]
+    beside += ["merging"] if "merging" in values else []
+    if beside:
+        raise InputError(f"{beside[0]} is set beside variants, which have their own; move it into a variant")

@@ -16,11 +16,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # httpx's, by whatever name
 from huggingface_hub.utils import SafetensorsFileMetadata, disable_progress_bars  # type: ignore[attr-defined]
 
-from pipeline.run.naming import is_hub_name
 from stages.checkpoint.folder import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, Checkpoint
 from stages.checkpoint.headers import write_header
 from stages.checkpoint.side_files import is_kept
 from stages.contracts.errors import InputError
+from stages.contracts.naming import is_hub_name
 from stages.io.files import DigestingFile
 from stages.io.storage import as_path, is_url
 from stages.io.untrusted import read_json

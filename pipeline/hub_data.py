@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # httpx's, by whatever name
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+from rich import filesize
 
-from pipeline.display.sizes import human_bytes
-from pipeline.driver.worker import resolve
+from pipeline.imports import resolve
 from stages.contracts.errors import InputError
 from stages.io.files import write_json
 from stages.io.texts import KNOWN, kind_of
@@ -51,7 +51,7 @@ class Dataset:
         return {"commit": self.commit, "files": sorted(self.sizes)}
 
     def __str__(self) -> str:
-        num_bytes = human_bytes(sum(self.sizes.values()))
+        num_bytes = filesize.decimal(sum(self.sizes.values()))
         return f"{self.repo} at commit {self.commit}: {len(self.sizes)} of {self.num_files} files, {num_bytes}"
 
 
@@ -143,7 +143,8 @@ def _chosen(
 ) -> Dataset:
     """folder: holds README.md, if there is one."""
     readme = read_small(folder / _README) if _README in sizes else None
-    names = resolve("stages.io.splits:split_files")(where, sorted(sizes), readme, split or "train")
+    found = resolve("stages.io.splits:split_files")(where, sorted(sizes), readme, split or "train")
+    names = cast(list[str], found)
     for name in names:
         if kind_of(name) in (None, "ids"):
             raise InputError(f"{where}: its file {name} is of a kind that is not read; known: {KNOWN}")

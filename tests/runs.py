@@ -11,16 +11,18 @@ from rich.console import Console
 
 from pipeline.checks import check
 from pipeline.commands.run import run
-from pipeline.config import RunConfig, apply_setting, load_config
+from pipeline.config import apply_setting, load_config
 from pipeline.display.progress import Reporter
+from pipeline.driver.outcome import Outcome
 from pipeline.driver.run_state import RunOptions, RunResult
-from pipeline.driver.units import Outcome, Unit
 from pipeline.executors.base import Executor
 from pipeline.executors.local import LocalExecutor
-from pipeline.run.stage_keys import Stages
+from pipeline.run.view import RunView
+from stages.contracts.keys import Part
 from stages.contracts.paths import CHECKPOINT_DIR
+from stages.contracts.settings import RunConfig
+from stages.contracts.units import Unit
 from stages.io.files import sha256_of
-from stages.io.storage import absolute
 
 
 class Recorder(Reporter):
@@ -79,11 +81,11 @@ def digests(folder: Path, pattern: str = "**/*") -> dict[str, str]:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run: its config, stages and folders."""
+    """A finished run: its config, what its stages see, and folders."""
 
     run_file: Path
     config: RunConfig
-    stages: Stages
+    view: RunView
     run_dir: Path
     source: Path
     report: Mapping[str, Any]
@@ -103,21 +105,24 @@ class FinishedRun:
     ) -> "FinishedRun":
         """A run that another process has finished."""
         checked = check(config)
-        stages, run_dir = Stages(config, checked.identities), absolute(config.run_dir)
-        return cls(run_file, config, stages, run_dir, checked.model, report, recorder or Recorder())
+        view = RunView(config, checked.inputs)
+        return cls(run_file, config, view, view.run_dir, view.model, report, recorder or Recorder())
+
+    def part(self, stage: str, name: str = "") -> Part:
+        return self.view.part(stage, name)
 
     @property
     def calibrate_dir(self) -> Path:
-        return self.run_dir / self.stages.calibrate.dir
+        return self.run_dir / self.part("calibrate").dir
 
     @property
     def cluster_dir(self) -> Path:
-        return self.run_dir / self.stages.cluster.dir
+        return self.run_dir / self.part("cluster").dir
 
     def model(self, target: str) -> Path:
         """Folder of a finished checkpoint, such as `3e-tied`: the one of this run, where a later one has taken the name."""
-        (found,) = [one for one in self.stages.targets if one.name == f"{self.config.name}-{target}"]
-        return self.run_dir / found.assemble.dir / CHECKPOINT_DIR
+        (found,) = [one for one in self.view.targets if one.name == f"{self.config.name}-{target}"]
+        return self.run_dir / self.part("assemble", found.part).dir / CHECKPOINT_DIR
 
     def results(self) -> dict[str, dict[str, str]]:
         """Digests of statistics, dendrograms and labels, and of every finished checkpoint."""
@@ -125,7 +130,7 @@ class FinishedRun:
             "statistics": digests(self.calibrate_dir, "*.arrow"),
             "clusters": digests(self.cluster_dir, "*.arrow"),
         }
-        for target in self.stages.targets:
-            found[target.name] = digests(self.model(f"{target.target}-{target.format}"))
+        for target in self.view.targets:
+            found[target.name] = digests(self.model(target.part))
         assert all(found.values())
         return found

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.registry import STAGES
+
 REPOSITORY = Path(__file__).parents[1]
 SHARED_ROOMS = ("contracts", "io", "checkpoint", "model")
 NUMERIC = {"torch", "transformers", "numpy", "scipy", "safetensors", "datasets", "tokenizers"}
@@ -47,6 +49,18 @@ def test_stages_import_neither_ray_nor_pipeline_nor_each_other(path: Path) -> No
 def test_pipeline_imports_no_numeric_library(path: Path) -> None:
     for name in imported(path):
         assert name.split(".")[0] not in NUMERIC, f"{_name(path)} imports {name}: it belongs to a stage"
+
+
+@pytest.mark.parametrize("path", _modules("pipeline"), ids=_name)
+def test_pipeline_names_no_stage(path: Path) -> None:
+    """It knows stages by their specs alone, which `stages.registry` lists."""
+    for name in imported(path):
+        top, *rest = name.split(".")
+        assert top != "stages" or not rest or rest[0] in (*SHARED_ROOMS, "registry"), f"{_name(path)} imports {name}"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert node.value not in STAGES, f"{_name(path)} names the stage {node.value}"
+            assert not node.value.startswith(tuple(f"stages.{stage}." for stage in STAGES)), f"{_name(path)}: {node.value}"
 
 
 def test_the_walk_finds_imports_of_every_kind(tmp_path: Path) -> None:

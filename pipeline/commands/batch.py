@@ -6,20 +6,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import checks
 from pipeline.commands.run import MakeExecutor, run_all
-from pipeline.config import Resources, RunConfig, load_config, problems
+from pipeline.config import load_config
 from pipeline.display.printing import add_row, show
+from pipeline.display.problems import problems
 from pipeline.display.progress import Reporter
-from pipeline.display.sizes import human_bytes
 from pipeline.display.tables import perplexity_text
 from pipeline.driver.run_state import RunOptions, RunState
 from pipeline.errors import RunFailed
 from pipeline.yaml_files import read_yaml
 from stages.contracts.errors import InputError
+from stages.contracts.settings import Resources, RunConfig
 from stages.io.files import write_json
 from stages.io.storage import as_path
 
@@ -126,6 +128,6 @@ def _summary(records: Sequence[dict[str, Any]]) -> Table:
             first_line = record["error"].partition("\n")[0]
             add_row(table, (number, record["run"], "", "", "", f"failed: {first_line}"))
         for model in record["models"]:
-            size = human_bytes(model["bytes"])
+            size = filesize.decimal(model["bytes"])
             add_row(table, (number, model["name"], model["num_experts"], size, perplexity_text(model), model["path"]))
     return table

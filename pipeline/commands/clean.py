@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.display.sizes import human_bytes
+from rich import filesize
+
 from pipeline.run.owned import remove_stage_folder, stage_folders
 from pipeline.run.publish import unpublish_lost
 from pipeline.run.record import RunRecord, read_record
@@ -17,7 +18,7 @@ def describe_unused(where: str | Path) -> Iterator[str]:
     run_dir = absolute(where)
     folders = unused(run_dir, read_record(run_dir))
     for folder in folders:
-        yield f"{folder.name}  {human_bytes(size_of(folder))}"
+        yield f"{folder.name}  {filesize.decimal(size_of(folder))}"
     yield f"{len(folders)} directories not used by the last run; --yes removes them"
 
 
@@ -35,7 +36,7 @@ def remove_unused(where: str | Path) -> Iterator[str]:
             num_bytes = size_of(folder)
             lock.check()
             remove_stage_folder(run_dir, folder, MANIFESTS_DIR)
-            yield f"{folder.name}  {human_bytes(num_bytes)}  removed"
+            yield f"{folder.name}  {filesize.decimal(num_bytes)}  removed"
         lock.check()
         unpublish_lost(run_dir, keep=_top(run_dir / "models", record.model))
     yield f"{len(folders)} directories removed"

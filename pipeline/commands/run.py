@@ -6,7 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipeline import checks
-from pipeline.config import RunConfig
 from pipeline.display.progress import Reporter
 from pipeline.driver.loop import Driver
 from pipeline.driver.run_state import RunOptions, RunResult, RunState
@@ -14,6 +13,7 @@ from pipeline.errors import LockLost
 from pipeline.executors.base import Executor
 from pipeline.state.lock import RunLock
 from stages.contracts.errors import InputError
+from stages.contracts.settings import RunConfig
 
 MakeExecutor = Callable[[], Executor]
 

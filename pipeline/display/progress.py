@@ -2,12 +2,24 @@
 
 import logging
 import time
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pipeline.display.printing import printable, printable_lines, show
-from pipeline.driver.units import Outcome, Unit, costs
+from pipeline.driver.outcome import Outcome, costs
+from stages.contracts.units import Unit
+
+
+@dataclass
+class _Stage:
+    """How far a stage is. bar: where it is shown, in a terminal."""
+
+    num_units: int
+    started: float
+    bar: TaskID | None = None
+    num_done: int = 0
 
 
 class Reporter:
@@ -19,45 +31,52 @@ class Reporter:
         self.log: logging.LoggerAdapter[logging.Logger] | None = None
         """Where lines and units go as well, once the run directory is this driver's."""
         self._bars: Progress | None = None
-        self._bar: TaskID | None = None
-        self._stage, self._num_units, self._num_done = "", 0, 0
-        self._started = 0.0
+        self._stages: dict[str, _Stage] = {}
 
     def begin(self, stage: str, num_units: int, num_reused: int) -> None:
         """A stage begins: units to run, and units that an earlier run has sealed."""
-        self._stage, self._num_units, self._num_done, self._started = stage, num_units, 0, time.monotonic()
+        self._stages[stage] = _Stage(num_units, time.monotonic())
         reused = f", {num_reused} reused" if num_reused else ""
-        if self.console.is_terminal and not self._prefix:
+        if not self.console.is_terminal or self._prefix:
+            self.line(f"{stage}: {num_units} units{reused}")
+            return
+        if self._bars is None:
             self._bars = Progress(
                 TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TextColumn("{task.fields[unit]}", markup=False), console=self.console,
             )  # fmt: skip
-            self._bar = self._bars.add_task(stage, total=num_units, unit=reused.lstrip(", "))
             self._bars.start()
-        else:
-            self.line(f"{stage}: {num_units} units{reused}")
+        self._stages[stage].bar = self._bars.add_task(stage, total=num_units, unit=reused.lstrip(", "))
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
         """A unit is sealed."""
-        self._num_done += 1
-        line = f"{unit.stage} {unit.label}: {costs(outcome)} on {outcome.host} ({self._num_done}/{self._num_units})"
-        if self._bars is None or self._bar is None:
+        stage = self._stages[unit.stage]
+        stage.num_done += 1
+        line = f"{unit.stage} {unit.label}: {costs(outcome)} on {outcome.host} ({stage.num_done}/{stage.num_units})"
+        if self._bars is None or stage.bar is None:
             self.line(line)
             return
-        self._bars.update(self._bar, advance=1, unit=printable(unit.label))
+        self._bars.update(stage.bar, advance=1, unit=printable(unit.label))
         if self.log is not None:
             self.log.info("%s", printable(line))
 
-    def end(self) -> None:
-        """The stage is over."""
-        if self._bars is not None and self._bar is not None:
-            if self._num_units:
-                self._bars.update(self._bar, unit="")
+    def end(self, stage: str) -> None:
+        """A stage is over."""
+        ended = self._stages.pop(stage)
+        if self._bars is None or ended.bar is None:
+            if ended.num_units:
+                self.line(f"{stage}: {ended.num_done} units in {time.monotonic() - ended.started:.1f} s")
+            return
+        if ended.num_units:
+            self._bars.update(ended.bar, unit="")
+        if not self._stages:
             self._bars.stop()
             self._bars = None
-        elif self._num_units:
-            self.line(f"{self._stage}: {self._num_done} units in {time.monotonic() - self._started:.1f} s")
-        self._num_units = 0
+
+    def end_all(self) -> None:
+        """The run is over, however it ended."""
+        for stage in list(self._stages):
+            self.end(stage)
 
     def line(self, text: str) -> None:
         """A message for a log; lines after its first are indented."""

@@ -32,19 +32,6 @@ def result_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def weights_lines(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What a checkpoint holds beside the weights that transformers loads, for `plan`, `inspect` and the log.
-
-    facts: `unloaded_tensors`, `first_unloaded_tensor` and `ignored_files` of the survey.
-    """
-    if facts["ignored_files"]:
-        yield f"not read     {', '.join(facts['ignored_files'])}: model.safetensors comes first, as in transformers"
-    if facts["unloaded_tensors"]:
-        others = facts["unloaded_tensors"] - 1
-        more = f" and {others} more" if others else ""
-        yield f"not loaded   {facts['first_unloaded_tensor']}{more}: transformers does not use this; exports keep it as it is"
-
-
 def certainty_lines(report: Mapping[str, Any]) -> Iterator[str]:
     """How certain the clusterings are, where un-routed means are those of a sample; nothing otherwise."""
     certainty = report.get("certainty")

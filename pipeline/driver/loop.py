@@ -6,14 +6,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from pipeline.driver.outcome import Failure, Outcome
 from pipeline.driver.retry import how_again, pause_s
 from pipeline.driver.run_state import RunState, UnitFailure
 from pipeline.driver.schedule import Schedule
 from pipeline.driver.timeouts import Timeouts
-from pipeline.driver.units import Failure, Outcome, Unit
 from pipeline.errors import LockLost
 from pipeline.executors.base import Executor, Slot
 from stages.contracts.errors import InputError
+from stages.contracts.units import Unit
 
 _WAIT_S = 1.0
 _LOOK_S = 1.0
@@ -96,15 +97,16 @@ class Driver:
         return min(_WAIT_S, max(0.0, min(until for until, _ in self._paused) - self._clock()))
 
     def _advance(self) -> bool:
-        """Let each run with nothing left to do begin its next stage. False when all are over."""
+        """Let each run begin the stages that may begin now. False when all are over."""
         is_any_active = False
         for run_dir, run in self._runs.items():
-            if run.is_active and not self._schedule.num_unfinished(run_dir):
+            if run.is_active and run.is_due:
                 with self._holding(run):
                     try:
                         self._schedule.add(run.advance())
                     except InputError as e:
                         run.refuse(e)
+                        self._drop(run_dir, keep_running=True)
                 self._executor.want(list(self._schedule.unfinished()))
             is_any_active |= run.is_active or bool(self._schedule.num_unfinished(run_dir))
         return is_any_active
@@ -155,7 +157,8 @@ class Driver:
             run.started(unit)
             self._attempts[unit.id] += 1
             self._executor.submit(slot, unit)
-            self._running[slot.id] = _Running(unit, self._clock(), self._executor.is_opening(slot))
+            is_opening = unit.hold is not None and self._executor.is_opening(slot)  # a CPU unit may wait for it, too
+            self._running[slot.id] = _Running(unit, self._clock(), is_opening)
             self._slots[slot.id] = slot
 
     def _look_after(self) -> None:

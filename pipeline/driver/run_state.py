@@ -1,36 +1,36 @@
-"""One run, stage by stage: what the driver asks for units and tells of their ends."""
+"""State of one run: hands out units, records what becomes of them, publishes results."""
 
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import checks
-from pipeline.config import RunConfig
+from rich import filesize
+
+from pipeline.checks import Checked
 from pipeline.display.progress import Reporter
-from pipeline.display.sizes import human_bytes
-from pipeline.display.tables import weights_lines
+from pipeline.driver.outcome import Outcome
 from pipeline.driver.retry import persist
 from pipeline.driver.selection import delete, leftovers, select, sweep
-from pipeline.driver.units import Outcome, Unit
 from pipeline.errors import LockLost, RunFailed
-from pipeline.names import STAGES
-from pipeline.run.graph import Graph
 from pipeline.run.owned import IDENTITY_FILE, recorded_key
-from pipeline.run.publish import publish_model, publish_report
+from pipeline.run.publish import publish
 from pipeline.run.record import write_record
 from pipeline.run.run_dir import check_run_dir
-from pipeline.run.stage_keys import Stages
+from pipeline.run.view import RunView
 from pipeline.state import logs
 from pipeline.state.events import FAILED, LOST, RUN_BEGINS, RUN_ENDS, SEALED, STAGE_BEGINS, STARTED, EventLog
 from pipeline.state.manifest import MANIFESTS_DIR
 from stages.contracts.errors import InputError
 from stages.contracts.paths import REPORT_FILE, TRANSIENT_DIRS
+from stages.contracts.settings import RunConfig
+from stages.contracts.spec import StageSpec
+from stages.contracts.units import Unit
 from stages.io.files import write_json
-from stages.io.storage import absolute
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves: the report (as parsed; no models if --only left it out) and how many units it ran."""
+    """What a run leaves: the report (as parsed; no models if it was not written) and how many units it ran."""
 
     report: Mapping[str, Any]
     report_path: Path
@@ -70,27 +70,31 @@ class RunResult:
 class RunState:
     """A run in progress. `checked` is what `checks.check` returned for its config.
 
+    A stage begins once the stages that it waits for are finished; several may run at the same time.
     Raises InputError or RunFailed for a run directory that it cannot work in.
     """
 
-    def __init__(self, config: RunConfig, checked: checks.Checked, reporter: Reporter, options: RunOptions) -> None:
-        self.config, self.options, self._reporter = config, options, reporter
-        self.run_dir = absolute(config.run_dir)
-        self.stages = Stages(config, checked.identities)
-        self.model, self._identities = checked.model, checked.identities
-        check_run_dir(self.run_dir, self.model, self.stages)
+    def __init__(self, config: RunConfig, checked: Checked, reporter: Reporter, options: RunOptions) -> None:
+        self.config, self.options, self._reporter, self._inputs = config, options, reporter, checked.inputs
+        self._view = RunView(config, checked.inputs)
+        self.run_dir = self._view.run_dir
+        check_run_dir(self._view)
         for dataset in checked.datasets.values():
             if dataset.note:
                 reporter.line(dataset.note)
         self.failures: list[UnitFailure] = []
         self._refusal: InputError | LockLost | None = None
         self.is_active = True
-        self._remaining = list(STAGES)
+        self.is_due = True
+        """Whether a stage may begin: `advance` is to be called."""
+        self._waiting = list(self._view.specs)
+        self._running: Counter[str] = Counter()
+        self._ended: list[StageSpec] = []
+        self._finished: set[str] = set()
         self._wanted: set[str] = set()
-        self._stage: str | None = None
+        self._is_surveyed = self._is_reported = False
         self._started = time.monotonic()
         self._events: EventLog | None = None
-        self._graph: Graph | None = None
         self._check: Callable[[], None] | None = None
         self._num_run = self._num_reused = 0
 
@@ -102,25 +106,26 @@ class RunState:
         """
         self._started = time.monotonic()
         self._check = check_lock
-        self._graph = Graph(self.config, self.stages, self.run_dir, self.model, num_workers)
+        self._view = RunView(self.config, self._inputs, num_workers)
+        self._waiting = list(self._view.specs)
         self._events = EventLog(self.run_dir, check_lock)
         self._persist(self._record)
         self._events.write(RUN_BEGINS, num_workers=num_workers)
 
     def _record(self) -> None:
         self.check_lock()
-        stage_dirs = [stage.dir for stage in self.stages.all()]
-        sweep(self.run_dir, stage_dirs)
-        for stage in self.stages.all():
-            folder = self.run_dir / stage.dir
-            if recorded_key(folder) != stage.key:
-                write_json(folder / IDENTITY_FILE, stage.identity)
+        parts = self._view.all_parts()
+        sweep(self.run_dir, [part.dir for part in parts])
+        for part in parts:
+            folder = self.run_dir / part.dir
+            if recorded_key(folder) != part.key:
+                write_json(folder / IDENTITY_FILE, part.identity)
         self.check_lock()
-        write_record(self.run_dir, self.config, self.model, self._identities, stage_dirs)
+        write_record(self._view)
         logs.set_up(self.config.resources.log_level, to_stderr=False)
         logs.prune(self.run_dir)
         self._reporter.log = logs.log_of(self.run_dir)
-        self._forget_seals()
+        self._remove_seals()
 
     def _persist(self, act: Callable[[], T]) -> T:
         """What `act` returns, however often it has to be tried; the driver waits meanwhile."""
@@ -131,95 +136,112 @@ class RunState:
         assert self._check is not None
         self._check()
 
-    def _forget_seals(self) -> None:
+    def _remove_seals(self) -> None:
         """Under --from, unseal the stages to be redone; what they wrote is replaced file by file."""
         if self.options.from_stage is None:
             return
-        redone = STAGES[STAGES.index(self.options.from_stage) :]
-        for stage in self.stages.all():
-            if stage.stage in redone:
-                for manifest in list((self.run_dir / stage.dir / MANIFESTS_DIR).rglob("*.json")):
+        names = [spec.name for spec in self._view.specs]
+        redone = names[names.index(self.options.from_stage) :]
+        for part in self._view.all_parts():
+            if part.stage in redone:
+                for manifest in list((self.run_dir / part.dir / MANIFESTS_DIR).rglob("*.json")):
                     self.check_lock()
                     manifest.unlink(missing_ok=True)
 
-    @property
-    def graph(self) -> Graph:
-        """The run's units."""
-        assert self._graph is not None
-        return self._graph
-
     def advance(self) -> list[Unit]:
-        """Units of the next stage that has any to run; none when the run is over.
+        """Units of the stages that may begin now; the run is over when there are none and none runs.
 
         Raises InputError when the survey shows that a target cannot be, or when --only lacks what it reads.
         """
-        while self.is_active:
-            self._end_stage()
-            if not self._remaining:
-                self.is_active = False
-                return []
-            self._stage = self._remaining.pop(0)
-            if selected := self._select(self._stage):
-                return selected
-        return []
+        self.is_due = False
+        while self._ended:
+            self._finish(self._ended.pop(0))
+        units: list[Unit] = []
+        while self.is_active and (spec := self._next()) is not None:
+            self._waiting.remove(spec)
+            selected = self._select(spec)
+            if selected:
+                self._running[spec.name] += len(selected)
+                units += selected
+            else:
+                self._finish(spec)
+        if not units and not self._running:
+            assert not self.is_active or not self._waiting, f"{self._waiting} wait for stages that never finish"
+            self.is_active = False
+        return units
 
-    def _select(self, stage: str) -> list[Unit]:
+    def _next(self) -> StageSpec | None:
+        """The first stage that may begin: what it waits for is finished, and what it runs beside is listed."""
+        waiting = {spec.name for spec in self._waiting}
+        for spec in self._waiting:
+            if self._finished.issuperset(spec.after) and waiting.isdisjoint(spec.beside):
+                return spec
+        return None
+
+    def _select(self, spec: StageSpec) -> list[Unit]:
         only = self.options.only_stage
-        if only is not None and STAGES.index(stage) > STAGES.index(only):
+        names = [one.name for one in self._view.specs]
+        if only is not None and names.index(spec.name) > names.index(only):
             return []  # its units are not even known where a stage before is not done
         self.check_lock()
-        units = self._persist(lambda: self.graph.units(stage))
+        units = self._persist(lambda: self._view.units(spec.name))
         selected = self._persist(lambda: select(units, self.options.verify))
-        if only is not None and stage != only:
+        if only is not None and spec.name != only:
             if selected:
                 raise InputError(
-                    f"--only {only} needs {stage}, of which {len(selected)} of {len(units)} units are not done; "
+                    f"--only {only} needs {spec.name}, of which {len(selected)} of {len(units)} units are not done; "
                     "run without --only"
                 )
             return []
         self._delete(leftovers(units, selected))
-        self._wanted = {path for unit in selected for path in unit.reads}
+        self._wanted |= {path for unit in selected for path in unit.reads}
         self._num_run += len(selected)
         self._num_reused += len(units) - len(selected)
-        self._reporter.begin(stage, len(selected), len(units) - len(selected))
-        self._write(STAGE_BEGINS, stage=stage, num_units=len(selected), num_reused=len(units) - len(selected))
+        self._reporter.begin(spec.name, len(selected), len(units) - len(selected))
+        self._write(STAGE_BEGINS, stage=spec.name, num_units=len(selected), num_reused=len(units) - len(selected))
         return selected
 
     def _delete(self, files: Iterable[str]) -> None:
         self.check_lock()
         self._persist(lambda: delete(self.run_dir, files))
 
-    def _end_stage(self) -> None:
-        stage, self._stage = self._stage, None
-        if stage == "prepare":
-            checks.check_layers(self.config, len(self.graph.plan["moe_layers"]))
-            checks.check_mtp(self.config, self.graph.plan)
-            for line in weights_lines(self.graph.plan):
-                self._reporter.line(line)
-        if stage is None or (self.options.only_stage not in (None, stage)):
-            return
-        self._reporter.end()
-        self.check_lock()
-        self._persist(lambda: self._publish(stage))
-
-    def _publish(self, stage: str) -> None:
-        sweep(self.run_dir, [part.dir for part in self.stages.all() if part.stage == stage], TRANSIENT_DIRS)
-        if stage == "assemble":
-            for target in self.stages.targets:
-                publish_model(self.run_dir, target.name, self.graph.checkpoint_dir(target), self.check_lock)
-        elif stage == "report":
+    def _finish(self, spec: StageSpec) -> None:
+        """All units of a stage are sealed: publish what it names, and check what the survey shows."""
+        self._finished.add(spec.name)
+        if self.options.only_stage in (None, spec.name):
+            self._reporter.end(spec.name)
             self.check_lock()
-            publish_report(self.run_dir, self.run_dir / self.stages.report.dir / REPORT_FILE)
+            self._persist(lambda: self._publish(spec))
+        if spec.makes_survey:
+            self._check_surveyed()
+
+    def _check_surveyed(self) -> None:
+        for spec in self._view.specs:
+            spec.check_surveyed(self._view)
+        for spec in self._view.specs:
+            for line in spec.remarks(self._view):
+                self._reporter.line(line)
+
+    def _publish(self, spec: StageSpec) -> None:
+        sweep(self.run_dir, [part.dir for part in self._view.parts(spec.name)], TRANSIENT_DIRS)
+        for publication in spec.publications(self._view):
+            publish(self.run_dir, publication, self.check_lock)
+            self._is_reported |= publication.name == REPORT_FILE
 
     def started(self, unit: Unit) -> None:
         """A unit is given to a worker."""
-        self._write(STARTED, unit=f"{unit.stage_dir}/{unit.name}")
+        self._write(STARTED, unit=f"{unit.part_dir}/{unit.name}")
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
         """A unit is sealed: what it alone read is deleted, and what it wrote (again) for units that are sealed."""
         self._delete([*unit.reads, *(set(unit.writes) - self._wanted)])
         self._reporter.done(unit, outcome)
         self._write_event(SEALED, unit, outcome)
+        self._running[unit.stage] -= 1
+        if not self._running[unit.stage]:
+            del self._running[unit.stage]
+            self._ended += [spec for spec in self._view.specs if spec.name == unit.stage]
+            self.is_due = True
 
     def retried(self, unit: Unit, outcome: Outcome, how: str) -> None:
         """A unit is to be tried again."""
@@ -241,7 +263,7 @@ class RunState:
         message = outcome.failure.message if outcome.failure else None
         self._write(
             event,
-            unit=f"{unit.stage_dir}/{unit.name}",
+            unit=f"{unit.part_dir}/{unit.name}",
             host=outcome.host,
             elapsed_s=round(outcome.elapsed_s, 3),
             message=message,
@@ -265,7 +287,7 @@ class RunState:
 
     def close(self) -> None:
         """End bars and the event log, however the run ended."""
-        self._reporter.end()
+        self._reporter.end_all()
         if self._events is not None:
             with contextlib.suppress(LockLost):  # then it is another driver's to say how the run ended
                 self._events.write(RUN_ENDS, num_failed=len(self.failures))
@@ -277,8 +299,7 @@ class RunState:
         if self.failures:
             raise self._error()
         path = self.run_dir / REPORT_FILE
-        is_reported = self.options.only_stage in (None, STAGES[-1])
-        report = json.loads(path.read_text()) if is_reported else {"models": [], "warnings": []}
+        report = json.loads(path.read_text()) if self._is_reported else {"models": [], "warnings": []}
         return RunResult(report, path, self._num_run, self._num_reused, time.monotonic() - self._started)
 
     def _error(self) -> InputError | RunFailed:
@@ -303,9 +324,9 @@ def _describe(failed: UnitFailure) -> str:
     where = f" on {failed.outcome.host}" if failed.outcome.host else ""
     text = f"{failed.unit.stage} {failed.unit.label}{where}: {failure.message}{tries}"
     if failure.kind == "memory":
-        needed = human_bytes(failed.unit.memory_bytes) if failed.unit.memory_bytes else "more memory than the node has"
+        needed = filesize.decimal(failed.unit.memory_bytes) if failed.unit.memory_bytes else "more memory than the node has"
         text += (
-            f"\n  it needs about {needed} beside the {human_bytes(600_000_000)} of a Python process with torch; lower "
+            f"\n  it needs about {needed} beside the {filesize.decimal(600_000_000)} of a Python process with torch; lower "
             "resources.layers_per_shard (one layer at least), calibration.tokens_per_shard or tokens_per_micro_batch, or "
             "use nodes with more memory"
         )

@@ -5,8 +5,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.driver.units import Hold, Unit
 from pipeline.executors.base import Slot
+from stages.contracts.units import Hold, Unit
 
 _WORKER, _TASK = "worker", "task"
 

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.driver.units import Unit
 from pipeline.run.owned import check_unlinked, remove_file
 from pipeline.state.manifest import read_manifest
+from stages.contracts.units import Unit
 from stages.io.files import TEMPORARY_PREFIX
 from stages.io.storage import is_remote, remove_tree
 

@@ -3,8 +3,9 @@
 import statistics
 from collections import defaultdict, deque
 
-from pipeline.config import Resources
-from pipeline.driver.units import Outcome, Unit
+from pipeline.driver.outcome import Outcome
+from stages.contracts.settings import Resources
+from stages.contracts.units import Unit
 
 _SHORT_S = 0.1
 _NUM_KEPT = 100
@@ -28,25 +29,25 @@ class Timeouts:
 
     def note(self, unit: Unit, outcome: Outcome) -> None:
         """A unit is sealed."""
-        self._unit_s[unit.run_dir, unit.call].append(outcome.elapsed_s)
+        self._unit_s[unit.run_dir, unit.call.function].append(outcome.elapsed_s)
         if unit.hold is not None and outcome.open_s:
-            self._opening_s[unit.run_dir, unit.hold.call].append(outcome.open_s)
+            self._opening_s[unit.run_dir, unit.hold.call.function].append(outcome.open_s)
 
     def is_short(self, unit: Unit) -> bool:
         """Whether units of this kind take so little that waiting behind some does not count."""
-        known = self._unit_s[unit.run_dir, unit.call]
+        known = self._unit_s[unit.run_dir, unit.call.function]
         return bool(known) and max(known) < _SHORT_S
 
     def unit_s(self, unit: Unit, resources: Resources) -> float:
         """Seconds for a unit whose hold, if it has one, is open."""
         if resources.unit_timeout_s is not None:
             return resources.unit_timeout_s
-        return _limit_s(self._unit_s[unit.run_dir, unit.call], _FIRST_UNIT_S, _MIN_UNIT_S)
+        return _limit_s(self._unit_s[unit.run_dir, unit.call.function], _FIRST_UNIT_S, _MIN_UNIT_S)
 
     def opening_s(self, unit: Unit) -> float:
         """Seconds for opening a unit's hold."""
         assert unit.hold is not None
-        return _limit_s(self._opening_s[unit.run_dir, unit.hold.call], _FIRST_OPENING_S, _MIN_OPENING_S)
+        return _limit_s(self._opening_s[unit.run_dir, unit.hold.call.function], _FIRST_OPENING_S, _MIN_OPENING_S)
 
 
 def _limit_s(known: deque[float], first_s: float, min_s: float) -> float:

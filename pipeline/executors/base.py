@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.driver.units import Hold, Outcome, Unit
+from pipeline.driver.outcome import Outcome
+from stages.contracts.units import Hold, Unit
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Sequence
 
-from pipeline.driver.units import Hold, Outcome, Unit
+from pipeline.driver.outcome import Outcome
 from pipeline.driver.worker import Worker
 from pipeline.executors.base import Slot
+from stages.contracts.units import Hold, Unit
 
 _SLOT = Slot("local", is_worker=True)
 
@@ -54,7 +55,7 @@ class LocalExecutor:
 
     def make_room(self) -> None:
         """Free the layer shard that the worker holds."""
-        self._worker.let_go()
+        self._worker.close()
 
     def why_idle(self) -> str:
         """Only a cycle of units could leave this executor idle."""

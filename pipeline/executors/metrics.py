@@ -2,7 +2,8 @@
 
 from ray.util.metrics import Counter, Histogram
 
-from pipeline.driver.units import Outcome, Unit
+from pipeline.driver.outcome import Outcome
+from stages.contracts.units import Unit
 
 _SECONDS = [0.1, 1.0, 10.0, 60.0, 600.0, 3600.0]
 

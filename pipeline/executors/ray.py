@@ -15,13 +15,14 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayError, RayTaskError
 
-from pipeline.config import Resources
-from pipeline.driver.units import Failure, Hold, Outcome, Unit
+from pipeline.driver.outcome import Failure, Outcome
 from pipeline.driver.worker import Worker
 from pipeline.errors import RunFailed
 from pipeline.executors.base import Slot
 from pipeline.executors.metrics import UnitMetrics
 from stages.contracts.errors import InputError
+from stages.contracts.settings import Resources
+from stages.contracts.units import Hold, Unit
 
 _OBJECT_STORE_BYTES = 100_000_000  # units pass file names, not data
 _RESOURCES_TTL_S = 2.0

@@ -10,20 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.names import STAGES
-from pipeline.run.identity import KEY_LENGTH, key_of
 from stages.contracts.errors import InputError
+from stages.contracts.keys import KEY_LENGTH, key_of
 from stages.io.storage import is_remote, remove_tree
 from stages.io.untrusted import read_json
+from stages.registry import stage_names
 
 IDENTITY_FILE = "identity.json"
 _MAX_IDENTITY_BYTES = 1 << 26
-_STAGE_DIR = re.compile(rf"(?:{'|'.join(STAGES)})(-[\w.-]+)?-([0-9a-f]{{{KEY_LENGTH}}})", re.ASCII)
+
+
+def _key_in(name: str) -> str | None:
+    """The key at the end of a name that this program gives to folders of stages; None for any other name."""
+    named = re.fullmatch(rf"(?:{'|'.join(stage_names())})(?:-[\w.+ -]+)?-([0-9a-f]{{{KEY_LENGTH}}})", name, re.ASCII)
+    return named[1] if named else None
 
 
 def is_stage_dir(name: str) -> bool:
     """Whether a folder is named as this program names those of stages."""
-    return _STAGE_DIR.fullmatch(name) is not None
+    return _key_in(name) is not None
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
@@ -47,10 +52,8 @@ def recorded_key(folder: Path) -> str | None:
 def stage_folders(run_dir: Path) -> Iterator[Path]:
     """The folders that stages have made in a run directory: no links, each with the identity whose key is in its name."""
     for path in sorted(run_dir.iterdir(), key=str):
-        named = _STAGE_DIR.fullmatch(path.name)
-        if named is None or not is_unlinked_folder(path):
-            continue
-        if recorded_key(path) == named[2]:
+        key = _key_in(path.name)
+        if key is not None and is_unlinked_folder(path) and recorded_key(path) == key:
             yield path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.run.owned import is_stage_dir, is_unlinked_folder
 from stages.checkpoint.folder import CONFIG_FILE
 from stages.contracts.paths import CHECKPOINT_DIR
+from stages.contracts.spec import Publication
 from stages.io.files import copy_file, link_or_copy, write_bytes
 from stages.io.storage import is_remote, remove_tree
 from stages.io.untrusted import read_small
@@ -16,6 +17,15 @@ MODELS_DIR = "models"
 _MAX_NAME_BYTES = 1 << 12
 PUBLISHED_FILE = ".published"
 """On object storage: names the folder that a published one is a copy of; written last."""
+
+
+def publish(run_dir: Path, publication: Publication, check: Callable[[], None]) -> None:
+    """Let a finished result appear by its name. check: called before each step; raises to stop."""
+    if publication.is_folder:
+        publish_model(run_dir, publication.name, run_dir / publication.source, check)
+    else:
+        check()
+        copy_file(run_dir / publication.source, run_dir / publication.name)
 
 
 def publish_model(run_dir: Path, name: str, folder: Path, check: Callable[[], None]) -> Path:
@@ -80,8 +90,3 @@ def _linked_from(link: Path) -> str | None:
     """Stage directory that a link under `models/` leads to; None for what is no link of that kind."""
     parts = PurePosixPath(os.readlink(link)).parts if link.is_symlink() else ()
     return parts[1] if len(parts) == 3 and parts[0] == ".." and parts[2] == CHECKPOINT_DIR else None
-
-
-def publish_report(run_dir: Path, report: Path) -> Path:
-    """Copy the report to the top of the run directory."""
-    return copy_file(report, run_dir / report.name).path

@@ -4,18 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from pipeline import __version__
-from pipeline.config import RunConfig, problems
+from pipeline.config import run_config_class
+from pipeline.display.problems import problems
 from pipeline.hub_data import is_identity
+from pipeline.run.view import Inputs, RunView
 from stages.contracts.errors import InputError
+from stages.contracts.settings import RunConfig
 from stages.io.files import write_json
-from stages.io.storage import check_readable
+from stages.io.storage import absolute, as_path, check_readable
 from stages.io.untrusted import read_json
 
 RUN_FILE = "run.json"
-FORMAT = 2
+FORMAT = 3
+_REMEDY = "use that version, or give another run_dir"
 
 
 class RunRecord(BaseModel):
@@ -31,21 +35,47 @@ class RunRecord(BaseModel):
     hcsmoe: str
     config: RunConfig
     model: str
-    identities: dict[str, dict[str, Any]]
+    identities: dict[str, dict[str, JsonValue]]
     stage_dirs: tuple[str, ...]
 
 
-def write_record(run_dir: Path, config: RunConfig, model: Path, identities: Mapping[str, Any], stage_dirs: list[str]) -> None:
+def write_record(view: RunView) -> None:
     """Record a run that begins."""
     record = {
         "format": FORMAT,
         "hcsmoe": __version__,
-        "config": config.model_dump(mode="json"),
-        "model": str(model),
-        "identities": identities,
-        "stage_dirs": stage_dirs,
+        "config": view.config.model_dump(mode="json"),
+        "model": str(view.model),
+        "identities": view.inputs.identities,
+        "stage_dirs": [part.dir for part in view.all_parts()],
     }
-    write_json(run_dir / RUN_FILE, record)
+    write_json(view.run_dir / RUN_FILE, record)
+
+
+def recorded_view(where: str | Path) -> RunView:
+    """The last run in a run directory, to look at. Raises InputError when there was none."""
+    run_dir = absolute(where)
+    record = read_record(run_dir)
+    return RunView(record.config, Inputs(as_path(record.model), record.identities), run_dir=run_dir)
+
+
+def _check_format(path: Path, value: Mapping[str, Any]) -> None:
+    if value.get("format") != FORMAT:
+        raise InputError(
+            f"{path} was written by another version of hcsmoe (format {value.get('format', 1)!r:.20}, this is {FORMAT}); "
+            f"{_REMEDY}"
+        )
+
+
+def check_no_older_run(run_dir: Path) -> None:
+    """Raise InputError for a run directory of another version. A record that cannot be read stops no run: it is replaced."""
+    path = run_dir / RUN_FILE
+    try:
+        value = read_json(path)
+    except (InputError, OSError):
+        return
+    if isinstance(value, dict) and isinstance(value.get("config"), dict):
+        _check_format(path, value)
 
 
 def read_record(run_dir: Path) -> RunRecord:
@@ -55,20 +85,16 @@ def read_record(run_dir: Path) -> RunRecord:
     if not path.exists() and not path.is_symlink():
         raise InputError(f"{run_dir} is not a run directory: it has no {RUN_FILE}; give the run_dir of a run file")
     value = read_json(path)
-    remedy = "look at it with that version, or run its run file again with this one, which writes it anew"
     if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
         raise InputError(f"{path} is no record of a run; run the run file again, which writes it anew")
-    if value.get("format") != FORMAT:
-        raise InputError(
-            f"{path} was written by another version of hcsmoe (format {value.get('format', 1)!r:.20}, this is {FORMAT}); "
-            f"{remedy}"
-        )
+    _check_format(path, value)
     try:
-        record = RunRecord.model_validate(value)
+        config = run_config_class().model_validate(value["config"])
+        record = RunRecord.model_validate({**value, "config": config})
     except ValidationError as e:
         raise InputError(
             f"{path} was written by another version of hcsmoe ({value.get('hcsmoe')!r:.20}, this is {__version__!r}): "
-            f"{problems(e)}; {remedy}"
+            f"{problems(e)}; {_REMEDY}"
         ) from e
     texts = ["calibration", *(["evaluation"] if record.config.evaluation else [])]
     if not {"model", *texts} <= record.identities.keys() or not all(is_identity(record.identities[text]) for text in texts):

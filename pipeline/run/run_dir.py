@@ -7,8 +7,8 @@ from pathlib import Path
 from pipeline.errors import RunFailed
 from pipeline.run.owned import IDENTITY_FILE, check_unlinked
 from pipeline.run.publish import MODELS_DIR
-from pipeline.run.record import RUN_FILE
-from pipeline.run.stage_keys import Stages
+from pipeline.run.record import RUN_FILE, check_no_older_run
+from pipeline.run.view import RunView
 from pipeline.state.events import EVENTS_FILE
 from pipeline.state.manifest import MANIFESTS_DIR
 from stages.contracts.errors import InputError
@@ -16,18 +16,16 @@ from stages.contracts.paths import REPORT_FILE, TRANSIENT_DIRS
 from stages.io.storage import is_remote
 
 
-def check_run_dir(run_dir: Path, model: Path, stages: Stages) -> None:
-    """Check a run directory (absolute) before a run writes to it. Reads no more than names.
+def check_run_dir(view: RunView) -> None:
+    """Check a run's directory before it is written to. Reads no more than names, and which version has written there.
 
     Raises InputError where the model's folder and the run directory would mix, or where links or files of others stand in the
     place of what the run makes; RunFailed where it cannot write.
     """
-    stage_dirs = [stage.dir for stage in stages.all()]
-    _check_apart(run_dir, model, stage_dirs)
-    names = [target.name for target in stages.targets]
-    if len(set(names)) < len(names):
-        (name, *_) = sorted(name for name in names if names.count(name) > 1)
-        raise InputError(f"clustering.num_experts has two targets whose name would be {name}; run them in two run directories")
+    run_dir, stage_dirs = view.run_dir, [part.dir for part in view.all_parts()]
+    _check_apart(run_dir, view.model, stage_dirs)
+    check_no_older_run(run_dir)
+    names = [target.name for target in view.targets]
     if is_remote(run_dir):
         return
     _check_writable(run_dir)

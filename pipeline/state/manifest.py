@@ -3,15 +3,15 @@
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
-from pipeline.driver.units import Unit
 from stages.contracts.errors import InputError
-from stages.contracts.units import UnitResult
+from stages.contracts.units import Facts, Unit, UnitResult
 from stages.io.files import WrittenFile, sha256_of, write_json
 from stages.io.storage import as_path
 from stages.io.untrusted import check_regular, read_small
@@ -35,7 +35,7 @@ class Manifest:
     unit: str
     files: dict[str, FileRecord]
     transient: dict[str, FileRecord]
-    facts: dict[str, Any]
+    facts: dict[str, JsonValue]
     host: str
     started: float
     elapsed_s: float
@@ -53,7 +53,7 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def _name(unit: Unit) -> str:
-    return f"{unit.stage_dir}/{unit.name}"
+    return f"{unit.part_dir}/{unit.name}"
 
 
 def _is_whole(path: Path, recorded: FileRecord, verify: bool) -> bool:
@@ -68,27 +68,33 @@ def _is_whole(path: Path, recorded: FileRecord, verify: bool) -> bool:
 
 def manifest_path(unit: Unit) -> Path:
     """Where a unit's manifest lies."""
-    return as_path(unit.run_dir) / unit.stage_dir / MANIFESTS_DIR / f"{unit.name}.json"
+    return as_path(unit.run_dir) / unit.part_dir / MANIFESTS_DIR / f"{unit.name}.json"
 
 
-def _records(run_dir: Path, files: tuple[WrittenFile, ...]) -> dict[str, dict[str, Any]]:
+def _records(run_dir: Path, files: Sequence[WrittenFile]) -> dict[str, dict[str, JsonValue]]:
     return {file.path.relative_to(run_dir).as_posix(): {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
 
 
-def seal(unit: Unit, result: UnitResult, started: float) -> None:
-    """Write a unit's manifest."""
-    run_dir = as_path(unit.run_dir)
+def facts_of(result: UnitResult[object]) -> Facts:
+    """Facts of a result as JSON values."""
+    return TypeAdapter[object](type(result.facts)).dump_python(result.facts, mode="json")  # type: ignore[no-any-return]
+
+
+def seal(unit: Unit, result: UnitResult[object], started: float) -> Facts:
+    """Write a unit's manifest. Returns the facts in it."""
+    run_dir, facts = as_path(unit.run_dir), facts_of(result)
     manifest = {
         "unit": _name(unit),
         "files": _records(run_dir, result.files),
         "transient": _records(run_dir, result.transient),
-        "facts": dict(result.facts),
+        "facts": facts,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": started,
         "elapsed_s": time.time() - started,
     }
     write_json(manifest_path(unit), manifest)
+    return facts
 
 
 def read_manifest(unit: Unit) -> Manifest | None:

@@ -1,12 +1,15 @@
 """The model card of a merged checkpoint."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from stages.assemble.facts import CardFacts
+from stages.assemble.spec import AssembleFacts
 
 _MAX_LISTED = 20
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -34,53 +37,51 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 1000
 
 
-def model_card(facts: Mapping[str, Any], source_card: str) -> str:
+def model_card(facts: CardFacts, export_format: str, written: AssembleFacts, source_card: str) -> str:
     """Markdown that states source, revision, method, calibration, sizes and how to make the checkpoint again.
 
-    facts: name, source (its name), base_model (its name on the hub, or None), revision (or None), format, num_experts,
-    experts_text, source_parameters, parameters, source_bytes, bytes, calibration, clustering, merging, router, left_behind
-    (names of the source's files), settings (a run file). source_card: the source's own card, or nothing.
+    source_card: the source's own card, or nothing.
     """
     data = ModelCardData(
-        base_model=facts["base_model"],
-        base_model_relation="merge" if facts["base_model"] else None,
+        base_model=facts.base_model,
+        base_model_relation="merge" if facts.base_model else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=_TAGS,
         **inherited_metadata(source_card),
     )
-    return f"---\n{data.to_yaml()}\n---\n{_body(facts)}"
+    return f"---\n{data.to_yaml()}\n---\n{_body(facts, export_format, written)}"
 
 
-def _body(facts: Mapping[str, Any]) -> str:
-    revision = f" (revision {facts['revision']})" if facts["revision"] else ""
-    settings = yaml.safe_dump({**facts["settings"], "run_dir": f"runs/{facts['name']}"}, sort_keys=False, allow_unicode=True)
-    tied = facts["format"] == "tied"
+def _body(facts: CardFacts, export_format: str, written: AssembleFacts) -> str:
+    revision = f" (revision {facts.revision})" if facts.revision else ""
+    settings = yaml.safe_dump({**facts.settings, "run_dir": f"runs/{facts.name}"}, sort_keys=False, allow_unicode=True)
+    tied = export_format == "tied"
     load = ", trust_remote_code=True" if tied else ""
     note = (
         "The router keeps a row for every source expert and `expert_map` sends each to the expert that stands for it; "
         "`modeling_hcsmoe.py` in this folder does that, for transformers only."
         if tied
-        else f"The router has one row for each merged expert (rule `{facts['router']}`); any engine that runs the source "
+        else f"The router has one row for each merged expert (rule `{facts.router}`); any engine that runs the source "
         "architecture runs this checkpoint."
     )
     return f"""
-# {facts["name"]}
+# {facts.name}
 
-{_inline(facts["source"] + revision)} with {facts["num_experts"]} experts a layer merged to {facts["experts_text"]}, without
+{_inline(facts.source + revision)} with {facts.num_experts} experts a layer merged to {facts.experts_text}, without
 retraining, by HC-SMoE ([arXiv:2410.08589](https://arxiv.org/abs/2410.08589)).
 
 | | source | this model |
 |---|---|---|
-| experts a layer | {facts["num_experts"]} | {facts["experts_text"]} |
-| parameters | {facts["source_parameters"]:,} | {facts["parameters"]:,} |
-| bytes of weights | {facts["source_bytes"]:,} | {facts["bytes"]:,} |
+| experts a layer | {facts.num_experts} | {facts.experts_text} |
+| parameters | {facts.source_parameters:,} | {written.parameters:,} |
+| bytes of weights | {facts.source_bytes:,} | {written.bytes:,} |
 
-- Calibration: {_inline(facts["calibration"])}
-- Clustering: {facts["clustering"]}
-- Merging: {facts["merging"]}
-- Export: {facts["format"]}. {note}
-- Files of the source that are not copied: {_listed(facts["left_behind"])}
+- Calibration: {_inline(facts.calibration)}
+- Clustering: {facts.clustering}
+- Merging: {facts.merging}
+- Export: {export_format}. {note}
+- Files of the source that are not copied: {_listed(written.left_behind)}
 
 ```python
 from transformers import AutoModelForCausalLM

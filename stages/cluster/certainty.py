@@ -3,15 +3,13 @@
 Dimensions: D feature size, E experts, G groups of sequences, K clusters.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from stages.cluster.linkage import FEATURES, cut, link
 from stages.contracts.arrow import Array
-from stages.contracts.certainty import Stability
 from stages.contracts.evidence import LayerEvidence, OutputGroups
 
 NUM_DRAWS = 32
@@ -25,10 +23,10 @@ def relative_standard_errors(groups: OutputGroups) -> Array:
     mean m of all, var(m) = sum_g ||m_g - m||^2 / (G (G - 1)), here summed over the D dimensions. Groups are of sequences,
     whole, since tokens of one sequence resemble each other.
     """
-    num_sampled_G, output_sum_EGD = groups.num_tokens_G, groups.output_sum_EGD
-    num_groups = len(num_sampled_G)
-    mean_EGD = output_sum_EGD / num_sampled_G[:, None]
-    mean_ED = output_sum_EGD.sum(1) / num_sampled_G.sum()
+    num_tokens_G, output_sum_EGD = groups.num_tokens_G, groups.output_sum_EGD
+    num_groups = len(num_tokens_G)
+    mean_EGD = output_sum_EGD / num_tokens_G[:, None]
+    mean_ED = output_sum_EGD.sum(1) / num_tokens_G.sum()
     variance_E = np.square(mean_EGD - mean_ED[:, None]).sum((1, 2)) / (num_groups * (num_groups - 1))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.sqrt(variance_E) / np.linalg.norm(mean_ED, axis=1)  # type: ignore[no-any-return]
@@ -57,13 +55,15 @@ def halves(num_groups: int, seed: int) -> Iterator[Array]:
 
 
 def stability(
-    evidence: LayerEvidence, groups: OutputGroups, linkage_Z: Array, settings: Mapping[str, Any], seed: int
-) -> Stability:
-    """Each half of the groups is clustered as all were, and its labels compared.
+    evidence: LayerEvidence, linkage_Z: Array, feature: str, distance: str, linkage: str, seed: int
+) -> tuple[Array, Array]:
+    """For every K from 1 to E: the share of halves of the groups whose labels are those of all, and the mean adjusted Rand
+    index.
 
-    settings: feature, distance, linkage. place of a failure is that of the whole, which has been clustered.
+    Each half is clustered as all were. linkage_Z: of the whole, which has been clustered with the same settings.
     """
-    num_experts = len(linkage_Z) + 1
+    assert evidence.groups is not None
+    groups, num_experts = evidence.groups, len(linkage_Z) + 1
     counts = range(1, num_experts + 1)
     whole = [cut(linkage_Z, k) for k in counts]
     equal_K, index_K = np.zeros(num_experts), np.zeros(num_experts)
@@ -73,9 +73,9 @@ def stability(
             columns={**evidence.columns, "output_sum": groups.output_sum_EGD[:, chosen].sum(1)},
             num_output_tokens=int(groups.num_tokens_G[chosen].sum()),
         )
-        half_Z = link(FEATURES[settings["feature"]](half), settings["distance"], settings["linkage"], f"layer {half.layer}")
+        half_Z = link(FEATURES[feature](half), distance, linkage, f"layer {half.layer}")
         for k in counts:
             labels_E = cut(half_Z, k)
             equal_K[k - 1] += np.array_equal(labels_E, whole[k - 1])
             index_K[k - 1] += adjusted_rand_index(labels_E, whole[k - 1])
-    return Stability(equal_K / NUM_DRAWS, index_K / NUM_DRAWS)
+    return equal_K / NUM_DRAWS, index_K / NUM_DRAWS

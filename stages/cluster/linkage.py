@@ -57,5 +57,5 @@ def cut(linkage_Z: Array, num_clusters: int) -> Array:
 
 
 def all_cuts(linkage_Z: Array) -> Array:
-    """Labels [K, E] of the cut to every K from 1 to E."""
+    """Labels [K, E] of the cuts to 1, 2, ... E clusters."""
     return np.stack([cut(linkage_Z, k) for k in range(1, len(linkage_Z) + 2)])

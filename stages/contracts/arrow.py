@@ -1,5 +1,6 @@
-"""Arrow files: how every table of a run directory is written and read. Each record has a file of its own beside this one."""
+"""Reading and writing of Arrow files (IPC file format). Each record has a module of its own: schema, writer and reader."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from stages.io.storage import is_remote
 VERSION = "2"
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Columns = Mapping[str, Any]
+"""Values of each column: an Arrow array, a NumPy array or a list."""
 
 
-def write_table(path: Path, columns: dict[str, Any], schema: pa.Schema) -> WrittenFile:
-    """Write one Arrow file (IPC file format) with the version of the format in its metadata."""
+def write_table(path: Path, columns: Columns, schema: pa.Schema) -> WrittenFile:
+    """Write one Arrow file (IPC file format) with the schema's version in its metadata."""
     versioned = schema.with_metadata({**(schema.metadata or {}), b"version": VERSION.encode()})
-    table = pa.table(columns, schema=versioned)
+    table = pa.table({name: columns[name] for name in schema.names}, schema=versioned)
 
     def write(out: Any) -> None:
         with pa.ipc.new_file(pa.PythonFile(out, mode="w"), versioned) as writer:
@@ -50,6 +53,6 @@ def list_column(values: Array, value_type: pa.DataType) -> pa.Array:
 
 
 def read_lists(table: pa.Table, name: str) -> Array:
-    """A column of fixed-size lists of n values as a 2-D array [rows, n]."""
+    """A column of fixed-size lists of n values as an array [rows, n]."""
     column = table[name].combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1)  # type: ignore[no-any-return]

@@ -1,9 +1,8 @@
-"""How certain a layer's clustering is, known under sampling: standard errors of mean outputs, and the stability of cuts.
+"""How certain a layer's evidence and clusterings are, where un-routed means are those of a sample.
 
-Dimensions: E experts, K numbers of clusters from 1 to E.
+Dimensions: E experts, K clusters.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,50 +33,27 @@ _STABILITY = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class CutStability:
-    """How the clusterings of random halves of the groups agree with that of all groups, for one number of clusters."""
-
-    num_clusters: int
-    equal_share: float
-    mean_adjusted_rand_index: float
+def write_errors(path: Path, relative_standard_error_E: Array) -> WrittenFile:
+    """Write the standard error of every expert's mean output."""
+    experts = np.arange(len(relative_standard_error_E), dtype=np.int32)
+    return write_table(path, {"expert": experts, "relative_standard_error": relative_standard_error_E}, _ERRORS)
 
 
-@dataclass(frozen=True)
-class Stability:
-    """The same for every number of clusters: equal_share_K and mean_adjusted_rand_index_K start at K = 1."""
-
-    equal_share_K: Array
-    mean_adjusted_rand_index_K: Array
-
-    def of(self, num_clusters: int) -> CutStability:
-        """Stability of the cut to num_clusters."""
-        index = num_clusters - 1
-        return CutStability(num_clusters, float(self.equal_share_K[index]), float(self.mean_adjusted_rand_index_K[index]))
+def read_errors(path: Path) -> list[float]:
+    """Relative standard errors of all experts."""
+    return read_table(path)["relative_standard_error"].to_pylist()  # type: ignore[no-any-return]
 
 
-def write_errors(path: Path, errors_E: Array) -> WrittenFile:
-    """Write the relative standard errors of one layer's mean outputs."""
-    columns = {"expert": np.arange(len(errors_E), dtype=np.int32), "relative_standard_error": errors_E}
-    return write_table(path, columns, _ERRORS)
-
-
-def read_errors(path: Path) -> Array:
-    """Read the relative standard errors [E] of one layer's mean outputs."""
-    return read_table(path)["relative_standard_error"].to_numpy()  # type: ignore[no-any-return]
-
-
-def write_stability(path: Path, stability: Stability) -> WrittenFile:
-    """Write the stability of one layer's cuts."""
+def write_stability(path: Path, equal_share_K: Array, mean_adjusted_rand_index_K: Array) -> WrittenFile:
+    """Write the stability of the clusterings to 1, 2, ... E clusters."""
     columns = {
-        "num_clusters": np.arange(1, len(stability.equal_share_K) + 1, dtype=np.int32),
-        "equal_share": stability.equal_share_K,
-        "mean_adjusted_rand_index": stability.mean_adjusted_rand_index_K,
+        "num_clusters": np.arange(1, len(equal_share_K) + 1, dtype=np.int32),
+        "equal_share": equal_share_K,
+        "mean_adjusted_rand_index": mean_adjusted_rand_index_K,
     }
     return write_table(path, columns, _STABILITY)
 
 
-def read_stability(path: Path) -> Stability:
-    """Read the stability of one layer's cuts."""
-    table = read_table(path)
-    return Stability(table["equal_share"].to_numpy(), table["mean_adjusted_rand_index"].to_numpy())
+def read_stability(path: Path, num_clusters: int) -> dict[str, float]:
+    """The row of one number of clusters."""
+    return read_table(path).slice(num_clusters - 1, 1).to_pylist()[0]  # type: ignore[no-any-return]

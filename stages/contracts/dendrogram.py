@@ -1,6 +1,6 @@
-"""The dendrogram of a layer's experts, and the labels of its cut to every number of clusters.
+"""The dendrogram of a layer's experts, and its cut to every number of clusters.
 
-Dimensions: E experts, K clusters. A linkage matrix Z [E-1, 4] is scipy's: left, right, distance, size.
+Dimensions: E experts, K clusters. A linkage matrix Z [E-1, 4] is scipy's: left, right, distance, number of experts.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ _LABELS = pa.schema(
 
 
 def write_dendrogram(path: Path, linkage_Z: Array) -> WrittenFile:
-    """Write one layer's dendrogram."""
+    """Write a linkage matrix."""
     columns = {
         "left": linkage_Z[:, 0].astype(np.int32),
         "right": linkage_Z[:, 1].astype(np.int32),
@@ -50,15 +50,9 @@ def write_dendrogram(path: Path, linkage_Z: Array) -> WrittenFile:
     return write_table(path, columns, _DENDROGRAM)
 
 
-def read_dendrogram(path: Path) -> Array:
-    """Read one layer's dendrogram, a linkage matrix Z [E-1, 4]."""
-    table = read_table(path)
-    return np.stack([table[name].to_numpy().astype(np.float64) for name in _DENDROGRAM.names], axis=1)
-
-
 def write_labels(path: Path, labels_KE: Array) -> WrittenFile:
-    """Write one layer's labels: row K - 1 of labels_KE [E, E] is the cut to K clusters."""
-    num_experts = len(labels_KE)
+    """Write the cluster of every expert, for the cuts to 1, 2, ... E clusters."""
+    num_experts = labels_KE.shape[1]
     columns = {
         "num_clusters": np.repeat(np.arange(1, num_experts + 1, dtype=np.int32), num_experts),
         "expert": np.tile(np.arange(num_experts, dtype=np.int32), num_experts),
@@ -68,7 +62,7 @@ def write_labels(path: Path, labels_KE: Array) -> WrittenFile:
 
 
 def read_labels(path: Path, num_clusters: int) -> Array:
-    """Read the cluster [E] of every expert in the cut to num_clusters."""
+    """Cluster label int32 [E] of every expert for a cut to num_clusters."""
     table = read_table(path)
     rows = table["num_clusters"].to_numpy() == num_clusters
     return table["label"].to_numpy()[rows]  # type: ignore[no-any-return]

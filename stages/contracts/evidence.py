@@ -73,7 +73,7 @@ class LayerEvidence:
 
 
 _KEYS = ("layer", "expert", "num_tokens", "num_output_tokens")
-_SCALARS_FIRST = ("layer", "expert", "num_tokens", "num_routed_tokens", "gate_sum", "num_output_tokens", "output_sum")
+_LEADING = ("layer", "expert", "num_tokens", "num_routed_tokens", "gate_sum", "num_output_tokens", "output_sum")
 """The columns that begin a statistics file; the others follow in the order of their collectors."""
 _DESCRIBED_LAST = "output_sum"
 _COMMON = {
@@ -106,7 +106,7 @@ def write_statistics(path: Path, evidence: LayerEvidence, columns: Sequence[Colu
     """Write the columns that every calibration gathers."""
     by_name = {column.name: column for column in columns}
     keys = [name for name in _KEYS if is_sampled or name != "num_output_tokens"]
-    first = [name for name in _SCALARS_FIRST if name in keys or name in by_name]
+    first = [name for name in _LEADING if name in keys or name in by_name]
     order = [*first, *(column.name for column in columns if column.name not in first)]
     filled = _filled(evidence)
     types = {name: pa.from_numpy_dtype(values.dtype) for name, values in filled.items()}
@@ -198,17 +198,17 @@ def _columns(table: pa.Table, path: Path) -> dict[str, Array]:
     return found
 
 
-def read_evidence(stage_dir: Path, layer: int, collectors: Iterable[str] = ()) -> LayerEvidence:
+def read_evidence(calibrate_dir: Path, layer: int, collectors: Iterable[str] = ()) -> LayerEvidence:
     """Read what calibrate has written of one layer. collectors: names of those that this run has gathered beyond the default.
 
     Output sums by group are there if num_output_tokens is a column of the statistics, which says that tokens were sampled.
     """
-    path = statistics_file(stage_dir, layer)
+    path = statistics_file(calibrate_dir, layer)
     table = read_table(path)
     is_sampled = "num_output_tokens" in table.column_names
     columns = _columns(table, path)
     for collector in collectors:
-        further_path = evidence_file(stage_dir, layer, collector)
+        further_path = evidence_file(calibrate_dir, layer, collector)
         further = read_table(further_path)
         shapes = json.loads(further.schema.metadata[b"shapes"])
         for name, values in _columns(further, further_path).items():
@@ -220,5 +220,5 @@ def read_evidence(stage_dir: Path, layer: int, collectors: Iterable[str] = ()) -
         num_output_tokens=table["num_output_tokens"][0].as_py() if is_sampled else num_tokens,
         num_experts=len(table),
         columns=columns,
-        groups=read_groups(groups_file(stage_dir, layer)) if is_sampled else None,
+        groups=read_groups(groups_file(calibrate_dir, layer)) if is_sampled else None,
     )

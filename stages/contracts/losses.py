@@ -20,18 +20,22 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Losses:
-    """Negative log-likelihood of each sequence in nats, summed over its predictions, and the number of its predictions."""
+    """By sequence: negative log-likelihood in nats, summed over its predictions, and their number."""
 
-    negative_log_likelihood: Sequence[float]
+    negative_log_likelihoods: Sequence[float]
     num_predictions: Sequence[int]
 
 
 def write_losses(path: Path, losses: Losses) -> WrittenFile:
-    """Write the losses of one token shard."""
-    return write_table(path, {name: getattr(losses, name) for name in _SCHEMA.names}, _SCHEMA)
+    """Write one row a sequence."""
+    columns = {
+        "negative_log_likelihood": losses.negative_log_likelihoods,
+        "num_predictions": losses.num_predictions,
+    }
+    return write_table(path, columns, _SCHEMA)
 
 
 def read_losses(path: Path) -> Losses:
-    """Read the losses of one token shard."""
+    """Read what `write_losses` has written."""
     table = read_table(path)
-    return Losses(**{name: table[name].to_pylist() for name in _SCHEMA.names})
+    return Losses(table["negative_log_likelihood"].to_pylist(), table["num_predictions"].to_pylist())

@@ -1,8 +1,8 @@
-"""Where each file of a stage lies inside the stage's directory, so that what one stage writes another finds."""
+"""Where each file of a stage lies inside the directory of its part, so that what one stage writes another finds."""
 
 from pathlib import Path
 
-PLAN_FILE = "plan.json"
+SURVEY_FILE = "plan.json"
 TENSORS_FILE = "tensors.arrow"
 CHECKPOINT_DIR = "checkpoint"
 SCORES_FILE = "scores.json"
@@ -15,51 +15,56 @@ def tokens_file(shard: int) -> str:
     return f"tokens-{shard:04d}.arrow"
 
 
-def hidden_file(stage_dir: Path, layer: int, shard: int) -> Path:
+def hidden_file(part_dir: Path, layer: int, shard: int) -> Path:
     """Hidden states of a token shard as they enter a layer; transient."""
-    return stage_dir / TRANSIENT_DIRS[0] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.safetensors"
+    return part_dir / TRANSIENT_DIRS[0] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.safetensors"
 
 
-def partial_statistics_file(stage_dir: Path, layer: int, shard: int) -> Path:
-    """Statistics of one layer over one token shard; transient."""
-    return stage_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.arrow"
+def partial_evidence_file(part_dir: Path, layer: int, shard: int) -> Path:
+    """Sums of one layer over one token shard; transient."""
+    return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.arrow"
 
 
-def statistics_file(stage_dir: Path, layer: int) -> Path:
+def statistics_file(part_dir: Path, layer: int) -> Path:
     """Statistics of one layer over the calibration set."""
-    return stage_dir / f"layer-{layer:04d}.statistics.arrow"
+    return part_dir / f"layer-{layer:04d}.statistics.arrow"
 
 
-def groups_file(stage_dir: Path, layer: int) -> Path:
+def evidence_file(part_dir: Path, layer: int, collector: str) -> Path:
+    """Evidence of one layer from a collector that is not part of the statistics."""
+    return part_dir / f"layer-{layer:04d}.{collector}.arrow"
+
+
+def plan_file(part_dir: Path, layer: int) -> Path:
+    """What becomes of one layer's experts."""
+    return part_dir / f"layer-{layer:04d}.plan.arrow"
+
+
+def groups_file(part_dir: Path, layer: int) -> Path:
     """Output sums of one layer by group of sequences; only under sampling."""
-    return stage_dir / f"layer-{layer:04d}.groups.arrow"
+    return part_dir / f"layer-{layer:04d}.groups.arrow"
 
 
-def evidence_file(stage_dir: Path, layer: int, collector: str) -> Path:
-    """Evidence of one layer from a collector that only some methods need."""
-    return stage_dir / f"layer-{layer:04d}.{collector}.arrow"
-
-
-def errors_file(stage_dir: Path, layer: int) -> Path:
+def errors_file(part_dir: Path, layer: int) -> Path:
     """Standard errors of one layer's mean outputs; only under sampling."""
-    return stage_dir / f"layer-{layer:04d}.errors.arrow"
+    return part_dir / f"layer-{layer:04d}.errors.arrow"
 
 
-def stability_file(stage_dir: Path, layer: int) -> Path:
+def stability_file(part_dir: Path, layer: int) -> Path:
     """How often halves of the groups give one layer's labels again; only under sampling."""
-    return stage_dir / f"layer-{layer:04d}.stability.arrow"
+    return part_dir / f"layer-{layer:04d}.stability.arrow"
 
 
-def dendrogram_file(stage_dir: Path, layer: int) -> Path:
+def dendrogram_file(part_dir: Path, layer: int) -> Path:
     """Dendrogram of one layer's experts."""
-    return stage_dir / f"layer-{layer:04d}.dendrogram.arrow"
+    return part_dir / f"layer-{layer:04d}.dendrogram.arrow"
 
 
-def labels_file(stage_dir: Path, layer: int) -> Path:
+def labels_file(part_dir: Path, layer: int) -> Path:
     """Cluster labels of one layer's experts, for every number of clusters."""
-    return stage_dir / f"layer-{layer:04d}.labels.arrow"
+    return part_dir / f"layer-{layer:04d}.labels.arrow"
 
 
-def losses_file(stage_dir: Path, shard: int) -> Path:
+def losses_file(part_dir: Path, shard: int) -> Path:
     """Losses of one token shard's sequences."""
-    return stage_dir / f"losses-{shard:04d}.arrow"
+    return part_dir / f"losses-{shard:04d}.arrow"

@@ -1,7 +1,7 @@
-"""`tensors.arrow`: every tensor of a checkpoint, and what it is to the model."""
+"""The table of a checkpoint's tensors (`tensors.arrow` of prepare)."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,9 +37,9 @@ _SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorRow:
-    """One tensor of a checkpoint; the metadata of the file says what its fields mean."""
+    """One tensor; what its columns mean stands in the schema."""
 
     name: str
     file: str
@@ -55,14 +55,11 @@ class TensorRow:
     scheme: str
 
 
-def write_tensors(path: Path, rows: Iterable[TensorRow]) -> WrittenFile:
-    """Write the tensors of a checkpoint in the order of its files and their bytes."""
-    listed = list(rows)
-    return write_table(path, {name: [getattr(row, name) for row in listed] for name in _SCHEMA.names}, _SCHEMA)
+def write_tensors(path: Path, rows: Sequence[TensorRow]) -> WrittenFile:
+    """Write rows in the order of their bytes in the checkpoint."""
+    return write_table(path, {field.name: [getattr(row, field.name) for row in rows] for field in fields(TensorRow)}, _SCHEMA)
 
 
 def read_tensors(path: Path) -> list[TensorRow]:
-    """Read the tensors of a checkpoint."""
-    columns = read_table(path).to_pydict()
-    columns["shape"] = map(tuple, columns["shape"])
-    return [TensorRow(*values) for values in zip(*(columns[name] for name in _SCHEMA.names), strict=True)]
+    """Read what `write_tensors` has written."""
+    return [TensorRow(**{**row, "shape": tuple(row["shape"])}) for row in read_table(path).to_pylist()]

@@ -1,6 +1,6 @@
-"""A token shard: sequences of token ids.
+"""A token shard: token ids, one sequence a row.
 
-Dimensions: S sequences, T tokens of a sequence.
+Dimensions: S sequences, T tokens.
 """
 
 from pathlib import Path
@@ -17,11 +17,11 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_tokens(path: Path, ids_ST: Array) -> WrittenFile:
+def write_tokens(path: Path, token_ids_ST: Array) -> WrittenFile:
     """Write token ids [S, T]."""
-    return write_table(path, {"token_ids": [row.tolist() for row in ids_ST]}, _SCHEMA)
+    return write_table(path, {"token_ids": [row.tolist() for row in token_ids_ST]}, _SCHEMA)
 
 
 def read_tokens(path: Path) -> Array:
-    """Read token ids, int64 [S, T]."""
+    """Token ids int64 [S, T]."""
     return np.array(read_table(path)["token_ids"].to_pylist(), dtype=np.int64)

@@ -5,7 +5,7 @@ With r = E the files are the source's own, byte for byte. A file larger than the
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stages.checkpoint.folder import SINGLE_FILE
@@ -59,14 +59,14 @@ def _output_tensors(
         return [OutputTensor(name, dtype, shape, "copy", layer, row)] if keeps_mtp else []
     if role == "copy" or (role == "router" and export_format == "tied"):
         return [OutputTensor(name, dtype, shape, "copy", layer, row)]
-    assert layer is not None
+    assert layer is not None, f"{name}: experts and routers belong to a layer"
     if role == "expert":
-        assert row.expert is not None
+        assert row.expert is not None, name
         if row.expert >= num_merged[layer]:
             return []
         return [OutputTensor(name, dtype, shape, "expert", layer, row, cluster=row.expert)]
     axis = row.expert_axis
-    assert axis is not None
+    assert axis is not None, name
     shorter = (*shape[:axis], num_merged[layer], *shape[axis + 1 :])
     return [OutputTensor(name, dtype, shorter, role, layer, row)]
 
@@ -77,7 +77,7 @@ def _expert_map(row: TensorRow, num_experts: int) -> OutputTensor:
 
 
 def output_files(
-    rows: Iterable[TensorRow],
+    rows: Sequence[TensorRow],
     num_experts: int,
     num_merged: Mapping[int, int],
     export_format: str,

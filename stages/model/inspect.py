@@ -6,6 +6,7 @@ from typing import Any
 from stages.checkpoint.folder import Checkpoint
 from stages.checkpoint.quantised import quantisation_config
 from stages.contracts.errors import InputError
+from stages.contracts.survey import Survey
 from stages.model.families import family_name, family_of, groups_in, stock_targets, text_config
 from stages.model.roles import TensorRole
 from stages.model.survey import survey
@@ -36,24 +37,24 @@ def inspect_checkpoint(folder: str) -> dict[str, Any]:
         "reason": None,
     }
     try:
-        plan, roles = survey(checkpoint)
+        surveyed, roles = survey(checkpoint)
     except InputError as e:
         return {**facts, "reason": str(e)}
-    return {**facts, **_described(checkpoint, plan, roles)}
+    return {**facts, **_described(checkpoint, surveyed, roles)}
 
 
-def _described(checkpoint: Checkpoint, plan: dict[str, Any], roles: list[TensorRole]) -> dict[str, Any]:
+def _described(checkpoint: Checkpoint, surveyed: Survey, roles: list[TensorRole]) -> dict[str, Any]:
     text = text_config(checkpoint.config)
     place = str(checkpoint.folder)
     family, groups = family_of(checkpoint.config, place), groups_in(checkpoint.config, place)
     has_bias = any(role.role == "router" and len(role.entry.shape) == 1 for role in roles)
     quantisation = quantisation_config(checkpoint.config)
     return {
-        "architecture": plan["architecture"],
-        "num_layers": plan["num_layers"],
-        "moe_layers": plan["moe_layers"],
-        "num_experts": plan["num_experts"],
-        "top_k": plan["top_k"],
+        "architecture": surveyed.architecture,
+        "num_layers": surveyed.num_layers,
+        "moe_layers": list(surveyed.moe_layers),
+        "num_experts": surveyed.num_experts,
+        "top_k": surveyed.top_k,
         "shared_experts": {name: text[name] for name in SHARED_EXPERT_FIELDS if text.get(name)},
         "router": {
             "score": family.score,
@@ -61,14 +62,14 @@ def _described(checkpoint: Checkpoint, plan: dict[str, Any], roles: list[TensorR
             "num_groups": groups.num_groups if groups else 1,
             "num_chosen_groups": groups.num_chosen if groups else 1,
         },
-        "num_parameters": plan["num_parameters"],
-        "dtype": plan["dtype"],
+        "num_parameters": surveyed.num_parameters,
+        "dtype": surveyed.dtype,
         "quantisation": quantisation.get("quant_method") if quantisation else None,
         "layout": _layout(roles),
-        "unloaded_tensors": plan["unloaded_tensors"],
-        "first_unloaded_tensor": plan["first_unloaded_tensor"],
+        "unloaded_tensors": surveyed.unloaded_tensors,
+        "first_unloaded_tensor": surveyed.first_unloaded_tensor,
         "bytes_by_role": bytes_by_role(roles),
-        "targets": target_bytes(roles, plan["num_experts"], stock_targets(checkpoint.config, place)),
+        "targets": target_bytes(roles, surveyed.num_experts, stock_targets(checkpoint.config, place)),
     }
 
 

@@ -19,6 +19,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from stages.checkpoint.folder import Checkpoint
 from stages.checkpoint.reader import TensorReader
 from stages.contracts.errors import InputError
+from stages.contracts.stream_units import LayerShardArgs
 from stages.io.file_cache import read_ahead
 from stages.io.storage import is_remote
 from stages.model.adapter import AdaptedModel
@@ -109,19 +110,19 @@ class LayerShard:
             return ""
         return next(f"{name}." for name, module in self.model.named_modules() if module is head)
 
-    def read_ahead(self, model: str, first: int, stop: int) -> None:
-        """Have other layers' bytes read into the system's file cache while this shard computes, if they are of this model.
+    def read_ahead(self, args: object) -> None:
+        """Start to read other layers' bytes into the system's file cache while this shard computes, if they are of this model.
 
         The cache takes memory that nobody else needs, and gives it back when somebody does. Nothing is waited for.
         """
-        if model == str(self.adapted.checkpoint.folder):
-            entries = (self.adapted.checkpoint.tensors[name] for name in self._names(first, stop))
+        if isinstance(args, LayerShardArgs) and args.model == str(self.adapted.checkpoint.folder):
+            entries = (self.adapted.checkpoint.tensors[name] for name in self._names(args.first, args.stop))
             packed = ((e.packing.weight, e.packing.scales) if e.packing else (e,) for e in entries)
             stretches = [(e.file, e.begin, e.num_bytes) for parts in packed for e in parts]
             read_ahead(self.adapted.checkpoint.folder, stretches)
 
     def close(self) -> None:
-        """Let go of all weights at once. The model refers to itself in cycles, and would keep them until they are collected."""
+        """Free all weights immediately. Models contain reference cycles: they would live until the garbage collector runs."""
         for module in self.model.modules():
             module._parameters.clear()
             module._buffers.clear()
@@ -267,6 +268,6 @@ class LayerShard:
         return out.logits  # type: ignore[no-any-return]
 
 
-def open_layer_shard(model: str, first: int, stop: int, num_threads: int) -> LayerShard:
-    """Load a layer shard; what a worker calls once and holds for all token shards."""
-    return LayerShard(Checkpoint(model), first, stop, num_threads)
+def open_layer_shard(args: LayerShardArgs) -> LayerShard:
+    """Load a layer shard, which a worker holds for all token shards."""
+    return LayerShard(Checkpoint(args.model), args.first, args.stop, args.num_threads)

@@ -1,10 +1,13 @@
 """What a checkpoint is made of, from its config and headers alone."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
+from stages.contracts.survey import Survey
+from stages.contracts.tensors import TensorRow
 from stages.model.adapter import AdaptedModel, checkpoint_dtype
 from stages.model.completeness import check_complete
 from stages.model.config_checks import check_config
@@ -17,8 +20,8 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 MERGED = ("expert", "fused_expert", "router")
 
 
-def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
-    """Return the plan of a checkpoint (JSON values, sizes in bytes) and the role of each of its tensors.
+def survey(checkpoint: Checkpoint) -> tuple[Survey, list[TensorRole]]:
+    """The survey of a checkpoint and the role of each of its tensors.
 
     Raises InputError for a checkpoint that is not MoE, incomplete, inconsistent, or of a family that we cannot merge.
     """
@@ -57,30 +60,60 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[TensorRole]]:
     text = text_config(checkpoint.config)
     mtp = [role for role in roles if role.role == "mtp"]
     unloaded = [role for role in roles if role.role == "copy" and not role.parameter]
-    plan = {
-        "family": family_name(checkpoint.config),
-        "architecture": type(adapted.model).__name__,
-        "num_layers": len(adapted.layers),
-        "moe_layers": moe_layers,
-        "routers": {str(layer): names[router] for layer, router in sorted(routers.items())},
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "hidden_size": number_in(text, "hidden_size", place),
-        "vocab_size": number_in(text, "vocab_size", place),
-        "max_positions": number_in(text, "max_position_embeddings", place),
-        "dtype": str(checkpoint_dtype(checkpoint)).removeprefix("torch."),
-        "num_parameters": sum(role.entry.num_elements for role in roles),
-        "total_bytes": checkpoint.total_bytes,
-        "mtp_tensors": len(mtp),
-        "first_mtp_tensor": _first_place(checkpoint, mtp),
-        "unloaded_tensors": len(unloaded),
-        "first_unloaded_tensor": _first_place(checkpoint, unloaded),
-        "ignored_files": list(checkpoint.ignored_files),
-        "outside_bytes": layer_bytes[None],
-        "layer_bytes": [layer_bytes[layer] for layer in range(len(adapted.layers))],
-        "layer_expert_bytes": [expert_bytes[layer] for layer in range(len(adapted.layers))],
-    }
-    return plan, roles
+    surveyed = Survey(
+        family=family_name(checkpoint.config),
+        architecture=type(adapted.model).__name__,
+        num_layers=len(adapted.layers),
+        moe_layers=tuple(moe_layers),
+        routers={layer: names[router] for layer, router in sorted(routers.items())},
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden_size=_needed(text, "hidden_size", place),
+        vocab_size=_needed(text, "vocab_size", place),
+        max_positions=number_in(text, "max_position_embeddings", place),
+        dtype=str(checkpoint_dtype(checkpoint)).removeprefix("torch."),
+        num_parameters=sum(role.entry.num_elements for role in roles),
+        total_bytes=checkpoint.total_bytes,
+        mtp_tensors=len(mtp),
+        first_mtp_tensor=_first_place(checkpoint, mtp),
+        unloaded_tensors=len(unloaded),
+        first_unloaded_tensor=_first_place(checkpoint, unloaded),
+        ignored_files=tuple(checkpoint.ignored_files),
+        outside_bytes=layer_bytes[None],
+        layer_bytes=tuple(layer_bytes[layer] for layer in range(len(adapted.layers))),
+        layer_expert_bytes=tuple(expert_bytes[layer] for layer in range(len(adapted.layers))),
+    )
+    return surveyed, roles
+
+
+def _needed(text: Mapping[str, Any], name: str, place: str) -> int:
+    value = number_in(text, name, place)
+    if value is None:
+        raise InputError(f"{place}: config.json has no {name}; restore the config")
+    return value
+
+
+def survey_checkpoint(model: str) -> tuple[Survey, list[TensorRow]]:
+    """The survey of a checkpoint folder and a row for each of its tensors. Raises InputError as `survey` does."""
+    surveyed, roles = survey(Checkpoint(model))
+    rows = [
+        TensorRow(
+            name=role.entry.name,
+            file=role.entry.file,
+            dtype=role.entry.dtype,
+            shape=role.entry.shape,
+            num_bytes=role.entry.num_bytes,
+            parameter=role.parameter,
+            layer=role.layer,
+            role=role.role,
+            expert=role.expert,
+            expert_axis=role.expert_axis,
+            template=role.template,
+            scheme=role.entry.packing.scheme if role.entry.packing else "",
+        )
+        for role in roles
+    ]
+    return surveyed, rows
 
 
 def _first_place(checkpoint: Checkpoint, roles: list[TensorRole]) -> str | None:

@@ -9,8 +9,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.config import RunConfig, load_config
+from pipeline.config import load_config
 from pipeline.executors.ray import connect
+from stages.contracts.settings import RunConfig
 from tests.cluster.faults import FaultyExecutor
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import save_checkpoint, save_token_ids

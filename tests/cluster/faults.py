@@ -4,18 +4,17 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 import ray
 
-from pipeline.config import Resources
-from pipeline.driver.units import Unit
-from pipeline.driver.worker import resolve
 from pipeline.executors.base import Slot
 from pipeline.executors.ray import RayExecutor
-from stages.contracts.units import Job, UnitResult
+from pipeline.imports import resolve
+from stages.contracts.settings import Resources
+from stages.contracts.units import Call, Job, Unit
 
 EATEN_BYTES = 4 * 2**30
 _BITE_BYTES = 2**27
@@ -39,12 +38,18 @@ def _is_first(marker: Path) -> bool:
     return True
 
 
-def faulty_unit(job: Job) -> UnitResult:
-    """Run the unit's own function, with a fault before it or after its last write (before the seal).
+@dataclass(frozen=True)
+class FaultArgs:
+    """call: of the real unit. marker: a file that exists once the fault has struck."""
 
-    args: call, args (of the real unit), fault, marker (a file that exists once the fault has struck).
-    """
-    fault, marker = job.args["fault"], Path(job.args["marker"])
+    call: Call
+    fault: str
+    marker: str
+
+
+def faulty_unit(job: Job[FaultArgs]) -> object:
+    """Run the unit's own function, with a fault before it or after its last write (before the seal)."""
+    fault, marker = job.args.fault, Path(job.args.marker)
     strikes = fault.startswith("always") or _is_first(marker)
     if strikes and fault == "kill before":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -59,7 +64,7 @@ def faulty_unit(job: Job) -> UnitResult:
     if strikes and fault == "on a node to be killed":
         marker.write_text(ray.get_runtime_context().get_node_id())
         time.sleep(60)
-    result: UnitResult = resolve(job.args["call"])(replace(job, args=job.args["args"]))
+    result = resolve(job.args.call.function)(replace(job, args=job.args.call.args))
     if strikes and fault == "kill before seal":
         os.kill(os.getpid(), signal.SIGKILL)
     return result
@@ -80,7 +85,7 @@ class FaultyExecutor(RayExecutor):
         for number, (pattern, fault) in enumerate(self._faults.items()):
             if fnmatch(name, pattern):
                 marker = self._marker_dir / f"{number}-{'once' if 'kill' in fault else unit.name.replace('/', '-')}"
-                args = {"call": unit.call, "args": unit.args, "fault": fault, "marker": str(marker)}
-                unit = replace(unit, call="tests.cluster.faults:faulty_unit", args=args)
+                args = FaultArgs(unit.call, fault, str(marker))
+                unit = replace(unit, call=Call("tests.cluster.faults:faulty_unit", args))
                 break
         super().submit(slot, unit)

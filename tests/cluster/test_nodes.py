@@ -8,10 +8,12 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.config import RunConfig, load_config
-from pipeline.driver.units import Outcome, Unit
+from pipeline.config import load_config
+from pipeline.driver.outcome import Outcome
 from pipeline.executors.base import Slot
 from pipeline.executors.ray import connect
+from stages.contracts.settings import RunConfig
+from stages.contracts.units import Unit
 from tests.cluster.conftest import add_node
 from tests.cluster.faults import FaultyExecutor
 from tests.runs import FinishedRun, execute

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import RunConfig, load_config
+from pipeline.config import load_config
 from pipeline.errors import RunFailed
+from stages.contracts.settings import RunConfig
 from tests.cluster.faults import FaultyExecutor
 from tests.runs import FinishedRun, execute
 

@@ -3,20 +3,20 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config import Resources
+from pipeline.driver.outcome import Failure, Outcome
 from pipeline.driver.process import COMPUTING
 from pipeline.driver.run_state import UnitFailure
 from pipeline.driver.selection import delete
-from pipeline.driver.units import Failure, Hold, Outcome, Unit
 from pipeline.driver.worker import Worker
 from pipeline.executors.base import Slot
 from stages.contracts.errors import InputError
-from stages.contracts.units import Job, UnitResult
+from stages.contracts.settings import Resources
+from stages.contracts.units import Call, HeldJob, Hold, Job, NoFacts, Unit, UnitResult
 from stages.io.files import write_bytes
 
 RUN_DIR = "/toy"
@@ -33,39 +33,70 @@ def at(run_dir: Path, units: Sequence[Unit]) -> list[Unit]:
     ]
 
 
+@dataclass(frozen=True)
+class ToyArgs:
+    """name: of the unit. writes: its transient files."""
+
+    name: str
+    writes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ToyFacts:
+    """held: key of what the worker holds."""
+
+    held: str | None
+
+
+@dataclass(frozen=True)
+class ToyHold:
+    """Something that a worker holds."""
+
+    key: str
+    bytes_read: int = 0
+
+    def read_ahead(self, args: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def unit(name: str, **fields: Any) -> Unit:
     """A unit that writes its name to `<name>.txt`, or to each of its transient files."""
     hold = fields.pop("hold", None)
-    args = {"name": name, "writes": list(fields.get("writes", ()))}
-    defaults = {
-        "run_dir": RUN_DIR,
-        "stage": "toy",
-        "stage_dir": STAGE_DIR,
-        "call": "tests.pipeline.fake:write_name",
-        "label": name,
-    }
+    function = fields.pop("call", "tests.pipeline.fake:write_name")
+    args = fields.pop("args", ToyArgs(name, tuple(fields.get("writes", ()))))
+    defaults = {"run_dir": RUN_DIR, "stage": "toy", "part_dir": STAGE_DIR, "label": name}
     if hold:
-        fields["hold"] = Hold(hold, "tests.pipeline.fake:open_hold", {"key": hold})
-    return Unit(**{**defaults, "name": name, "args": args, **fields})
+        fields["hold"] = Hold(hold, Call("tests.pipeline.fake:open_hold", ToyHold(hold)), RUN_DIR, hold)
+    return Unit(**{**defaults, "name": name, "call": Call(function, args), **fields})
 
 
-def open_hold(key: str) -> str:
-    return key
+OPENED: list[str] = []
+"""Keys of what `open_hold` has opened in this process."""
 
 
-def write_name(job: Job) -> UnitResult:
-    name, writes = job.args["name"], job.args["writes"]
+def open_hold(args: ToyHold) -> ToyHold:
+    OPENED.append(args.key)
+    return args
+
+
+def write_name(job: Job[ToyArgs]) -> UnitResult[ToyFacts]:
+    name, writes = job.args.name, job.args.writes
+    held = job.held.key if isinstance(job, HeldJob) else None
     if writes:
-        return UnitResult(transient=tuple(write_bytes(job.run_dir / path, name.encode()) for path in writes))
-    return UnitResult((write_bytes(job.stage_dir / f"{name}.txt", name.encode()),), facts={"held": job.held})
+        files = tuple(write_bytes(job.run_dir / path, name.encode()) for path in writes)
+        return UnitResult(ToyFacts(held), transient=files)
+    return UnitResult(ToyFacts(held), (write_bytes(job.part_dir / f"{name}.txt", name.encode()),))
 
 
-def fail_input(job: Job) -> UnitResult:
-    raise InputError(f"{job.args['name']}: the value is 3 but at most 2 fit; use 2")
+def fail_input(job: Job[ToyArgs]) -> UnitResult[NoFacts]:
+    raise InputError(f"{job.args.name}: the value is 3 but at most 2 fit; use 2")
 
 
-def fail_error(job: Job) -> UnitResult:
-    raise RuntimeError(f"{job.args['name']} broke")
+def fail_error(job: Job[ToyArgs]) -> UnitResult[NoFacts]:
+    raise RuntimeError(f"{job.args.name} broke")
 
 
 def chain(num_shards: int, num_tokens: int) -> list[Unit]:
@@ -89,7 +120,7 @@ class ToyRun:
     def __init__(self, units: Sequence[Unit], run_dir: Path | str = RUN_DIR, **resources: Any) -> None:
         self.run_dir = Path(run_dir)
         self.config = SimpleNamespace(resources=Resources(**resources))
-        self.is_active = True
+        self.is_active = self.is_due = True
         self.done_units: dict[str, Outcome] = {}
         self.failures: list[UnitFailure] = []
         self.retries: list[str] = []
@@ -97,7 +128,8 @@ class ToyRun:
 
     def advance(self) -> list[Unit]:
         units, self._units = self._units or [], None
-        self.is_active = bool(units)
+        self.is_due, self.is_active = False, bool(units)
+        self._num_left = len(units)
         return units
 
     def check_lock(self) -> None:
@@ -108,6 +140,8 @@ class ToyRun:
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
         self.done_units[unit.name] = outcome
+        self._num_left -= 1
+        self.is_due = not self._num_left
         delete(self.run_dir, unit.reads)
 
     def retried(self, unit: Unit, outcome: Outcome, how: str) -> None:
@@ -208,7 +242,14 @@ def run_here(run_dir: Path, units: Sequence[Unit]) -> list[str]:
     return [one.name for one in units]
 
 
-def tell_environment(job: Job) -> UnitResult:
+@dataclass(frozen=True)
+class Environment:
     """What libraries would find if they were loaded now, and whether torch has been."""
-    facts = {**{name: os.environ.get(name) for name in COMPUTING}, "has_torch": "torch" in sys.modules}
-    return UnitResult((write_bytes(job.stage_dir / "told.txt", b""),), facts=facts)
+
+    variables: dict[str, str | None]
+    has_torch: bool
+
+
+def tell_environment(job: Job[ToyArgs]) -> UnitResult[Environment]:
+    facts = Environment({name: os.environ.get(name) for name in COMPUTING}, "torch" in sys.modules)
+    return UnitResult(facts, (write_bytes(job.part_dir / "told.txt", b""),))

@@ -18,9 +18,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from pipeline.run.stage_keys import VERSIONS
 from stages.contracts.arrow import read_table
-from stages.contracts.paths import SCORES_FILE
+from stages.contracts.paths import SCORES_FILE, SURVEY_FILE
+from stages.registry import stage_specs
 from tests.runs import FinishedRun, write_run_file
 
 RECORD = Path(__file__).with_suffix(".json")
@@ -35,6 +35,7 @@ UPSTREAM = {
     "report": ("prepare", "assemble", "evaluate"),
 }
 """What a stage reads: where that has changed, its own results may, too."""
+VERSIONS = {spec.name: spec.version for spec in stage_specs()}
 _HIDDEN, _INTERMEDIATE, _EXPERTS, _LAYERS, _VOCABULARY = 32, 48, 6, 2, 96
 _CONFIG = {
     "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "dtype": "float32", "hidden_size": _HIDDEN,
@@ -131,21 +132,20 @@ def found_in(folder: Path) -> dict[str, Any]:
     model = write_model(folder / "golden")
     settings = {"clustering.num_experts": [6, 3], "clustering.linkage": "average"}
     done = FinishedRun.of(write_run_file(folder, model, folder / "ids.npy", settings))
-    stages = done.stages
-    assert stages.evaluation is not None and stages.evaluate_source is not None
-    prepared = (stages.survey, stages.calibration, stages.evaluation)
-    plan = json.loads((done.run_dir / stages.survey.dir / "plan.json").read_text())
+    prepared, targets = done.view.parts("prepare"), done.view.targets
+    plan = json.loads((done.run_dir / done.part("prepare", "model").dir / SURVEY_FILE).read_text())
     scores: dict[str, Any] = {}
-    for name, stage in (("source", stages.evaluate_source), *((one.name, one.evaluate) for one in stages.targets)):
-        assert stage is not None
-        values = json.loads((done.run_dir / stage.dir / SCORES_FILE).read_text())
-        scores[name] = {key: {"numbers": [value]} for key, value in values.items()} | _tables(done.run_dir / stage.dir)
+    names = {"source": "source", **{target.part: target.name for target in targets}}
+    for part in done.view.parts("evaluate"):
+        folder = done.run_dir / part.dir
+        values = json.loads((folder / SCORES_FILE).read_text())
+        scores[names[part.name]] = {key: {"numbers": [value]} for key, value in values.items()} | _tables(folder)
     return {
-        "prepare": {"plan": {"digest": _digest(plan)}, **{one.name: _tables(done.run_dir / one.dir) for one in prepared}},
+        "prepare": {"plan": {"digest": _digest(plan)}, **{one.full_name: _tables(done.run_dir / one.dir) for one in prepared}},
         "calibrate": _tables(done.calibrate_dir),
         "cluster": _tables(done.cluster_dir),
-        "merge": {one.name: _weights(done.model(f"{one.target}-{one.format}")) for one in stages.targets},
-        "assemble": {one.name: _assembled(done.model(f"{one.target}-{one.format}")) for one in stages.targets},
+        "merge": {one.name: _weights(done.model(one.part)) for one in targets},
+        "assemble": {one.name: _assembled(done.model(one.part)) for one in targets},
         "evaluate": scores,
         "report": _report(done.report),
     }
@@ -184,7 +184,7 @@ def main() -> None:
         found = found_in(Path(folder) / "work")
     if RECORD.exists():
         for stage in changed_without_a_version(found, json.loads(RECORD.read_text()), VERSIONS):
-            sys.exit(f"{stage} computes something else: raise VERSIONS[{stage!r}] in pipeline/run/stage_keys.py first")
+            sys.exit(f"{stage} computes something else: raise the version in stages/{stage}/spec.py first")
     RECORD.write_text(json.dumps({"versions": VERSIONS, "stages": found}, indent=1) + "\n")
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pipeline.commands.run import run
 from pipeline.config import load_config
+from pipeline.driver.outcome import Outcome
 from pipeline.driver.run_state import RunOptions
-from pipeline.driver.units import Outcome, Unit
 from pipeline.executors.local import LocalExecutor
 from stages.checkpoint.folder import Checkpoint
+from stages.contracts.units import Unit
 from tests.runs import FinishedRun, Recorder, write_run_file
 
 

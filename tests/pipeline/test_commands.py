@@ -12,7 +12,7 @@ from rich.console import Console
 from pipeline.cli import main
 from pipeline.commands.batch import _summary
 from pipeline.config import load_config
-from pipeline.names import STAGES
+from stages.registry import STAGES
 from tests.runs import FinishedRun, digests, write_run_file
 
 Checkpoints = Callable[[str], Path]
@@ -87,12 +87,12 @@ def test_clean_lists_and_then_removes_what_the_last_run_does_not_use(
     kept = new.results()
     code, output = call("clean", str(old.run_dir))
     assert code == 0 and "--yes removes them" in output
-    assert (old.run_dir / old.stages.cluster.dir).exists()
+    assert (old.run_dir / old.part("cluster").dir).exists()
     code, output = call("clean", str(old.run_dir), "--yes")
     assert code == 0, output
-    assert not (old.run_dir / old.stages.cluster.dir).exists()
-    assert {path.name for path in old.run_dir.glob("*-*") if path.is_dir()} == {stage.dir for stage in new.stages.all()}
-    assert {link.name for link in (old.run_dir / "models").iterdir()} == {target.name for target in new.stages.targets}
+    assert not (old.run_dir / old.part("cluster").dir).exists()
+    assert {path.name for path in old.run_dir.glob("*-*") if path.is_dir()} == {stage.dir for stage in new.view.all_parts()}
+    assert {link.name for link in (old.run_dir / "models").iterdir()} == {target.name for target in new.view.targets}
     assert new.results() == kept
     assert "\n0 directories" in "\n" + call("clean", str(old.run_dir))[1]
 

@@ -6,9 +6,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Resources, RunConfig, TextData, apply_setting, load_config
-from pipeline.run.partition import held_bytes, layer_shards
+from pipeline.config import apply_setting, load_config
 from stages.contracts.errors import InputError
+from stages.contracts.partition import held_bytes, layer_shards
+from stages.contracts.settings import Resources, RunConfig, TextData
+from stages.contracts.survey import Survey
 from tests.conftest import REPOSITORY
 
 
@@ -70,10 +72,12 @@ def test_token_shards_are_whole_micro_batches_and_cover_all_sequences(
     assert (data.num_shards - 1) * data.sequences_per_shard < num_sequences <= data.num_shards * data.sequences_per_shard
 
 
-PLAN = {
-    "num_layers": 10, "layer_bytes": [100_000_000] * 10, "outside_bytes": 50_000_000, "dtype": "bfloat16", "hidden_size": 8,
-    "vocab_size": 8, "layer_expert_bytes": [90_000_000] * 10, "num_experts": 90_000, "top_k": 1,
-}  # fmt: skip
+SURVEY = Survey(
+    family="tiny", architecture="Tiny", num_layers=10, moe_layers=tuple(range(10)), routers={}, num_experts=90_000, top_k=1,
+    hidden_size=8, vocab_size=8, max_positions=None, dtype="bfloat16", num_parameters=1, total_bytes=1, mtp_tensors=0,
+    first_mtp_tensor=None, unloaded_tensors=0, first_unloaded_tensor=None, ignored_files=(), outside_bytes=50_000_000,
+    layer_bytes=(100_000_000,) * 10, layer_expert_bytes=(90_000_000,) * 10,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("num_workers", [1, 3, 4, 100])
@@ -81,15 +85,15 @@ PLAN = {
 def test_layer_shards_fit_the_memory_cover_every_layer_once_and_are_never_empty(memory: str, num_workers: int) -> None:
     resources = Resources.model_validate({"worker_memory": memory})
     data = text(num_sequences=2, sequence_length=16)
-    shards = layer_shards(PLAN, data, resources, num_workers)
+    shards = layer_shards(SURVEY, data, resources, num_workers)
     assert [layer for first, stop in shards for layer in range(first, stop)] == list(range(10))
     for first, stop in shards:
-        assert stop - first == 1 or held_bytes(PLAN, (first, stop), data) <= resources.worker_memory
+        assert stop - first == 1 or held_bytes(SURVEY, (first, stop), data) <= resources.worker_memory
     assert len(shards) >= min(10, num_workers)
 
 
 def test_layers_per_shard_is_obeyed() -> None:
-    shards = layer_shards(PLAN, text(), Resources(layers_per_shard=4), num_workers=1)
+    shards = layer_shards(SURVEY, text(), Resources(layers_per_shard=4), num_workers=1)
     assert shards == [(0, 4), (4, 8), (8, 10)]
 
 

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from stages.model.stream import read_token_ids
+from stages.contracts.tokens import read_tokens
 from tests.conftest import REPOSITORY
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import FAMILIES, load
@@ -16,9 +17,9 @@ from tests.tiny import FAMILIES, load
 def whole_model_loss(folder: Path, done: FinishedRun, dtype: torch.dtype, **options: bool) -> float:
     """Mean of transformers' own loss over the run's token shards, a sequence at a time."""
     model = load(folder, dtype=dtype, **options)
-    assert done.stages.evaluation is not None and done.config.evaluation is not None
-    shards = sorted((done.run_dir / done.stages.evaluation.dir).glob("tokens-*.arrow"))
-    ids = torch.cat([read_token_ids(path) for path in shards])
+    assert done.config.evaluation is not None
+    shards = sorted((done.run_dir / done.part("prepare", "evaluation").dir).glob("tokens-*.arrow"))
+    ids = torch.from_numpy(np.concatenate([read_tokens(path) for path in shards]))
     assert len(shards) > 1
     assert len(ids) == done.config.evaluation.num_sequences
     with torch.inference_mode():
@@ -77,7 +78,7 @@ def test_the_trained_example_reads_text_and_loses_little_by_merging(tmp_path: Pa
     assert perplexity[""] < 100, "the example is trained: its vocabulary has 4,096 tokens"
     assert perplexity[""] < perplexity["-6e-tied"] < perplexity["-4e-tied"]
     assert perplexity["-6e-tied"] < 1.5 * perplexity[""]
-    for target in done.stages.targets:
-        folder = done.model(f"{target.target}-{target.format}")
+    for target in done.view.targets:
+        folder = done.model(target.part)
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             assert (folder / name).read_bytes() == (done.source / name).read_bytes()

@@ -110,10 +110,10 @@ def test_mean_outputs_and_usage(golden_runs: dict[Any, FinishedRun], reference: 
     done = golden_runs["average", "freq"]
     means_LED, usage_LE = reference[f"{NAME}/mean_out"], reference[f"{NAME}/usage"]
     for layer in range(4):
-        evidence = read_evidence(done.calibrate_dir, layer)
-        assert evidence.num_tokens == 16 * 128
-        close(evidence["output_sum"] / evidence.num_tokens, means_LED[layer])
-        close(evidence["num_routed_tokens"] / evidence["num_routed_tokens"].sum(), usage_LE[layer])
+        statistics = read_evidence(done.calibrate_dir, layer)
+        assert statistics.num_tokens == 16 * 128
+        close(statistics["output_sum"] / statistics.num_tokens, means_LED[layer])
+        close(statistics["num_routed_tokens"] / statistics["num_routed_tokens"].sum(), usage_LE[layer])
 
 
 def test_partitions_at_every_target(golden_runs: dict[Any, FinishedRun], records: dict[str, Any]) -> None:

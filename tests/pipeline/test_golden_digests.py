@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.run.stage_keys import VERSIONS
-from tests.pipeline.golden_digests import COMMAND, RECORD, UPSTREAM, changed_without_a_version, differences, found_in
+from tests.pipeline.golden_digests import COMMAND, RECORD, UPSTREAM, VERSIONS, changed_without_a_version, differences, found_in
 
 
 def test_every_stage_makes_what_is_recorded_for_its_version(tmp_path: Path) -> None:
     recorded, found = json.loads(RECORD.read_text()), found_in(tmp_path / "work")
     for stage, lines in changed_without_a_version(found, recorded, VERSIONS).items():
-        pytest.fail(f"{stage}: raise VERSIONS[{stage!r}] and run `{COMMAND}` to record anew\n" + "\n".join(lines[:10]))
+        pytest.fail(f"raise the version in stages/{stage}/spec.py and run `{COMMAND}` to record anew\n" + "\n".join(lines[:10]))
     assert recorded["versions"] == VERSIONS, f"versions were raised: run `{COMMAND}` to record anew"
     left = [line for stage in UPSTREAM for line in differences(found[stage], recorded["stages"][stage], stage)]
     assert left == [], f"run `{COMMAND}` to record anew"

@@ -12,10 +12,12 @@ from pipeline.checks import check
 from pipeline.commands.status import describe_status
 from pipeline.config import load_config
 from pipeline.hub_data import is_dataset_name
-from pipeline.run import stage_keys
-from pipeline.run.identity import differences, files_identity, key_of
-from pipeline.run.stage_keys import Stages
+from pipeline.run import view
+from pipeline.run.identity import differences, files_identity
+from pipeline.run.view import RunView
 from stages.contracts.errors import InputError
+from stages.contracts.keys import key_of
+from stages.registry import stage_specs
 from tests.conftest import REPOSITORY
 from tests.runs import FinishedRun, write_run_file
 from tests.test_architecture import imported
@@ -67,8 +69,7 @@ def run_file(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], token_ids: 
 
 def keys(run_file: Path, *settings: str) -> Mapping[str, str]:
     config = load_config(run_file, list(settings))
-    stages = Stages(config, check(config).identities)
-    return {stage.name: stage.key for stage in stages.all()}
+    return {part.full_name: part.key for part in RunView(config, check(config).inputs).all_parts()}
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
@@ -89,28 +90,28 @@ def test_a_setting_changes_the_stages_that_depend_on_it_and_no_other(run_file: P
 def test_another_version_of_a_library_changes_the_stages_that_it_computes(
     run_file: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
-    before, installed = keys(run_file), stage_keys.library_version
-    monkeypatch.setattr(stage_keys, "library_version", lambda name: "99.1" if name == library else installed(name))
+    before, installed = keys(run_file), view.library_version
+    monkeypatch.setattr(view, "library_version", lambda name: "99.1" if name == library else installed(name))
     assert changed(before, keys(run_file)) == LIBRARIES[library]
 
 
 def test_another_version_of_this_project_is_computed_anew(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = keys(run_file)
-    monkeypatch.setattr(stage_keys, "__version__", "99.1")
+    monkeypatch.setattr(view, "__version__", "99.1")
     assert changed(before, keys(run_file)) == ALL
 
 
 def test_every_numeric_library_that_a_stage_imports_is_in_its_key() -> None:
-    for stage, libraries in stage_keys.LIBRARIES.items():
-        found = {name.split(".")[0] for path in (REPOSITORY / "stages" / stage).glob("*.py") for name in imported(path)}
-        assert found & {"numpy", "scipy", "tokenizers", "torch", "transformers"} <= set(libraries), stage
+    for spec in stage_specs():
+        found = {name.split(".")[0] for path in (REPOSITORY / "stages" / spec.name).rglob("*.py") for name in imported(path)}
+        assert found & {"numpy", "scipy", "tokenizers", "torch", "transformers"} <= set(spec.libraries), spec.name
 
 
 def test_a_version_is_read_without_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage_keys.library_version.cache_clear()
-    monkeypatch.setattr("pipeline.run.stage_keys.metadata.version", lambda name: "2.13.0+cu128")
-    assert stage_keys.library_version("torch") == "2.13.0"
-    stage_keys.library_version.cache_clear()
+    view.library_version.cache_clear()
+    monkeypatch.setattr("pipeline.run.view.metadata.version", lambda name: "2.13.0+cu128")
+    assert view.library_version("torch") == "2.13.0"
+    view.library_version.cache_clear()
 
 
 def test_a_new_target_leaves_everything_but_the_report(run_file: Path) -> None:
@@ -189,7 +190,7 @@ def test_a_changed_key_is_explained_setting_by_setting() -> None:
 
 def test_the_identity_of_every_stage_is_kept_in_its_folder(run_file: Path) -> None:
     done = FinishedRun.of(run_file)
-    for stage in done.stages.all():
+    for stage in done.view.all_parts():
         kept = json.loads((done.run_dir / stage.dir / "identity.json").read_text())
         assert key_of(kept) == stage.key
         assert stage.dir.endswith(stage.key)
@@ -203,15 +204,15 @@ def test_a_report_names_the_versions_that_computed_its_numbers_and_no_setting_th
     report = json.loads((done.run_dir / "report.json").read_text())
     assert report["versions"].keys() == ALL
     assert report["versions"]["calibrate"] == {
-        "hcsmoe": __version__, **{name: stage_keys.library_version(name) for name in ("numpy", "torch", "transformers")}
+        "hcsmoe": __version__, **{name: view.library_version(name) for name in ("numpy", "torch", "transformers")}
     }  # fmt: skip
     assert "resources" not in report["settings"]
     was = report["versions"]["cluster"]["scipy"]
-    installed = stage_keys.library_version
-    monkeypatch.setattr(stage_keys, "library_version", lambda name: "99.1" if name == "scipy" else installed(name))
+    installed = view.library_version
+    monkeypatch.setattr(view, "library_version", lambda name: "99.1" if name == "scipy" else installed(name))
     shown = [line for line in describe_status(done.run_dir) if isinstance(line, str)]
     (line,) = [line for line in shown if line.startswith("cluster is not reused")]
-    assert line == f"cluster is not reused from {done.stages.cluster.dir}: libraries.scipy: {was} -> 99.1"
+    assert line == f"cluster is not reused from {done.part('cluster').dir}: libraries.scipy: {was} -> 99.1"
     again = FinishedRun.of(run_file, ["resources.max_attempts=5"])
     assert again.recorder.stages == {"cluster", "merge", "assemble", "evaluate", "report"}
     after = json.loads((again.run_dir / "report.json").read_text())["versions"]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Calibration, Evaluation
-from pipeline.run.partition import held_bytes
-from stages.prepare.stage import survey_tables
+from stages.contracts.partition import held_bytes
+from stages.contracts.settings import Calibration, Evaluation
+from stages.model.survey import survey_checkpoint
 from tests.conftest import REPOSITORY
 from tests.stages.tiny import build, save
 
@@ -28,32 +28,38 @@ DATA = {
 _GROWTH = """
 import json, sys
 from pathlib import Path
-from pipeline.driver.units import Hold, Unit
 from pipeline.driver.worker import Worker
-import stages.calibrate.stage, stages.evaluate.stage
-from stages.prepare.stage import survey_tables
+from stages.calibrate.spec import CALIBRATE, OPEN, REDUCE, CalibrateArgs, CalibrationShardArgs, ReduceArgs
+from stages.contracts.stream_units import LayerShardArgs, StreamArgs
+from stages.contracts.units import Hold, Unit
+from stages.evaluate import spec as evaluate
+from stages.prepare.spec import TOKENS, TextArgs, TokensArgs
+import stages.calibrate.units, stages.evaluate.units
+from stages.model.survey import survey_checkpoint
 folder, stage, model = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-plan, _ = survey_tables(model)
+survey, _ = survey_checkpoint(model)
 def peak():
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-def unit(name, call, args, hold=None):
-    return Unit(str(folder), stage, stage, name, call, args, name, hold=hold, on_worker=True)
+def unit(name, call, hold=None):
+    return Unit(str(folder), stage, stage, name, call, name, hold=hold, on_worker=True)
 worker = Worker()
 def run(one):
     outcome = worker.run(one)
     assert outcome.failure is None, outcome.failure
-tokens = {"place": "calibration", "model": model, "data": [str(folder / "ids.npy")], "text_field": "text", "revision": None,
-          "num_sequences": 32, "sequence_length": 256, "seed": 0, "trust_remote_code": False, "sequences_per_shard": 32}
-run(unit("tokens", "stages.prepare.stage:tokens_unit", tokens))
+text = TextArgs("calibration", model, False, (str(folder / "ids.npy"),), "text", 32, 256, 0)
+run(unit("tokens", TOKENS.on(TokensArgs(text, 32))))
 before = peak()
-call = {"calibrate": "stages.calibrate.stage:open_shard", "evaluate": "stages.model.layer_shard:open_layer_shard"}[stage]
-routers = {"routers": plan["routers"]} if stage == "calibrate" else {}
-hold = Hold("all", call, {"model": model, "first": 0, "stop": 4, "num_threads": 1, **routers})
-args = {"tokens_dir": stage, "shard": 0, "micro_batch": 16, "is_last": stage == "evaluate", "sampling": None}
-run(unit("shard", f"stages.{stage}.stage:{stage}_unit", args, hold))
+stream = StreamArgs(stage, 0, 16, is_last=stage == "evaluate")
 if stage == "calibrate":
-    reduce = {"layer": 1, "num_shards": 1, "is_sampled": False}
-    run(unit("reduce", "stages.calibrate.stage:reduce_unit", reduce, hold))
+    opened = OPEN.on(CalibrationShardArgs(model, 0, 4, 1, survey.routers))
+    shard = CALIBRATE.on(CalibrateArgs(stream, None, ()))
+else:
+    opened = evaluate.OPEN.on(LayerShardArgs(model, 0, 4, 1))
+    shard = evaluate.EVALUATE.on(evaluate.EvaluateArgs(stream))
+hold = Hold("all", opened, str(folder), "layers")
+run(unit("shard", shard, hold))
+if stage == "calibrate":
+    run(unit("reduce", REDUCE.on(ReduceArgs(1, 1, False, ())), hold))
 print(json.dumps(peak() - before))
 """
 
@@ -66,10 +72,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", ["calibrate", "evaluate"])
 def test_the_estimate_covers_what_a_worker_takes_and_is_not_twice_as_much(model: Path, tmp_path: Path, stage: str) -> None:
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 8192, (32, 256)))
-    plan, _ = survey_tables(str(model))
+    survey, _ = survey_checkpoint(str(model))
     command = [sys.executable, "-c", _GROWTH, str(tmp_path), stage, str(model)]
     done = subprocess.run(command, timeout=500, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout.splitlines()[-1])
-    estimate = held_bytes(plan, (0, 4), DATA[stage])
+    estimate = held_bytes(survey, (0, 4), DATA[stage])
     assert grown <= estimate <= 2 * grown

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from pipeline.cli import main
-from pipeline.config import RunConfig, load_config
-from pipeline.run.naming import hub_name, model_name
+from pipeline.config import load_config
 from stages.contracts.errors import InputError
+from stages.contracts.naming import hub_name, model_name
+from stages.contracts.settings import RunConfig
 from stages.io.storage import absolute
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import load, save_checkpoint, save_token_ids

@@ -14,7 +14,8 @@ from pipeline.cli import main
 from stages.contracts.losses import Losses, write_losses
 from stages.contracts.paths import losses_file
 from stages.contracts.units import Job
-from stages.evaluate.stage import score_unit
+from stages.evaluate.spec import ScoreArgs, Scores
+from stages.evaluate.units import score_unit
 from tests.runs import write_run_file
 from tests.tiny import random_model, save_token_ids
 
@@ -72,9 +73,9 @@ def test_a_score_is_written_whatever_the_losses_are(
     tmp_path: Path, losses: list[float], loss: float | None, perplexity: float | None
 ) -> None:
     write_losses(losses_file(tmp_path, 0), Losses(losses, [3, 3]))
-    result = score_unit(Job(tmp_path, tmp_path, {"num_shards": 1}))
-    assert result.facts == {"perplexity": perplexity, "loss": loss, "num_predictions": 6}
-    assert json.loads((tmp_path / "scores.json").read_text()) == result.facts
+    result = score_unit(Job(tmp_path, tmp_path, ScoreArgs(num_shards=1)))
+    assert result.facts == Scores(perplexity, loss, num_predictions=6)
+    assert json.loads((tmp_path / "scores.json").read_text()) == vars(result.facts)
 
 
 def test_a_perplexity_beyond_every_number_is_null_with_a_warning_and_the_run_succeeds(tmp_path: Path, call: Call) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from pipeline.cli import main
 from pipeline.display.printing import add_row, printable, printable_lines, show
 from pipeline.display.progress import Reporter
-from pipeline.driver.units import Outcome
+from pipeline.driver.outcome import Outcome
 from stages.contracts.errors import InputError
 from tests.pipeline.fake import unit
 
@@ -63,9 +63,9 @@ def test_the_name_of_a_unit_is_escaped_in_lines_and_bars() -> None:
     for is_terminal in (False, True):
         out = io.StringIO()
         reporter = Reporter(Console(file=out, force_terminal=is_terminal, width=120))
-        reporter.begin("merge", 1, 0)
+        reporter.begin("toy", 1, 0)
         reporter.done(unit("x", label="[bold]a\x07b[/bold]"), Outcome("host\x07", 1.0, {}))
-        reporter.end()
+        reporter.end("toy")
         assert "\x07" not in out.getvalue()
         if not is_terminal:
             assert r"[bold]a\x07b[/bold]: 1.0 s on host\x07" in out.getvalue()

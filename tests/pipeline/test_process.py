@@ -71,7 +71,7 @@ def test_kernels_for_many_numbers_of_rows_are_not_all_kept() -> None:
 
 def test_nothing_is_collected_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("pipeline.driver.worker.importlib.import_module", lambda name: seen.append(gc.isenabled()) or os)
+    monkeypatch.setattr("pipeline.imports.importlib.import_module", lambda name: seen.append(gc.isenabled()) or os)
     resolve("any:getpid")
     assert (seen, gc.isenabled()) == ([False], True)
     with pytest.raises(ZeroDivisionError), collection_paused():

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_config
-from pipeline.driver.units import Unit
 from pipeline.driver.worker import Worker
 from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
 from pipeline.state.lock import RunLock
 from pipeline.state.logs import file_name
 from stages.contracts.errors import InputError
+from stages.contracts.units import Unit
 from tests.runs import FinishedRun, digests, execute, write_run_file
 from tests.tiny import save_checkpoint
 
@@ -62,7 +62,7 @@ def test_a_second_run_executes_nothing_and_changes_nothing(copy: FinishedRun) ->
 def test_what_a_change_does_not_touch_is_not_run_again(copy: FinishedRun, settings: list[str], ran: set[str]) -> None:
     other = FinishedRun.of(copy.run_file, settings)
     assert other.recorder.stages == ran
-    assert not [unit for unit in other.recorder.units if unit.stage == "evaluate" and "source" in unit.stage_dir]
+    assert not [unit for unit in other.recorder.units if unit.stage == "evaluate" and "source" in unit.part_dir]
 
 
 def test_an_old_result_stays_when_a_setting_changes_and_the_name_moves_on(copy: FinishedRun) -> None:
@@ -88,7 +88,7 @@ class Watching(LocalExecutor):
 
     def submit(self, slot: Slot, unit: Unit) -> None:
         found: dict[str, list[str]] = {}
-        for path in (Path(unit.run_dir) / unit.stage_dir / "hidden").glob("*/*"):
+        for path in (Path(unit.run_dir) / unit.part_dir / "hidden").glob("*/*"):
             found.setdefault(path.parent.name, []).append(path.stem)
         type(self).seen.append(found)
         super().submit(slot, unit)
@@ -162,7 +162,7 @@ def test_an_interrupted_run_is_continued_to_the_same_bytes(tmp_path: Path, finis
                 shutil.rmtree(path)
     other = FinishedRun.of(run_file)
     assert other.results() == done.results()
-    again = {run_dir / unit.stage_dir / "manifests" / f"{unit.name}.json" for unit in other.recorder.units} & sealed
+    again = {run_dir / unit.part_dir / "manifests" / f"{unit.name}.json" for unit in other.recorder.units} & sealed
     assert all("layers-" in path.parent.name for path in again), "only what transient files are lost for runs again"
     if not lose:
         assert again == set()
@@ -178,12 +178,12 @@ def test_a_worker_killed_between_writing_and_sealing_loses_nothing(
     run_file = write_run_file(tmp_path, done.source, Path(done.config.calibration.data[0]), {"clustering.num_experts": [6, 3]})
     num_seals = 0
 
-    def die_once(unit: Unit, *rest: object) -> None:
+    def die_once(unit: Unit, *rest: object) -> object:
         nonlocal num_seals
         num_seals += unit.stage == "merge"
         if num_seals == 3:
             raise KeyboardInterrupt
-        seal(unit, *rest)
+        return seal(unit, *rest)
 
     seal = Worker.run.__globals__["seal"]
     monkeypatch.setattr("pipeline.driver.worker.seal", die_once)
@@ -196,7 +196,9 @@ def test_a_worker_killed_between_writing_and_sealing_loses_nothing(
 def test_a_lost_or_shortened_file_is_made_again_and_a_changed_one_under_verify(copy: FinishedRun) -> None:
     before = copy.results()
     for change in ("delete", "shorten", "flip"):
-        path = next(path for path in sorted((copy.run_dir / copy.stages.targets[0].merge.dir / "checkpoint").iterdir()))
+        path = next(
+            path for path in sorted((copy.run_dir / copy.part("merge", copy.view.targets[0].part).dir / "checkpoint").iterdir())
+        )
         content = path.read_bytes()
         path.unlink()  # the published checkpoint may share these bytes by a hard link
         if change == "shorten":
@@ -223,4 +225,4 @@ def test_a_model_of_which_only_the_weights_differ_shares_nothing(tmp_path: Path,
     other_model = save_checkpoint(tmp_path / "tiny-mixtral", "mixtral", seed=1)
     other = FinishedRun.of(copy.run_file, [f"model={other_model}"])
     assert other.recorder.stages == {"prepare", "calibrate", "cluster", "merge", "assemble", "evaluate", "report"}
-    assert not {one.dir for one in other.stages.all()} & {one.dir for one in copy.stages.all()}
+    assert not {one.dir for one in other.view.all_parts()} & {one.dir for one in copy.view.all_parts()}

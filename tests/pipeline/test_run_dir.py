@@ -15,11 +15,10 @@ from pipeline.commands.clean import describe_unused, remove_unused
 from pipeline.config import load_config
 from pipeline.driver.selection import delete, sweep
 from pipeline.errors import RunFailed
-from pipeline.run.identity import key_of
 from pipeline.run.run_dir import check_run_dir
-from pipeline.run.stage_keys import Stages
+from pipeline.run.view import RunView
 from stages.contracts.errors import InputError
-from stages.io.storage import absolute
+from stages.contracts.keys import key_of
 from tests.runs import FinishedRun, digests, write_run_file
 
 Call = Callable[..., tuple[int, str]]
@@ -66,8 +65,7 @@ def outside(tmp_path: Path) -> Path:
 
 def checked(run_file: Path, *settings: str) -> None:
     config = load_config(run_file, list(settings))
-    found = check(config)
-    check_run_dir(absolute(config.run_dir), found.model, Stages(config, found.identities))
+    check_run_dir(RunView(config, check(config).inputs))
 
 
 # run directory and model
@@ -91,7 +89,7 @@ def test_a_run_directory_that_is_the_models_folder_or_lies_in_it_is_refused(copy
 
 
 def test_a_model_in_a_folder_that_the_run_writes_to_is_refused(copy: FinishedRun) -> None:
-    inside = copy.run_dir / copy.stages.calibrate.dir / "model"
+    inside = copy.run_dir / copy.part("calibrate").dir / "model"
     shutil.copytree(copy.source, inside)
     with pytest.raises(InputError, match=r"model .*/calibrate-[0-9a-f]{12}/model lies in .*, which this run writes to"):
         checked(copy.run_file, f"model={inside}")
@@ -112,7 +110,7 @@ def test_a_source_that_an_earlier_run_left_there_works_and_is_not_cleaned_away(c
     kept = again.results()
     lines = list(remove_unused(copy.run_dir))
     assert not [line for line in lines if again.source.parent.name in line]
-    assert copy.stages.calibrate.dir in "".join(lines)
+    assert copy.part("calibrate").dir in "".join(lines)
     assert digests(source) == before, "the name leads there still"
     assert again.results() == kept
     assert FinishedRun.of(copy.run_file, settings).recorder.units == []
@@ -126,7 +124,7 @@ def test_a_source_that_an_earlier_run_left_there_works_and_is_not_cleaned_away(c
 def test_a_run_deletes_nothing_through_a_link(
     copy: FinishedRun, outside: Path, call: Call, part: str, options: list[str]
 ) -> None:
-    path = copy.run_dir / copy.stages.calibrate.dir / part
+    path = copy.run_dir / copy.part("calibrate").dir / part
     if path.exists():
         shutil.move(path, copy.run_file.parent / "aside")
     path.symlink_to(outside / part)
@@ -141,7 +139,7 @@ def test_a_run_deletes_nothing_through_a_link(
 
 
 def test_deeper_links_are_not_followed_either(copy: FinishedRun, outside: Path) -> None:
-    folder = copy.run_dir / copy.stages.calibrate.dir
+    folder = copy.run_dir / copy.part("calibrate").dir
     before = digests(outside)
     (folder / "hidden").mkdir()
     (folder / "hidden" / "layer-0001").symlink_to(outside / "hidden" / "layer-0001")
@@ -156,13 +154,13 @@ def test_deeper_links_are_not_followed_either(copy: FinishedRun, outside: Path) 
 def test_clean_removes_nothing_through_links_and_no_link(copy: FinishedRun, outside: Path) -> None:
     new = FinishedRun.of(copy.run_file, ["clustering.linkage=single"])
     before = digests(outside)
-    old = copy.run_dir / copy.stages.cluster.dir
+    old = copy.run_dir / copy.part("cluster").dir
     identity = (old / "identity.json").read_text()
     shutil.rmtree(old)
     old.symlink_to(outside)
     (outside / "identity.json").write_text(identity)
     before = digests(outside)
-    inner = copy.run_dir / copy.stages.targets[0].merge.dir / "inner"
+    inner = copy.run_dir / copy.part("merge", copy.view.targets[0].part).dir / "inner"
     inner.symlink_to(outside)
     lines = list(remove_unused(copy.run_dir))
     assert inner.parent.name in "".join(lines) and not inner.parent.exists()
@@ -205,7 +203,7 @@ def test_clean_takes_what_is_used_from_the_record_not_from_the_versions_of_today
     copy: FinishedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else `clean` with another version of torch would remove all that the last run has made."""
-    monkeypatch.setattr("pipeline.run.stage_keys.library_version", lambda name: "99.1")
+    monkeypatch.setattr("pipeline.run.view.library_version", lambda name: "99.1")
     assert list(remove_unused(copy.run_dir)) == ["0 directories removed"]
 
 
@@ -235,7 +233,7 @@ def test_clean_locks_before_it_looks(copy: FinishedRun, call: Call) -> None:
     (copy.run_dir / "driver.lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "now", "token": "0f"}))
     code, err = call("clean", str(copy.run_dir), "--yes")
     assert code == 2 and "is in use by another driver: host elsewhere, pid 7, since now" in err
-    assert (copy.run_dir / copy.stages.cluster.dir).exists()
+    assert (copy.run_dir / copy.part("cluster").dir).exists()
 
 
 # where a run cannot write
@@ -327,6 +325,6 @@ def test_a_batch_goes_on_past_a_run_directory_that_cannot_be_written(copy: Finis
 
 
 def test_targets_whose_names_would_be_one_are_refused(copy: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.run.stage_keys.target_name", lambda num_experts: "5.25e-1f3a")
-    with pytest.raises(InputError, match=r"num_experts has two targets whose name would be model-5\.25e-1f3a-stock; run them"):
+    monkeypatch.setattr("stages.contracts.targets._count_label", lambda num_experts: "5.25e-1f3a")
+    with pytest.raises(InputError, match=r"num_experts has two targets whose name would be model-5\.25e-1f3a-tied; run them"):
         checked(copy.run_file, "clustering.num_experts=[3, 2]")

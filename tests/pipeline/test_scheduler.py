@@ -6,11 +6,12 @@ from collections import defaultdict
 import pytest
 
 from pipeline.driver.loop import Driver
+from pipeline.driver.outcome import Failure, Outcome
 from pipeline.driver.run_state import UnitFailure
 from pipeline.driver.schedule import Schedule
-from pipeline.driver.units import Failure, Outcome, Unit
 from pipeline.errors import LockLost
 from pipeline.executors.base import Slot
+from stages.contracts.units import Unit
 from tests.pipeline.fake import RUN_DIR, FakeExecutor, ToyRun, chain, unit
 
 LOST = Failure("lost", "ActorDiedError: gone")
@@ -516,3 +517,12 @@ def test_a_worker_that_never_has_its_layers_is_ended(opened_s: float | None, lim
     ended_at, message = hung_after(executor, [run])
     assert limit_s < ended_at < limit_s + 3
     assert message == f"its layers were not loaded after {limit_s} s"
+
+
+def test_a_cpu_unit_on_a_worker_that_opens_ahead_has_the_limit_of_its_own_kind() -> None:
+    """An idle worker opens what comes next, and is given a CPU unit meanwhile."""
+    executor = Hanging("cpu", opens_s=1e9)
+    run = ToyRun([unit("cpu")], max_attempts=1, unit_timeout_s=30)
+    ended_at, message = hung_after(executor, [run])
+    assert 30 < ended_at < 33
+    assert message == "no result after 30 s (resources.unit_timeout_s sets the limit)"

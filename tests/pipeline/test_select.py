@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.driver.selection import leftovers, select
-from pipeline.driver.units import Unit
 from pipeline.driver.worker import Worker
 from pipeline.state.manifest import FileRecord, manifest_path, read_manifest
-from tests.pipeline.fake import STAGE_DIR, at, chain, run_here, unit
+from stages.contracts.units import Unit
+from tests.pipeline.fake import OPENED, STAGE_DIR, at, chain, run_here, unit
 
 UNITS = chain(num_shards=3, num_tokens=2)
 
@@ -130,9 +130,11 @@ def test_a_manifest_records_size_and_digest_of_each_file(tmp_path: Path) -> None
 def test_a_worker_keeps_what_it_holds_until_another_hold_is_needed(tmp_path: Path) -> None:
     worker = Worker()
     units = [unit("a", hold="x"), unit("b"), unit("c", hold="x"), unit("d", on_worker=True), unit("e", hold="y")]
+    OPENED.clear()
     held = []
     for one in at(tmp_path, units):
         outcome = worker.run(one)
         assert outcome.failure is None
         held.append(outcome.facts["held"])
-    assert held == ["x", "x", "x", None, "y"]
+    assert held == ["x", None, "x", None, "y"]
+    assert OPENED == ["x", "y"], "b needs no room"

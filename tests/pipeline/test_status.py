@@ -15,13 +15,14 @@ from rich.console import Console
 
 from pipeline.commands.status import describe_status
 from pipeline.config import load_config
-from pipeline.driver.units import Unit
 from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
 from pipeline.state.events import EVENTS_FILE, last_run
 from pipeline.state.liveness import describe_process
 from pipeline.state.lock import LOCK_FILE
 from stages.contracts.errors import InputError
+from stages.contracts.units import Call, Unit
+from tests.pipeline.fake import ToyArgs
 from tests.runs import FinishedRun, execute, write_run_file
 
 
@@ -45,7 +46,7 @@ class Looking(LocalExecutor):
         if unit.stage == "cluster" and not self.seen:
             self.seen = shown(self._run_dir)
         if f"{unit.stage}/{unit.name}" == self._fails:
-            unit = replace(unit, call="tests.pipeline.fake:fail_input", args={"name": unit.name})
+            unit = replace(unit, call=Call("tests.pipeline.fake:fail_input", ToyArgs(unit.name)))
         super().submit(slot, unit)
 
 

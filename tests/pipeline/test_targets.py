@@ -99,7 +99,7 @@ def test_tied_keeps_a_different_number_of_experts_in_each_layer(done: FinishedRu
     counts = dict(zip(layers, (5, 2, 3), strict=False))
     lists = f"clustering.num_experts=[{list(counts.values())}]"
     other = FinishedRun.of(done.run_file, [lists, "export.formats=[tied]"])
-    (target,) = other.stages.targets
+    (target,) = other.view.targets
     model = load(other.run_dir / "models" / target.name, trust_remote_code=True)
     found = {layer: model.model.layers[layer].mlp.experts.down_proj.shape[0] for layer in layers}
     assert found == counts
@@ -193,7 +193,7 @@ def test_tied_is_refused_without_trust_remote_code(done: FinishedRun, family: st
 
 
 def test_weight_files_of_a_target_are_whole_and_aligned(done: FinishedRun) -> None:
-    for target in done.stages.targets:
+    for target in done.view.targets:
         for path in (done.run_dir / "models" / target.name).glob("*.safetensors"):
             header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
             assert header_bytes % 8 == 0

@@ -10,46 +10,49 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.driver.units import Failure, Hold
+from pipeline.driver.outcome import Failure
 from pipeline.driver.worker import Worker
 from pipeline.executors.local import LocalExecutor
 from stages.contracts.errors import InputError
-from stages.contracts.units import Job, UnitResult
+from stages.contracts.stream_units import LayerShardArgs
+from stages.contracts.units import Call, Hold, Job, NoFacts, UnitResult
 from stages.io.files import DigestingFile
-from tests.pipeline.fake import at, unit
+from tests.pipeline.fake import ToyArgs, at, unit
 
 REPOSITORY = Path(__file__).parents[2]
 OPENED: list[str] = []
 
 
-class Counted(str):
+@dataclass(frozen=True)
+class Counted:
     """A hold that says what it has read."""
 
-    bytes_read = 1000
+    key: str
+    bytes_read: int = 1000
 
-    def read_ahead(self, model: str, first: int, stop: int) -> None:
+    def read_ahead(self, args: object) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-def open_counted(key: str) -> str:
+def open_counted(key: str) -> Counted:
     OPENED.append(key)
     return Counted(key)
 
 
-def open_broken(key: str) -> str:
+def open_broken(key: str) -> Counted:
     raise RuntimeError(f"{key} is broken")
 
 
 def held(key: str, call: str = "open_counted") -> Hold:
-    return Hold(key, f"tests.pipeline.test_worker:{call}", {"key": key})
+    return Hold(key, Call(f"tests.pipeline.test_worker:{call}", key), "/toy", key)
 
 
 def test_what_is_opened_ahead_is_there_for_the_first_unit_and_its_bytes_are_counted_once(tmp_path: Path) -> None:
@@ -80,10 +83,10 @@ class Reader:
     bytes_read = 0
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, int, int]] = []
+        self.asked: list[object] = []
 
-    def read_ahead(self, model: str, first: int, stop: int) -> None:
-        self.asked.append((model, first, stop))
+    def read_ahead(self, args: object) -> None:
+        self.asked.append(args)
 
     def close(self) -> None:
         pass
@@ -92,7 +95,7 @@ class Reader:
 READERS: list[Reader] = []
 
 
-def open_reader(model: str, first: int, stop: int) -> Reader:
+def open_reader(args: LayerShardArgs) -> Reader:
     READERS.append(Reader())
     return READERS[-1]
 
@@ -100,13 +103,12 @@ def open_reader(model: str, first: int, stop: int) -> Reader:
 def test_what_is_held_reads_the_next_layer_shard_ahead() -> None:
     READERS.clear()
     worker = Worker()
-    call = "tests.pipeline.test_worker:open_reader"
-    now, then = (Hold(f"{first}", call, {"model": "m", "first": first, "stop": first + 2}) for first in (0, 2))
+    layers = [LayerShardArgs("m", first, first + 2, 1) for first in (0, 2)]
+    now, then = (Hold(f"{one.first}", Call("tests.pipeline.test_worker:open_reader", one), "/toy", "") for one in layers)
     worker.read_ahead(then)  # nothing is held yet
     worker.open_ahead(now)
     worker.read_ahead(then)
-    worker.read_ahead(held("a"))
-    assert [reader.asked for reader in READERS] == [[("m", 2, 4)]]
+    assert [reader.asked for reader in READERS] == [[layers[1]]]
 
 
 class Cyclic:
@@ -117,7 +119,7 @@ class Cyclic:
     def __init__(self) -> None:
         self.itself: Cyclic | None = self
 
-    def read_ahead(self, model: str, first: int, stop: int) -> None:
+    def read_ahead(self, args: object) -> None:
         pass
 
     def close(self) -> None:
@@ -127,11 +129,11 @@ class Cyclic:
 CYCLIC: list[weakref.ref[Cyclic]] = []
 
 
-def open_cyclic(key: str, is_broken: bool = False) -> Cyclic:
+def open_cyclic(key: str) -> Cyclic:
     assert all(earlier() is None for earlier in CYCLIC), "two layer shards may not fit into memory"
     made = Cyclic()
     CYCLIC.append(weakref.ref(made))
-    if is_broken:
+    if key == "broken":
         raise RuntimeError(f"{key} is broken")
     return made
 
@@ -140,11 +142,11 @@ def open_cyclic(key: str, is_broken: bool = False) -> Cyclic:
 def test_what_was_held_is_gone_before_the_next_is_opened(is_first_broken: bool) -> None:
     CYCLIC.clear()
     worker = Worker()
-    gc.disable()  # so that only the worker itself can let go in time
+    gc.disable()  # so that only the worker itself can free it in time
     try:
-        first = held("a", "open_cyclic")
+        first = held("broken" if is_first_broken else "a", "open_cyclic")
         with pytest.raises(RuntimeError) if is_first_broken else contextlib.nullcontext():
-            worker.open_ahead(replace(first, args={**first.args, "is_broken": is_first_broken}))
+            worker.open_ahead(first)
         worker.open_ahead(held("b", "open_cyclic"))
     finally:
         gc.enable()
@@ -166,9 +168,9 @@ def test_room_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         gc.enable()
 
 
-def raising(job: Job) -> UnitResult:
+def raising(job: Job[ToyArgs]) -> UnitResult[NoFacts]:
     """Raise what a test has put here."""
-    raise ERRORS[job.args["name"]]
+    raise ERRORS[job.args.name]
 
 
 STALE = OSError(errno.ESTALE, "Stale file handle", "/run/hidden")
@@ -220,7 +222,7 @@ def test_a_full_disk_is_named_with_the_file_that_did_not_fit(tmp_path: Path, mon
     (one,) = at(tmp_path, [unit("one")])
     failure = Worker().run(one).failure
     assert failure is not None
-    path = tmp_path / one.stage_dir / "one.txt"
+    path = tmp_path / one.part_dir / "one.txt"
     assert failure.message == f"[Errno 28] No space left on device: '{path}'; free space there"
 
 
@@ -235,7 +237,7 @@ def test_what_is_held_is_opened_again_after_an_error_that_may_pass(tmp_path: Pat
     assert OPENED == ["a", "a"]
 
 
-def open_slowly(key: str) -> str:
+def open_slowly(key: str) -> Counted:
     time.sleep(0.2)
     return Counted(key)
 
@@ -251,9 +253,16 @@ def test_opening_is_timed_apart_from_the_unit_and_told_once(tmp_path: Path, is_a
     assert second.open_s == 0.0
 
 
-def hungry(job: Job) -> UnitResult:
-    eaten = bytearray(200_000_000)
-    return UnitResult(facts={"num_tokens": 16_384, "eaten": len(eaten)})
+@dataclass(frozen=True)
+class Eaten:
+    """Facts of a unit that takes memory."""
+
+    num_tokens: int
+    eaten: int
+
+
+def hungry(job: Job[ToyArgs]) -> UnitResult[Eaten]:
+    return UnitResult(Eaten(16_384, len(bytearray(200_000_000))))
 
 
 def test_each_units_memory_peak_is_its_own() -> None:
@@ -262,7 +271,7 @@ def test_each_units_memory_peak_is_its_own() -> None:
 import sys, tempfile
 from pathlib import Path
 from pipeline.driver.worker import Worker
-from tests.pipeline.fake import at, unit
+from tests.pipeline.fake import ToyArgs, at, unit
 hungry, small = at(Path(tempfile.mkdtemp()), [unit("hungry", call="tests.pipeline.test_worker:hungry"), unit("small")])
 worker = Worker(has_own_process=sys.argv[1] == "own")
 print(*(worker.run(one).peak_bytes for one in (small, hungry, small)))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.config import Resources
 from pipeline.executors.ray import RayExecutor
+from stages.contracts.settings import Resources
 
 
 @pytest.fixture(scope="session")

@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.config import Resources
 from pipeline.driver.loop import Driver
+from pipeline.driver.outcome import Failure, Outcome
 from pipeline.driver.process import COMPUTING
 from pipeline.driver.run_state import UnitFailure
-from pipeline.driver.units import Failure, Outcome, Unit
 from pipeline.errors import RunFailed
 from pipeline.executors.base import Executor, Slot
 from pipeline.executors.local import LocalExecutor
 from pipeline.executors.ray import RayExecutor
 from pipeline.state.manifest import manifest_path, read_manifest
 from stages.contracts.errors import InputError
-from stages.contracts.units import Job, UnitResult
+from stages.contracts.settings import Resources
+from stages.contracts.units import Job, NoFacts, Unit, UnitResult
 from stages.io.files import write_bytes
-from tests.pipeline.fake import RUN_DIR, STAGE_DIR, ToyRun, at, chain, unit
+from tests.pipeline.fake import RUN_DIR, STAGE_DIR, ToyArgs, ToyRun, at, chain, unit
 from tests.runs import FinishedRun, write_run_file
 
 Maker = Callable[[], Executor]
@@ -101,23 +101,23 @@ def test_what_libraries_read_is_set_in_rays_processes_before_torch_is_loaded(
     told = unit("told", call="tests.pipeline.fake:tell_environment", on_worker=on_worker)
     done, failures = drive(tmp_path, [told], on_ray(num_gpus=1))
     assert failures == []
-    assert done["told"].facts == {**COMPUTING, "has_torch": False}
+    assert done["told"].facts == {"variables": COMPUTING, "has_torch": False}
 
 
-def die_once(job: Job) -> UnitResult:
+def die_once(job: Job[ToyArgs]) -> UnitResult[NoFacts]:
     """Kill this process, as a host that vanishes does; the second time, write."""
     mark = job.run_dir / "died"
     if not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return UnitResult((write_bytes(job.stage_dir / "alive.txt", b"alive"),))
+    return UnitResult(NoFacts(), (write_bytes(job.part_dir / "alive.txt", b"alive"),))
 
 
-def die(job: Job) -> UnitResult:
+def die(job: Job[ToyArgs]) -> UnitResult[NoFacts]:
     with (job.run_dir / "deaths").open("a") as file:
         file.write("x")
     os.kill(os.getpid(), signal.SIGKILL)
-    return UnitResult()
+    return UnitResult(NoFacts())
 
 
 @pytest.mark.parametrize("on_worker", [False, True], ids=["task", "worker"])

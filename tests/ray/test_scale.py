@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.config import Resources
 from pipeline.driver.loop import Driver
-from pipeline.driver.units import Outcome, Unit
+from pipeline.driver.outcome import Outcome
 from pipeline.executors.ray import RayExecutor
-from stages.contracts.units import Job, UnitResult
+from stages.contracts.settings import Resources
+from stages.contracts.units import Job, NoFacts, Unit, UnitResult
 from tests.pipeline.fake import ToyRun, at, unit
 
 REPOSITORY = Path(__file__).parents[2]
@@ -22,8 +22,8 @@ MAX_CPU_S = 0.005
 MAX_GROWTH_BYTES = 20_000_000
 
 
-def nothing(job: Job) -> UnitResult:
-    return UnitResult()
+def nothing(job: Job[object]) -> UnitResult[NoFacts]:
+    return UnitResult(NoFacts())
 
 
 def resident_bytes() -> int:

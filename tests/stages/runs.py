@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.commands.run import run
-from pipeline.config import RunConfig
 from pipeline.display.progress import Reporter
 from pipeline.driver.run_state import RunOptions
 from pipeline.executors.local import LocalExecutor
+from stages.contracts.settings import RunConfig
 from stages.model.layer_shard import LayerShard
 
 NUM_SEQUENCES, NUM_TOKENS = 4, 16

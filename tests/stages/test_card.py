@@ -1,5 +1,6 @@
 """The model card: front matter that any reader parses, whatever the names and the source's card hold."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,13 +8,15 @@ import yaml
 from huggingface_hub import ModelCard
 
 from stages.assemble.card import inherited_metadata, model_card
+from stages.assemble.facts import CardFacts
+from stages.assemble.spec import AssembleFacts
 
-FACTS: dict[str, Any] = {
-    "name": "tiny-4e-stock", "source": "org/tiny", "base_model": "org/tiny", "revision": "abc", "format": "stock",
-    "num_experts": 8, "experts_text": "4", "source_parameters": 2000, "parameters": 1000, "source_bytes": 4000, "bytes": 2000,
-    "calibration": "4 sequences", "clustering": "linkage average", "merging": "frequency", "router": "frequency",
-    "left_behind": [], "settings": {"model": "org/tiny", "calibration": {"data": ["x.txt"]}},
-}  # fmt: skip
+FACTS = CardFacts(
+    name="tiny-4e-stock", source="org/tiny", base_model="org/tiny", revision="abc", num_experts=8, experts_text="4",
+    source_parameters=2000, source_bytes=4000, router="frequency", calibration="4 sequences", clustering="linkage average",
+    merging="frequency", settings={"model": "org/tiny", "calibration": {"data": ["x.txt"]}},
+)  # fmt: skip
+WRITTEN = AssembleFacts(parameters=1000, bytes=2000, left_behind=())
 OURS = {
     "base_model": "org/tiny", "base_model_relation": "merge", "library_name": "transformers",
     "pipeline_tag": "text-generation", "tags": ["hcsmoe", "mixture-of-experts", "merge"],
@@ -21,7 +24,7 @@ OURS = {
 
 
 def front_matter(source_card: str = "", **changes: Any) -> dict[str, Any]:
-    return ModelCard(model_card({**FACTS, **changes}, source_card)).data.to_dict()
+    return ModelCard(model_card(replace(FACTS, **changes), "stock", WRITTEN, source_card)).data.to_dict()
 
 
 def test_the_front_matter_of_a_hub_model_and_of_a_folder() -> None:
@@ -55,7 +58,8 @@ def test_names_are_escaped(base_model: str) -> None:
 
 def test_names_stay_on_their_line_and_in_their_block() -> None:
     settings = {"calibration": {"data": ["a\n```\n# b"], "text_field": "````"}}
-    text = model_card({**FACTS, "source": "a\nb", "left_behind": ["a\n`b", *map(str, range(30))], "settings": settings}, "")
+    written = replace(WRITTEN, left_behind=("a\n`b", *map(str, range(30))))
+    text = model_card(replace(FACTS, source="a\nb", settings=settings), "stock", written, "")
     assert "\na\N{REPLACEMENT CHARACTER}b (revision abc) with 8 experts a layer merged to 4, without\n" in text
     listed = ", ".join(f"`{number}`" for number in range(19))
     assert f"not copied: `a\N{REPLACEMENT CHARACTER}b`, {listed}, 11 more\n" in text

@@ -48,7 +48,7 @@ class Case:
         (path,) = self.run_dir.glob("prepare-model-*/plan.json")
         return json.loads(path.read_text())
 
-    def evidence(self, layer: int) -> LayerEvidence:
+    def statistics(self, layer: int) -> LayerEvidence:
         (folder,) = self.run_dir.glob("calibrate-*")
         return read_evidence(folder, layer)
 
@@ -143,10 +143,10 @@ def check_statistics(case: Case) -> None:
     """2. Counts and gate sums are the model's own; mean outputs those of every expert on every token."""
     tolerance = TOLERANCE[case.dtype]
     for layer, module, x_TD, gates_TE, routed_TE in routing(case):
-        evidence = case.evidence(layer)
-        assert evidence.num_tokens == len(x_TD)
-        assert evidence["num_routed_tokens"].tolist() == routed_TE.sum(0).tolist()
-        np.testing.assert_allclose(evidence["gate_sum"], gates_TE.sum(0).numpy(), rtol=tolerance, atol=1e-6)
+        statistics = case.statistics(layer)
+        assert statistics.num_tokens == len(x_TD)
+        assert statistics["num_routed_tokens"].tolist() == routed_TE.sum(0).tolist()
+        np.testing.assert_allclose(statistics["gate_sum"], gates_TE.sum(0).numpy(), rtol=tolerance, atol=1e-6)
         for expert in range(NUM_EXPERTS):
             with torch.inference_mode():
                 if hasattr(module, "is_transposed"):
@@ -155,14 +155,14 @@ def check_statistics(case: Case) -> None:
                 else:
                     outputs = module(x_TD.repeat(NUM_EXPERTS, 1)).view(NUM_EXPERTS, *x_TD.shape)[expert]
             mean = outputs.double().mean(0).numpy()
-            error = np.linalg.norm(evidence["output_sum"][expert] / len(x_TD) - mean) / np.linalg.norm(mean)
+            error = np.linalg.norm(statistics["output_sum"][expert] / len(x_TD) - mean) / np.linalg.norm(mean)
             assert error < tolerance, (layer, expert)
         check_router_scores(case, layer, x_TD, gates_TE, routed_TE)
 
 
 def check_router_scores(case: Case, layer: int, x_TD: Tensor, gates_TE: Tensor, routed_TE: Tensor) -> None:
     """The stated score is the router's: gates of a token are in proportion to the scores of its experts."""
-    probabilities = case.evidence(layer)["router_probability_sum"]
+    probabilities = case.statistics(layer)["router_probability_sum"]
     assert ((probabilities > 0) & (probabilities < len(x_TD))).all()
     if SUPPORTED[case.family].score == "softmax":
         assert probabilities.sum() == pytest.approx(len(x_TD), rel=1e-4)
@@ -192,7 +192,7 @@ def expanded(case: Case, targets: dict[int, int]) -> PreTrainedModel:
     """The source in memory with every expert's weights replaced by those of its cluster's average."""
     model = load(case.source)
     for layer, module in case.experts(model).items():
-        labels, used = case.labels(layer, targets[layer]), case.evidence(layer)["num_routed_tokens"]
+        labels, used = case.labels(layer, targets[layer]), case.statistics(layer)["num_routed_tokens"]
         for parameter in module.parameters(recurse=False):
             values = parameter.detach().double()
             merged = parameter.detach().clone()

@@ -11,24 +11,23 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.calibrate import statistics
-from stages.calibrate.stage import CalibrationShard, open_shard
-from stages.calibrate.statistics import Blocks, LayerStatistics
+from stages.calibrate.spec import CalibrationShardArgs
+from stages.calibrate.units import CalibrationShard, open_shard
+from stages.calibrate.watcher import Watcher
+from stages.model import experts_forward
 from stages.model.expert_weights import ExpertWeights
-from stages.model.stream import enter, run_layers
-from stages.prepare.stage import survey_tables
+from stages.model.experts_forward import Blocks
+from stages.model.stream import Stream, pass_through
+from stages.model.survey import survey_checkpoint
 from tests.tiny import FAMILIES, random_ids
 
 
 def count(held: CalibrationShard, ids: torch.Tensor, is_watched: bool) -> int:
     """Operations of all matrix products of a token shard's way through the layers."""
-    watched: dict[int, LayerStatistics] = {}
+    watched: dict[int, Watcher] = {}
     with FlopCounterMode(display=False) as counter:
-        hidden = enter(held.shard, ids, None, micro_batch=2)
-        if is_watched:
-            run_layers(held.shard, hidden, lambda layer: held.watch(layer, watched))
-        else:
-            run_layers(held.shard, hidden)
+        stream = Stream(around=lambda layer: held.watch(layer, watched)) if is_watched else Stream()
+        pass_through(held.shard, ids, 2, {"model": stream})
     return int(counter.get_total_flops())
 
 
@@ -37,17 +36,17 @@ def test_experts_meet_all_tokens_once_and_w_down_the_routed_ones(
     family: str, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the rows of padding, which depend on the routing."""
-    monkeypatch.setattr(statistics, "padded", lambda num_rows, device: num_rows)
+    monkeypatch.setattr(experts_forward, "padded", lambda num_rows, device: num_rows)
     folder = tiny_checkpoint(family)
-    plan, _ = survey_tables(str(folder))
-    held = open_shard(str(folder), 0, plan["num_layers"], 1, plan["routers"])
+    survey, _ = survey_checkpoint(str(folder))
+    held = open_shard(CalibrationShardArgs(str(folder), 0, survey.num_layers, 1, survey.routers))
     ids = torch.from_numpy(random_ids())
     ours = count(held, ids, is_watched=True)
     due = 0
     for experts in held.shard.adapted.experts_modules().values():
         num_experts, hidden_size, intermediate = experts.down_proj.shape
         first = 2 * num_experts * 2 * intermediate * hidden_size
-        routed = 2 * plan["top_k"] * intermediate * hidden_size
+        routed = 2 * survey.top_k * intermediate * hidden_size
         gram = 2 * num_experts**2
         due += ids.numel() * (first + routed + gram)
         monkeypatch.setattr(experts, "forward", lambda hidden, *_: torch.zeros_like(hidden))

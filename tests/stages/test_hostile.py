@@ -14,7 +14,8 @@ from pipeline.errors import RunFailed
 from stages.contracts.arrow import read_table
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import read_evidence
-from stages.prepare.stage import sequences
+from stages.prepare.spec import TextArgs
+from stages.prepare.units import sequences
 from tests.stages.runs import read_config, read_tensors, rewrite, run_all, token_ids
 from tests.stages.tiny import build, save
 
@@ -119,10 +120,7 @@ def test_code_that_comes_with_a_tokenizer_is_run_only_if_trusted(is_trusted: boo
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     text = tmp_path / "text.txt"
     text.write_text("a b c d e f g h " * 20)
-    args = {
-        "place": "calibration", "model": str(source), "trust_remote_code": is_trusted, "data": [str(text)],
-        "text_field": "text", "revision": None, "num_sequences": 1, "sequence_length": 2, "seed": 0,
-    }  # fmt: skip
+    args = TextArgs("calibration", str(source), is_trusted, (str(text),), "text", 1, 2, seed=0)
     with pytest.raises(InputError, match="vocabulary is 0 to 127"):  # of tiny-mixtral's tokenizer, by either class
         sequences(args)
     assert flag.exists() == is_trusted

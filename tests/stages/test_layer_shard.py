@@ -14,7 +14,7 @@ import torch
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.model.layer_shard import LayerShard
-from stages.model.stream import enter, leave, run_layers
+from stages.model.stream import Stream, pass_through
 from tests.conftest import REPOSITORY
 from tests.runs import FinishedRun
 from tests.tiny import FAMILIES, load, logits, random_ids, save_checkpoint
@@ -26,13 +26,19 @@ def streamed_logits(checkpoint: Checkpoint, shards: list[tuple[int, int]], ids_S
     """Logits [S, T, V] in micro-batches of two sequences; hidden states go from shard to shard by file."""
     ids = torch.from_numpy(ids_ST)
     hidden_file: Path | None = None
-    hidden: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
+
+    def see(logits_BTV: torch.Tensor, token_ids_BT: torch.Tensor) -> None:
+        assert logits_BTV.shape[:2] == token_ids_BT.shape
+        found.append(logits_BTV)
+
     for first, stop in shards:
         shard = LayerShard(checkpoint, first, stop, num_threads=1)
-        hidden = run_layers(shard, enter(shard, ids, hidden_file, micro_batch=2))
-        hidden_file = folder / f"hidden-{stop}"
-        leave(hidden_file, hidden)
-    return torch.cat([shard.logits(one) for one in hidden])
+        is_last = stop == len(shard.adapted.layers)
+        hidden_file, reads = folder / f"hidden-{stop}", hidden_file
+        stream = Stream(reads, None if is_last else hidden_file, see_logits=see if is_last else None)
+        pass_through(shard, ids, 2, {"model": stream})
+    return torch.cat(found)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -90,7 +96,7 @@ def test_a_closed_shard_has_let_go_of_its_weights(tiny_checkpoint: Callable[[str
     gc.disable()  # a model refers to itself; nothing is to be left to the collector
     try:
         shard = LayerShard(Checkpoint(tiny_checkpoint("mixtral")), 0, 3, num_threads=1)
-        run_layers(shard, enter(shard, torch.from_numpy(random_ids()), None, micro_batch=2))
+        pass_through(shard, torch.from_numpy(random_ids()), 2, {"model": Stream()})
         held = [weakref.ref(tensor) for tensor in (*shard.model.parameters(), *shard.model.buffers())]
         shard.close()
         assert len(held) > 10

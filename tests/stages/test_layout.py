@@ -14,8 +14,9 @@ BIG = 10**9
 
 def row(name: str, file: str, shape: list[int], role: str = "copy", dtype: str = "F32", **more: Any) -> TensorRow:
     """A row of `tensors.arrow`."""
-    empty = {"layer": None, "expert": None, "expert_axis": None, "template": None, "scheme": ""}
-    return TensorRow(name, file, dtype, tuple(shape), num_bytes=0, parameter=name, role=role, **{**empty, **more})
+    empty = {"layer": None, "expert": None, "expert_axis": None, "template": None, "scheme": "", "num_bytes": 0}
+    columns = {"name": name, "file": file, "dtype": dtype, "shape": tuple(shape), "role": role, "parameter": name}
+    return TensorRow(**{**columns, **empty, **more})
 
 
 def expert(layer: int, index: int, file: str) -> TensorRow:

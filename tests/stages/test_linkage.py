@@ -5,12 +5,15 @@ Dimensions: E experts, D feature size, K clusters.
 
 from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.cluster import hierarchy
 
 from stages.cluster.linkage import all_cuts, cut, link
+from stages.contracts.arrow import read_table
+from stages.contracts.dendrogram import read_labels, write_labels
 from stages.contracts.errors import InputError
 
 NUM_EXPERTS = 9
@@ -133,14 +136,12 @@ def test_permuting_experts_permutes_labels(linkage: str) -> None:
         assert partition(permuted_E) == partition(labels_E[order])
 
 
-def test_the_table_of_labels_holds_every_cut() -> None:
+def test_the_table_of_labels_holds_every_cut(tmp_path: Path) -> None:
     linkage_Z = link(features(seed=6), "euclidean", "average", "here")
-    columns = all_cuts(linkage_Z)
-    assert {len(column) for column in columns.values()} == {NUM_EXPERTS**2}
+    write_labels(tmp_path / "labels", all_cuts(linkage_Z))
+    assert len(read_table(tmp_path / "labels")) == NUM_EXPERTS**2
     for num_clusters in range(1, NUM_EXPERTS + 1):
-        rows = columns["num_clusters"] == num_clusters
-        assert columns["expert"][rows].tolist() == list(range(NUM_EXPERTS))
-        np.testing.assert_array_equal(columns["label"][rows], cut(linkage_Z, num_clusters))
+        np.testing.assert_array_equal(read_labels(tmp_path / "labels", num_clusters), cut(linkage_Z, num_clusters))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -133,8 +133,8 @@ def test_equal_numbers_for_every_layer_are_one_number(copy: Copy, sources: Calla
     plain = scores(sources("hunyuan_v1_moe"), tmp_path / "plain" / "run")
     lists = {"moe_topk": [2, 2, 2], "moe_intermediate_size": [48, 48, 48], "num_shared_expert": [1, 1, 1]}
     source = copy("hunyuan_v1_moe", **lists)
-    plan, _ = survey(Checkpoint(source))
-    assert (plan["num_experts"], plan["top_k"]) == (8, 2)
+    surveyed, _ = survey(Checkpoint(source))
+    assert (surveyed.num_experts, surveyed.top_k) == (8, 2)
     assert scores(source, tmp_path / "run") == plain
     for name in ("stock", "tied"):
         folder = tmp_path / "run" / "models" / f"hunyuan_v1_moe-4e-{name}"

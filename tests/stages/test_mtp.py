@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.contracts.errors import InputError
-from stages.prepare.stage import survey_tables
+from stages.model.survey import survey_checkpoint
 from tests.stages.runs import load, logits, read_config, read_tensors, rewrite, run_all, tensor_bytes, token_ids
 from tests.stages.tiny import NUM_EXPERTS, build, save
 
@@ -54,4 +54,4 @@ def test_a_layer_that_the_config_does_not_know_is_refused(tmp_path: Path) -> Non
     extra: dict[str, Tensor] = {"model.layers.3.input_layernorm.weight": torch.ones(32)}
     rewrite(source, {**read_tensors(source), **extra})
     with pytest.raises(InputError, match=r"tensor model\.layers\.3\.input_layernorm\.weight belongs to layer 3"):
-        survey_tables(str(source))
+        survey_checkpoint(str(source))

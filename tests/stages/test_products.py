@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.calibrate import statistics
-from stages.calibrate.sampling import Sample
-from stages.calibrate.statistics import LayerStatistics
+from stages.calibrate.cells import ALL_TOKENS, Sample
+from stages.calibrate.watcher import Watcher
+from stages.model import experts_forward
 from stages.model.expert_weights import ExpertWeights
+from stages.model.experts_forward import ExpertsForward
 from stages.model.products import can_group, gates_by_halves, padded, room_for
-from stages.model.stream import enter, run_layers
+from stages.model.stream import Stream, pass_through
 from tests.stages.test_mapped import calibrated, opened
 from tests.stages.tiny import build, save
 from tests.tiny import random_ids
@@ -29,15 +30,16 @@ def test_one_call_for_all_experts_gives_what_a_call_for_each_gives(
     """gpt_oss has biases, and matrices to multiply with from the right; llama4_text calls expert by expert."""
     folder, ids = save(build(family, dtype), tmp_path / "model"), torch.from_numpy(random_ids())
     each, hidden_of_each = calibrated(opened(folder), ids)
-    monkeypatch.setattr(statistics, "can_group", lambda weights: True)
+    monkeypatch.setattr(experts_forward, "can_group", lambda weights: True)
     grouped, hidden = calibrated(opened(folder), ids)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(hidden, hidden_of_each, rtol=tolerance, atol=tolerance)
     first = min(each)  # later layers see hidden states that may differ by a rounding
-    ours, theirs = (torch.from_numpy(watched[first].gated_output_norm_sum_E.numpy()) for watched in (grouped, each))
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
-    assert torch.equal(grouped[first].num_routed_E, each[first].num_routed_E)
-    assert torch.equal(grouped[first].activation_sum_EF, each[first].activation_sum_EF)
+    ours, theirs = grouped[first].sums, each[first].sums
+    norms = (one["gated_output_norm"]["gated_output_norm_sum"] for one in (ours, theirs))
+    torch.testing.assert_close(*(values_E.clone() for values_E in norms), rtol=tolerance, atol=0)
+    for collector, name in (("usage", "num_routed_tokens"), ("output_sum", "activation_sum")):
+        assert torch.equal(ours[collector][name], theirs[collector][name])
 
 
 def weights_on(device: str, dtype: torch.dtype, intermediate: int) -> ExpertWeights:
@@ -59,9 +61,9 @@ def test_only_the_usual_gate_is_made_in_place(tmp_path: Path) -> None:
         held = opened(save(build(family, torch.float32), tmp_path / family))
         experts = held.shard.expert_weights(1).experts
         assert gates_by_halves(experts) == is_usual
-        watched = LayerStatistics(1, ExpertWeights(experts), torch.nn.Identity(), "softmax")
-        products = torch.randn(3, 5, 2 * watched.weights.intermediate)
-        assert torch.equal(watched._activate(products.clone()), experts._apply_gate(products))
+        forward = ExpertsForward(ExpertWeights(experts))
+        products = torch.randn(3, 5, 2 * forward.weights.intermediate)
+        assert torch.equal(forward.activate(products.clone()), experts._apply_gate(products))
 
 
 CPU = torch.device("cpu")
@@ -102,12 +104,12 @@ def test_more_tokens_bring_no_new_numbers_of_rows(tmp_path: Path, family: str, i
     """A worker's memory does not grow with them, then: oneDNN keeps a kernel for each. Padding changes roundings only."""
     held = opened(save(build(family, torch.float32), tmp_path / "model"))
     ids = torch.from_numpy(random_ids(num_sequences=64, sequence_length=32))
-    sample = Sample(0.25, 2, 64, 32, 0, 0) if is_sampled else None
+    cells = Sample(0.25, 2, 64, 32, 0, 0) if is_sampled else ALL_TOKENS
 
-    def run() -> tuple[set[int], dict[int, LayerStatistics]]:
-        watched: dict[int, LayerStatistics] = {}
+    def run() -> tuple[set[int], dict[int, Watcher]]:
+        watched: dict[int, Watcher] = {}
         with Rows() as rows:
-            run_layers(held.shard, enter(held.shard, ids, None, 8), lambda layer: held.watch(layer, watched, sample))
+            pass_through(held.shard, ids, 8, {"model": Stream(around=lambda layer: held.watch(layer, watched, cells))})
         return rows.seen, watched
 
     seen, watched = run()
@@ -115,11 +117,15 @@ def test_more_tokens_bring_no_new_numbers_of_rows(tmp_path: Path, family: str, i
     assert {rows for rows in seen if rows > 64} <= {128, 192, 256}
     assert seen - {rows for rows in seen if rows > 64} - sampled <= {0, 8, 64}, "8: a token of each sequence"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "padded", lambda num_rows, device: num_rows)
+        patch.setattr(experts_forward, "padded", lambda num_rows, device: num_rows)
         unpadded_seen, unpadded = run()
     assert len(unpadded_seen) > len(seen) + 10
     for layer, one in watched.items():
         ours, theirs = one.result(), unpadded[layer].result()
-        assert ours.num_routed_E.tolist() == theirs.num_routed_E.tolist()
-        for name, value in vars(theirs).items():
-            np.testing.assert_allclose(getattr(ours, name), value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=name)
+        assert ours.num_tokens == theirs.num_tokens
+        assert ours.num_unrouted_C.tolist() == theirs.num_unrouted_C.tolist()
+        assert ours.sums["usage"]["num_routed_tokens"].tolist() == theirs.sums["usage"]["num_routed_tokens"].tolist()
+        for name, sums in theirs.sums.items():
+            for key, values in sums.items():
+                atol = 1e-5 * np.abs(values).max()
+                np.testing.assert_allclose(ours.sums[name][key], values, rtol=1e-5, atol=atol, err_msg=key)

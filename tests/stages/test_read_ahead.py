@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stages.checkpoint.folder import Checkpoint
+from stages.contracts.stream_units import LayerShardArgs
 from stages.model.layer_shard import LayerShard
 
 
@@ -42,7 +43,7 @@ def test_what_is_read_ahead_is_what_the_next_layer_shard_reads(
 ) -> None:
     folder = tiny_checkpoint(family)
     shard = LayerShard(Checkpoint(folder), 0, 1, num_threads=1)
-    asked = _asked_for(monkeypatch, lambda: shard.read_ahead(str(folder), 1, 2))
+    asked = _asked_for(monkeypatch, lambda: shard.read_ahead(LayerShardArgs(str(folder), 1, 2, 1)))
     tensors = Checkpoint(folder).tensors.values()
     due = {(entry.file, entry.begin, entry.num_bytes) for entry in tensors if ".layers.1." in entry.name}
     assert due
@@ -51,4 +52,4 @@ def test_what_is_read_ahead_is_what_the_next_layer_shard_reads(
 
 def test_another_models_layers_are_left_alone(tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     shard = LayerShard(Checkpoint(tiny_checkpoint("mixtral")), 0, 1, num_threads=1)
-    assert not _asked_for(monkeypatch, lambda: shard.read_ahead("/elsewhere", 1, 2))
+    assert not _asked_for(monkeypatch, lambda: shard.read_ahead(LayerShardArgs("/elsewhere", 1, 2, 1)))

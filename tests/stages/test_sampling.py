@@ -1,7 +1,6 @@
 """Sampling mode: what is sampled, what stays exact, and what is then said of the means and the labels."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.calibrate.partial import PartialStatistics
-from stages.calibrate.sampled import SampledStatistics
-from stages.calibrate.sampling import Sample
-from stages.calibrate.statistics import LayerStatistics
-from stages.calibrate.totals import finish, outputs
+from stages.calibrate.cells import ALL_TOKENS, Sample
+from stages.calibrate.collectors.registry import DEFAULT
+from stages.calibrate.partial import PartialSums
+from stages.calibrate.reduce import evidence_of
+from stages.calibrate.watcher import Watcher
 from stages.cluster.certainty import adjusted_rand_index, halves, relative_standard_errors
 from stages.contracts.certainty import read_errors, read_stability
 from stages.contracts.dendrogram import read_labels
 from stages.contracts.evidence import LayerEvidence, OutputGroups, read_evidence
 from stages.contracts.paths import errors_file, labels_file, stability_file
 from stages.model.expert_weights import ExpertWeights
+from stages.model.families import Family
 from tests.runs import FinishedRun, write_run_file
 from tests.stages.runs import run_all, token_ids
 from tests.stages.tiny import build, save
@@ -53,7 +53,7 @@ def test_groups_share_the_sequences_out_evenly_and_by_the_seed() -> None:
 @pytest.mark.parametrize("cut", [1, 2, 4])
 def test_what_is_sampled_does_not_depend_on_token_shards(cut: int) -> None:
     def tokens(first: int, count: int) -> set[tuple[int, int]]:
-        chosen = sample(0.25, first=first).chosen(0, count * LENGTH)
+        chosen = sample(0.25, first=first).unrouted(0, count * LENGTH)
         return {(group, first * LENGTH + int(index)) for group, indices in chosen for index in indices}
 
     parts = [tokens(first, cut) for first in range(0, NUM_SEQUENCES, cut)]
@@ -66,15 +66,13 @@ def watched(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Pat
     layer = FAMILIES[request.param].moe_layers[-1]
     block = model.model.layers[layer].mlp
 
-    def watch(chosen: Sample | None) -> tuple[LayerEvidence, PartialStatistics, int]:
+    def watch(chosen: Sample | None) -> tuple[LayerEvidence, PartialSums, int]:
         weights = ExpertWeights(block.experts)
-        parts = (layer, weights, block.gate, "softmax")
-        statistics = LayerStatistics(*parts) if chosen is None else SampledStatistics(*parts, chosen)
-        with FlopCounterMode(display=False) as counter, statistics:
+        watcher = Watcher(layer, weights, block.gate, Family(), ALL_TOKENS if chosen is None else chosen, DEFAULT)
+        with FlopCounterMode(display=False) as counter, watcher:
             logits(model, random_ids())
-        total = statistics.result()
-        summed = finish(total, outputs(total, weights), weights.dtype, chosen is not None)
-        return summed, total, counter.get_total_flops()
+        total = watcher.result()
+        return evidence_of(total, DEFAULT, weights, chosen is not None), total, counter.get_total_flops()
 
     watch.shape = (block.experts.num_experts, *block.experts.down_proj.shape[1:])  # type: ignore[attr-defined]
     return watch
@@ -84,7 +82,7 @@ def test_all_tokens_in_groups_give_the_exact_sums_to_rounding(watched: Callable[
     """Activations are summed in float32 inside of a micro-batch, whose cut to groups differs: 2^-24 of their size each."""
     exact, _, _ = watched(None)
     grouped, total, _ = watched(sample(1.0))
-    assert total.num_sampled_G.sum() == grouped.num_output_tokens == exact.num_tokens
+    assert total.num_unrouted_C.sum() == grouped.num_output_tokens == exact.num_tokens
     np.testing.assert_allclose(
         grouped["output_sum"], exact["output_sum"], rtol=0, atol=1e-5 * np.abs(exact["output_sum"]).max()
     )
@@ -93,7 +91,7 @@ def test_all_tokens_in_groups_give_the_exact_sums_to_rounding(watched: Callable[
 def test_what_is_routed_stays_exact_under_sampling(watched: Callable[..., Any]) -> None:
     exact, _, _ = watched(None)
     sampled, total, _ = watched(sample(0.25))
-    assert total.num_sampled_G.sum() == round(0.25 * LENGTH) * NUM_SEQUENCES
+    assert total.num_unrouted_C.sum() == round(0.25 * LENGTH) * NUM_SEQUENCES
     assert sampled.num_tokens == exact.num_tokens
     assert sampled["num_routed_tokens"].tolist() == exact["num_routed_tokens"].tolist()
     for name in ("gate_sum", "gated_output_norm_sum", "router_probability_sum", "router_logit_gram"):
@@ -105,7 +103,7 @@ def test_operations_fall_by_what_is_not_sampled(watched: Callable[..., Any], mon
 
     Without the rows of padding, which depend on the routing.
     """
-    monkeypatch.setattr("stages.calibrate.statistics.padded", lambda num_rows, device: num_rows)
+    monkeypatch.setattr("stages.model.experts_forward.padded", lambda num_rows, device: num_rows)
     num_experts, hidden, intermediate = watched.shape  # type: ignore[attr-defined]
     (_, _, all_flops), (_, _, flops) = watched(None), watched(sample(0.25))
     num_tokens = NUM_SEQUENCES * LENGTH
@@ -157,11 +155,11 @@ def test_a_run_with_all_tokens_has_the_exact_labels_and_says_how_stable_they_are
     for count in (6, 3):
         labels = read_labels(labels_file(folder, layer), count)
         assert labels.tolist() == read_labels(labels_file(exact_folder, layer), count).tolist()
-    rows = [asdict(read_stability(stability_file(folder, layer)).of(count)) for count in range(1, 7)]
+    rows = [read_stability(stability_file(folder, layer), count) for count in range(1, 7)]
     assert [row["num_clusters"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["equal_share"] == rows[-1]["equal_share"] == 1, "one cluster, and one an expert, leave no choice"
     assert all(0 <= row["equal_share"] <= 1 for row in rows)
-    errors = read_errors(errors_file(folder, layer)).tolist()
+    errors = read_errors(errors_file(folder, layer))
     certainty = run.report["certainty"]
     assert certainty["relative_standard_errors"][str(layer)] == errors
     assert 0 < certainty["mean_relative_standard_error"] <= certainty["largest_relative_standard_error"]
@@ -199,5 +197,5 @@ def test_the_run_keeps_what_is_routed_exact_and_its_groups_add_up(
     assert evidence.num_output_tokens == evidence.groups.num_tokens_G.sum() == exact.num_output_tokens // 2
     np.testing.assert_array_equal(evidence.groups.output_sum_EGD.sum(1), evidence["output_sum"])
     assert evidence["num_routed_tokens"].tolist() == exact["num_routed_tokens"].tolist()
-    assert run.stages.calibrate.key != done.stages.calibrate.key
-    assert run.stages.calibration.key == done.stages.calibration.key
+    assert run.part("calibrate").key != done.part("calibrate").key
+    assert run.part("prepare", "calibration").key == done.part("prepare", "calibration").key

@@ -10,25 +10,25 @@ LABELS_E = np.array([0, 1, 0, 2, 1, 1])
 USED_E = np.array([3, 0, 9, 5, 2, 6])
 
 
-def evidence(num_routed_E: np.ndarray) -> LayerEvidence:
+def statistics(num_routed_E: np.ndarray) -> LayerEvidence:
     return LayerEvidence(0, 100, 100, len(num_routed_E), {"num_routed_tokens": num_routed_E})
 
 
 def test_frequency_shares_are_usage_over_the_usage_of_the_cluster() -> None:
-    shares, unweighted = shares_by_cluster(METHODS["frequency"](evidence(USED_E)), LABELS_E)
+    shares, unweighted = shares_by_cluster(METHODS["frequency"](statistics(USED_E)), LABELS_E)
     assert shares == [[(0, 0.25), (2, 0.75)], [(1, 0.0), (4, 0.25), (5, 0.75)], [(3, 1.0)]]
     assert unweighted == []
 
 
 def test_average_shares_are_equal_whatever_the_usage() -> None:
-    shares, unweighted = shares_by_cluster(METHODS["average"](evidence(USED_E)), LABELS_E)
+    shares, unweighted = shares_by_cluster(METHODS["average"](statistics(USED_E)), LABELS_E)
     assert shares == [[(0, 0.5), (2, 0.5)], [(1, 1 / 3), (4, 1 / 3), (5, 1 / 3)], [(3, 1.0)]]
     assert unweighted == []
 
 
 def test_a_cluster_never_routed_to_gets_equal_shares_and_is_reported() -> None:
     """The reference code yields zero weights here."""
-    shares, unweighted = shares_by_cluster(METHODS["frequency"](evidence(np.array([3, 0, 9, 0, 0, 0]))), LABELS_E)
+    shares, unweighted = shares_by_cluster(METHODS["frequency"](statistics(np.array([3, 0, 9, 0, 0, 0]))), LABELS_E)
     assert shares[1] == [(1, 1 / 3), (4, 1 / 3), (5, 1 / 3)]
     assert shares[2] == [(3, 1.0)]
     assert unweighted == [1, 2]
@@ -39,7 +39,7 @@ def test_a_cluster_never_routed_to_gets_equal_shares_and_is_reported() -> None:
 def test_shares_of_a_cluster_sum_to_one_and_its_members_ascend(method: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     labels_E = np.concatenate([np.arange(5), random.integers(0, 5, 20)])
-    shares, _ = shares_by_cluster(METHODS[method](evidence(random.integers(0, 1000, 25))), labels_E)
+    shares, _ = shares_by_cluster(METHODS[method](statistics(random.integers(0, 1000, 25))), labels_E)
     assert sorted(member for cluster in shares for member, _ in cluster) == list(range(25))
     for label, cluster in enumerate(shares):
         members = [member for member, _ in cluster]
@@ -49,7 +49,7 @@ def test_shares_of_a_cluster_sum_to_one_and_its_members_ascend(method: str, seed
 
 
 def test_router_rules_weigh_rows_by_usage_equally_or_take_the_most_used() -> None:
-    rows = {rule: ROUTERS[rule](evidence(USED_E), LABELS_E) for rule in ROUTERS}
+    rows = {rule: ROUTERS[rule](statistics(USED_E), LABELS_E) for rule in ROUTERS}
     assert rows == {
         "frequency": [[(0, 0.25), (2, 0.75)], [(1, 0.0), (4, 0.25), (5, 0.75)], [(3, 1.0)]],
         "average": [[(0, 0.5), (2, 0.5)], [(1, 1 / 3), (4, 1 / 3), (5, 1 / 3)], [(3, 1.0)]],
@@ -58,4 +58,4 @@ def test_router_rules_weigh_rows_by_usage_equally_or_take_the_most_used() -> Non
 
 
 def test_of_equally_used_experts_the_first_is_dominant() -> None:
-    assert ROUTERS["dominant"](evidence(np.array([4, 7, 4, 0, 7, 7])), LABELS_E) == [[(0, 1.0)], [(1, 1.0)], [(3, 1.0)]]
+    assert ROUTERS["dominant"](statistics(np.array([4, 7, 4, 0, 7, 7])), LABELS_E) == [[(0, 1.0)], [(1, 1.0)], [(3, 1.0)]]

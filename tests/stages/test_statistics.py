@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from stages.calibrate.partial import PartialStatistics
-from stages.calibrate.statistics import LayerStatistics
-from stages.calibrate.totals import add, finish, outputs
+from stages.calibrate.cells import ALL_TOKENS
+from stages.calibrate.collectors.registry import DEFAULT
+from stages.calibrate.partial import PartialSums
+from stages.calibrate.reduce import add_up, evidence_of
+from stages.calibrate.watcher import Watcher
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import LayerEvidence
 from stages.model.expert_weights import ExpertWeights
+from stages.model.families import Family
 from tests.tiny import FAMILIES, load, logits, random_ids
 
 
-def finished(total: PartialStatistics, experts: Any) -> LayerEvidence:
-    return finish(total, outputs(total, ExpertWeights(experts)), experts.down_proj.dtype, is_sampled=False)
+def finished(total: PartialSums, experts: Any) -> LayerEvidence:
+    return evidence_of(total, DEFAULT, ExpertWeights(experts), is_sampled=False)
 
 
 class Layer:
@@ -45,17 +48,20 @@ class Layer:
         self.num_experts = self.experts.num_experts
         self.router_logits_TE = self.x_TD @ self.router.weight.double().T
 
-    def watch_part(self, ids_ST: np.ndarray) -> PartialStatistics:
+    def watcher(self) -> Watcher:
+        return Watcher(self.index, ExpertWeights(self.experts), self.router, Family(), ALL_TOKENS, DEFAULT)
+
+    def watch_part(self, ids_ST: np.ndarray) -> PartialSums:
         """What is kept of a token shard."""
-        with LayerStatistics(self.index, ExpertWeights(self.experts), self.router, "softmax") as statistics:
+        with self.watcher() as watcher:
             logits(self.model, ids_ST)
-        return statistics.result()
+        return watcher.result()
 
     def watch(self, ids_ST: np.ndarray) -> tuple[LayerEvidence, Tensor]:
         """Statistics gathered during a forward, and its logits."""
-        with LayerStatistics(self.index, ExpertWeights(self.experts), self.router, "softmax") as statistics:
+        with self.watcher() as watcher:
             found = logits(self.model, ids_ST)
-        return finished(statistics.result(), self.experts), found
+        return finished(watcher.result(), self.experts), found
 
     def outputs_of(self, expert: int) -> Tensor:
         """E_e(x) of every token in float64, from the weights' meaning alone."""
@@ -121,7 +127,7 @@ def test_watching_changes_the_forward_by_rounding_only_and_ends_with_the_context
 def test_sums_over_shards_are_the_sums_of_the_whole(layer: Layer) -> None:
     whole, _ = layer.watch(layer.ids_ST)
     parts = [layer.watch_part(ids_ST) for ids_ST in np.split(layer.ids_ST, [3, 5])]
-    total = finished(add(parts), layer.experts)
+    total = finished(add_up(parts, DEFAULT), layer.experts)
     assert total.num_tokens == whole.num_tokens
     assert total["num_routed_tokens"].tolist() == whole["num_routed_tokens"].tolist()
     for name, values in whole.columns.items():
@@ -129,15 +135,16 @@ def test_sums_over_shards_are_the_sums_of_the_whole(layer: Layer) -> None:
 
 
 def test_addition_is_float64_in_the_order_given() -> None:
-    def part(value: float) -> PartialStatistics:
-        one_E, one_EE, one_EGF = np.array([value]), np.array([[value]]), np.array([[[value]]])
-        return PartialStatistics(3, 1, np.array([1]), np.array([1]), one_E, one_EGF, one_E, one_E, one_EE)
+    (usage, *_) = DEFAULT
 
-    total = add([part(2.0**53), part(1.0), part(-(2.0**53))])
-    assert (total.layer, total.num_tokens, total.num_routed_E.tolist(), total.num_sampled_G.tolist()) == (3, 3, [3], [3])
-    assert total.gate_sum_E.tolist() == [0.0]
-    assert add([part(2.0**53), part(-(2.0**53)), part(1.0)]).gate_sum_E.tolist() == [1.0]
-    assert add([part(2.0**24), part(1.0)]).activation_sum_EGF.tolist() == [[[2.0**24 + 1]]]
+    def part(value: float) -> PartialSums:
+        return PartialSums(3, 1, np.array([1]), {usage.name: {"num_routed_tokens": np.ones(1), "gate_sum": np.array([value])}})
+
+    total = add_up([part(2.0**53), part(1.0), part(-(2.0**53))], [usage])
+    assert (total.layer, total.num_tokens, total.num_unrouted_C.tolist()) == (3, 3, [3])
+    assert total.sums["usage"]["num_routed_tokens"].tolist() == [3]
+    assert total.sums["usage"]["gate_sum"].tolist() == [0.0]
+    assert add_up([part(2.0**53), part(-(2.0**53)), part(1.0)], [usage]).sums["usage"]["gate_sum"].tolist() == [1.0]
 
 
 def test_an_expert_with_infinite_weights_is_named(layer: Layer) -> None:
@@ -149,7 +156,7 @@ def test_an_expert_with_infinite_weights_is_named(layer: Layer) -> None:
 def test_an_expert_that_no_token_chose_has_an_output_sum_but_no_usage(layer: Layer) -> None:
     x_TD = layer.x_TD.float()
     chosen_Tk = torch.tensor([[0, 3]]).expand(len(x_TD), 2)
-    with LayerStatistics(layer.index, ExpertWeights(layer.experts), layer.router, "softmax") as watched:
+    with layer.watcher() as watched:
         out_TD = layer.experts(x_TD, chosen_Tk, torch.tensor([[0.75, 0.5]]).expand(len(x_TD), 2))
     statistics = finished(watched.result(), layer.experts)
     assert statistics["num_routed_tokens"].tolist() == [len(x_TD), 0, 0, len(x_TD), 0, 0]

@@ -38,9 +38,8 @@ def test_statistics_are_float64_sums_with_counts_and_say_what_they_mean(finished
     found = read_evidence(done.calibrate_dir, 2)
     assert (found.layer, found.num_tokens) == (2, 8 * 32)
     assert found["output_sum"].shape == (6, 32)
-    gram_EE = found["router_logit_gram"]
-    assert gram_EE.shape == (6, 6)
-    np.testing.assert_allclose(gram_EE, gram_EE.T, rtol=1e-12)
+    assert found["router_logit_gram"].shape == (6, 6)
+    np.testing.assert_allclose(found["router_logit_gram"], found["router_logit_gram"].T, rtol=1e-12)
 
 
 def test_the_same_table_has_the_same_bytes(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from pipeline.commands.inspect import describe_model, inspect_model
 from pipeline.errors import RunFailed
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
-from stages.merge import stage as merge_stage
-from stages.prepare.stage import survey_tables
+from stages.merge import units as merge_units
+from stages.model.survey import survey_checkpoint
 from tests.stages.runs import (
     aligned,
     load,
@@ -127,7 +127,7 @@ def test_what_transformers_only_reports_is_copied_outside_of_the_experts(source:
 def test_what_looks_like_experts_or_routers_is_refused(name: str, source: Path) -> None:
     rewrite(source, {**read_tensors(source), name: torch.ones(NUM_EXPERTS)})
     with pytest.raises(InputError, match=rf"tensor {name} is no part of MixtralForCausalLM; config and weights do not belong"):
-        survey_tables(str(source))
+        survey_checkpoint(str(source))
 
 
 @pytest.mark.parametrize("index", ["x", "05", "\u0663", "-1", "8"])
@@ -137,7 +137,7 @@ def test_an_expert_without_a_proper_number_is_refused(index: str, source: Path) 
     tensors[name.format(index)] = tensors.pop(name.format(3))
     rewrite(source, tensors)
     with pytest.raises(InputError, match=r"needs one tensor for each of 8 experts but 8 are there .*; missing experts: 3$"):
-        survey_tables(str(source))
+        survey_checkpoint(str(source))
 
 
 def bad_copies(tensors: dict[str, Tensor], name: str, value: float) -> dict[str, Tensor]:
@@ -203,20 +203,20 @@ def test_experts_of_two_dtypes_are_refused(source: Path) -> None:
     name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
     rewrite(source, {**tensors, name: tensors[name].half()})
     with pytest.raises(InputError, match=r"experts of .*down_proj differ in shape .* or dtype \['F16', 'F32'\]"):
-        survey_tables(str(source))
+        survey_checkpoint(str(source))
 
 
 def test_a_target_is_laid_out_once_for_all_of_its_files(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process: the layout of a large model takes 0.3 s, and it has a hundred files or more."""
     counts: Counter[str] = Counter()
-    merge_stage._laid_out.cache_clear()
+    merge_units._laid_out.cache_clear()
 
     def counting(rows: list[dict[str, Any]], num_experts: int, num_merged: Any, export_format: str, *more: Any) -> Any:
         counts[f"{min(num_merged.values())} {export_format}"] += 1
         return laid_out(rows, num_experts, num_merged, export_format, *more)
 
-    laid_out = merge_stage.output_files
-    monkeypatch.setattr(merge_stage, "output_files", counting)
+    laid_out = merge_units.output_files
+    monkeypatch.setattr(merge_units, "output_files", counting)
     path, _ = token_ids(tmp_path)
     exports = run_all(source, tmp_path / "run", path, [5, 4], ["stock", "tied"])
     assert min(len([*export.glob("*.safetensors")]) for export in exports.values()) > 1
@@ -257,4 +257,4 @@ def test_save_file_and_the_reader_agree_on_an_empty_expert_axis(source: Path) ->
     (source / "model.safetensors").unlink()
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(InputError, match=r"tensor model\.layers\.1\.block_sparse_moe\.gate\.weight has shape \[0, 32\]"):
-        survey_tables(str(source))
+        survey_checkpoint(str(source))

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoTokenizer
 
-from stages.prepare.stage import sequences
+from stages.prepare.spec import TextArgs
+from stages.prepare.units import sequences
 from tests.conftest import REPOSITORY
 
 EXAMPLE = REPOSITORY / "examples" / "tiny-mixtral"
@@ -36,9 +37,9 @@ def model_folder(folder: Path) -> Path:
 def drawn(data: Path | str | Sequence[Path], model: Path = EXAMPLE, **settings: Any) -> "np.ndarray[Any, Any]":
     """Token ids [S, T] as prepare draws them."""
     files = [str(data)] if isinstance(data, Path | str) else [str(path) for path in data]
-    defaults = {"text_field": "text", "revision": None, "num_sequences": 1, "sequence_length": 8, "seed": 0}
-    args = {"place": "calibration", "model": str(model), "trust_remote_code": False, "data": files, **defaults, **settings}
-    return sequences(args)
+    defaults = {"text_field": "text", "num_sequences": 1, "sequence_length": 8, "seed": 0}
+    place = {"place": "calibration", "model": str(model), "trust_remote_code": False, "data": tuple(files)}
+    return sequences(TextArgs(**{**place, **defaults, **settings}))
 
 
 def words(data: Path | str | Sequence[Path], **settings: Any) -> set[str]:

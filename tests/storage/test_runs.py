@@ -117,9 +117,9 @@ def test_status_and_clean_read_the_store(remote_run_file: RunFile) -> None:
 def test_clean_keeps_a_published_copy_that_is_the_source_of_the_last_run(remote_run_file: RunFile) -> None:
     path = remote_run_file({"evaluation": None, "export.formats": ["stock"], "clustering.num_experts": [4]})
     first = FinishedRun.of(path)
-    source = first.run_dir / "models" / first.stages.targets[0].name
+    source = first.run_dir / "models" / first.view.targets[0].name
     again = FinishedRun.of(path, [f"model={source}", "clustering.num_experts=[2]"])
-    assert first.stages.targets[0].assemble.dir in "".join(remove_unused(str(first.run_dir)))
+    assert first.part("assemble", first.view.targets[0].part).dir in "".join(remove_unused(str(first.run_dir)))
     assert (source / "config.json").exists()
     assert execute(again.config)[0].num_run == 0
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from stages.io.files import DigestingFile, write_file
 from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch, write_means
 from stages.merge.layout import OutputFile, OutputTensor, output_files
 from stages.merge.shares import METHODS, ROUTERS, Shares, shares_by_cluster
+from stages.merge.spec import MergeArgs, MergeFacts
 from stages.merge.weights import merge_rows
 
 _COPIED_DTYPES = {
@@ -34,21 +34,21 @@ _COPIED_DTYPES = {
 class LayerMerge:
     """What a layer's tensors are merged by; read when the first of them is reached."""
 
+    calibrate_dir: Path
+    cluster_dir: Path
     layer: int
-    statistics_dir: Path
-    labels_path: Path
     num_merged: int
     method: str
     router: str
 
     @cached_property
     def _evidence(self) -> LayerEvidence:
-        return read_evidence(self.statistics_dir, self.layer)
+        return read_evidence(self.calibrate_dir, self.layer)
 
     @cached_property
     def labels_E(self) -> Array:
         """Cluster of every source expert."""
-        return read_labels(self.labels_path, self.num_merged)
+        return read_labels(labels_file(self.cluster_dir, self.layer), self.num_merged)
 
     @cached_property
     def experts(self) -> list[Shares]:
@@ -103,10 +103,8 @@ def _sources(tensor: OutputTensor, layers: Mapping[int, LayerMerge]) -> list[str
         return []
     if tensor.rule != "expert":
         return [tensor.source.name]
-    assert tensor.layer is not None and tensor.cluster is not None
-    template = tensor.source.template
-    assert template is not None
-    return [template.format(member) for member, _ in layers[tensor.layer].experts[tensor.cluster]]
+    assert tensor.layer is not None and tensor.cluster is not None and tensor.source.template is not None
+    return [tensor.source.template.format(member) for member, _ in layers[tensor.layer].experts[tensor.cluster]]
 
 
 def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, LayerMerge]) -> Iterator[Mean]:
@@ -127,15 +125,15 @@ def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, Laye
     elif tensor.rule == "fused_expert" and row.expert_axis == 0:
         yield from _fused_means(row.name, layer.experts, dtype, source, place)
     else:
-        clusters = layer.rows if tensor.rule == "router" else layer.experts
         assert row.expert_axis is not None
+        clusters = layer.rows if tensor.rule == "router" else layer.experts
         merged = merge_rows(source.read(row.name).to(dtype), row.expert_axis, clusters, place)
         yield ComputedMean([(merged, 1.0)], 1, dtype, place)
 
 
 @lru_cache(maxsize=1)
 def _surveyed(model: str, survey_dir: Path) -> tuple[Checkpoint, list[TensorRow]]:
-    """The checkpoint and its `tensors.arrow`, kept for the next file: DeepSeek-V3's 90,000 headers take 1.5 s to read.
+    """The checkpoint and its tensors, kept for the next file: DeepSeek-V3's 90,000 headers take 1.5 s to read.
 
     A changed checkpoint has another survey: the name of its directory holds the digest of what it was made from.
     """
@@ -144,41 +142,36 @@ def _surveyed(model: str, survey_dir: Path) -> tuple[Checkpoint, list[TensorRow]
 
 @lru_cache(maxsize=1)
 def _laid_out(
-    model: str, survey_dir: Path, num_merged: tuple[tuple[int, int], ...], *plan: Any
+    model: str,
+    survey_dir: Path,
+    num_experts: int,
+    num_merged: tuple[tuple[int, int], ...],
+    export_format: str,
+    max_file_bytes: int,
+    value_dtype: str,
 ) -> tuple[Checkpoint, list[OutputFile]]:
-    """The checkpoint and a target's files, kept for the target's next file. plan: further arguments of `output_files`.
+    """The checkpoint and a target's files, kept for the target's next file.
 
     One target is kept: the driver hands out the files of one after those of another.
     """
     checkpoint, rows = _surveyed(model, survey_dir)
-    num_experts, *rest = plan
-    return checkpoint, output_files(rows, num_experts, dict(num_merged), *rest)
+    return checkpoint, output_files(rows, num_experts, dict(num_merged), export_format, max_file_bytes, value_dtype)
 
 
-def merge_unit(job: Job) -> UnitResult:
-    """Write one output file under its final name.
-
-    args: model (folder), survey_dir, statistics_dir, labels_dir (relative to the run directory), num_experts,
-    num_merged (layer -> r), format, method, router, value_dtype (of what was quantised), max_file_bytes, file (its position),
-    num_threads.
-    """
-    args: Mapping[str, Any] = job.args
-    torch.set_num_threads(args["num_threads"])
-    num_merged = {int(layer): count for layer, count in args["num_merged"].items()}
-    plan = (args["num_experts"], args["format"], args["max_file_bytes"], args["value_dtype"])
-    survey_dir = job.run_dir / args["survey_dir"]
-    checkpoint, files = _laid_out(args["model"], survey_dir, tuple(num_merged.items()), *plan)
-    file = files[args["file"]]
+def merge_unit(job: Job[MergeArgs]) -> UnitResult[MergeFacts]:
+    """Write one output file under its final name."""
+    args = job.args
+    torch.set_num_threads(args.num_threads)
+    checkpoint, files = _laid_out(
+        args.model, job.run_dir / args.survey_dir, args.num_experts, tuple(args.num_merged.items()), args.format,
+        args.max_file_bytes, args.value_dtype,
+    )  # fmt: skip
+    file = files[args.file]
     layers = {
         layer: LayerMerge(
-            layer,
-            job.run_dir / args["statistics_dir"],
-            labels_file(job.run_dir / args["labels_dir"], layer),
-            count,
-            args["method"],
-            args["router"],
+            job.run_dir / args.calibrate_dir, job.run_dir / args.cluster_dir, layer, count, args.method, args.router
         )
-        for layer, count in num_merged.items()
+        for layer, count in args.num_merged.items()
     }
     metadata = checkpoint.headers[file.source_file].metadata
     with TensorReader(checkpoint) as source:
@@ -187,9 +180,8 @@ def merge_unit(job: Job) -> UnitResult:
             write_header(out, ((t.name, t.dtype, t.shape, t.num_bytes) for t in file.tensors), metadata)
             write_means(out, (mean for tensor in file.tensors for mean in _means(tensor, source, layers)))
 
-        written = write_file(job.stage_dir / CHECKPOINT_DIR / file.name, write)
+        written = write_file(job.part_dir / CHECKPOINT_DIR / file.name, write)
     touched = sorted({t.layer for t in file.tensors if t.layer is not None and t.rule in ("expert", "fused_expert")})
-    unweighted = {str(layer): layers[layer].unweighted for layer in touched if layers[layer].unweighted}
+    unweighted = {layer: tuple(layers[layer].unweighted) for layer in touched if layers[layer].unweighted}
     num_read = sum(checkpoint.tensors[name].stored_bytes for tensor in file.tensors for name in _sources(tensor, layers))
-    facts = {"num_tensors": len(file.tensors), "unweighted_clusters": unweighted}
-    return UnitResult((written,), facts=facts, bytes_read=num_read)
+    return UnitResult(MergeFacts(len(file.tensors), unweighted), (written,), bytes_read=num_read)

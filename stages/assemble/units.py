@@ -1,11 +1,12 @@
 """Unit of assemble: one target."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.assemble.card import model_card
 from stages.assemble.config import target_config
+from stages.assemble.spec import AssembleArgs, AssembleFacts
 from stages.checkpoint.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint
 from stages.checkpoint.headers import TensorEntry, read_header
 from stages.contracts.paths import CHECKPOINT_DIR
@@ -21,44 +22,40 @@ CARD_FILE = "README.md"
 SOURCE_CARD_FILE = "SOURCE_README.md"
 
 
-def assemble_unit(job: Job) -> UnitResult:
+def assemble_unit(job: Job[AssembleArgs]) -> UnitResult[AssembleFacts]:
     """Make the target's folder complete and check that transformers would load it.
 
-    args: model (folder), merge_dir (relative to the run directory), files (names and digests), num_merged (layer -> r),
-    architecture (transformers' class), format, value_dtype (of what was quantised, as torch names it), card (facts for the
-    model card). Raises InputError when the written checkpoint does not fill its model.
+    Raises InputError when the written checkpoint does not fill its model.
     """
     args = job.args
-    source = Checkpoint(args["model"])
-    folder = job.stage_dir / CHECKPOINT_DIR
+    source = Checkpoint(args.model)
+    folder = job.part_dir / CHECKPOINT_DIR
     written: list[WrittenFile] = []
-    for name in args["files"]:
-        merged = job.run_dir / args["merge_dir"] / CHECKPOINT_DIR / name
+    for name, digest in args.files.items():
+        merged = job.run_dir / args.merge_dir / CHECKPOINT_DIR / name
         link_or_copy(merged, folder / name)
-        written.append(WrittenFile(folder / name, merged.stat().st_size, args["files"][name]))
+        written.append(WrittenFile(folder / name, merged.stat().st_size, digest))
     written += _write_config(source, folder, args)
     written += [_copy(source.folder, name, folder) for name in source.side_files.kept]
-    tensors = [entry for name in args["files"] for entry in read_header(folder / name).entries]
-    if list(args["files"]) != [SINGLE_FILE]:
+    tensors = [entry for name in args.files for entry in read_header(folder / name).entries]
+    if list(args.files) != [SINGLE_FILE]:
         written.append(write_json(folder / INDEX_FILE, _index(source, tensors)))
     target = Checkpoint(folder)
     check_complete(AdaptedModel(target))
     num_parameters = sum(entry.num_elements for entry in tensors if not entry.name.endswith(".expert_map"))
-    facts = {"parameters": num_parameters, "bytes": target.total_bytes, "left_behind": list(source.side_files.left)}
-    card = model_card({**args["card"], **facts, "format": args["format"]}, _source_card(source))
+    facts = AssembleFacts(num_parameters, target.total_bytes, tuple(source.side_files.left))
+    card = model_card(args.card, args.format, facts, _source_card(source))
     written.append(write_bytes(folder / CARD_FILE, card.encode()))
-    return UnitResult(tuple(written), facts=facts)
+    return UnitResult(facts, written)
 
 
-def _write_config(source: Checkpoint, folder: Path, args: Mapping[str, Any]) -> Sequence[WrittenFile]:
-    num_merged = {int(layer): count for layer, count in args["num_merged"].items()}
-    if args["format"] != "tied":
-        config = target_config(source.config, args["architecture"], {}, num_merged, args["format"], args["value_dtype"])
-        return [write_json(folder / CONFIG_FILE, writable(config))]
-    classes = auto_classes(source)
-    config = target_config(source.config, args["architecture"], classes, num_merged, args["format"], args["value_dtype"])
-    code = modeling_source(config).encode()
-    return [write_json(folder / CONFIG_FILE, writable(config)), write_bytes(folder / MODELING_FILE, code)]
+def _write_config(source: Checkpoint, folder: Path, args: AssembleArgs) -> Sequence[WrittenFile]:
+    classes = auto_classes(source) if args.format == "tied" else {}
+    config = target_config(source.config, args.architecture, classes, args.num_merged, args.format, args.value_dtype)
+    written = write_json(folder / CONFIG_FILE, writable(config))
+    if args.format != "tied":
+        return [written]
+    return [written, write_bytes(folder / MODELING_FILE, modeling_source(config).encode())]
 
 
 def _copy(source: Path, name: str, folder: Path) -> WrittenFile:

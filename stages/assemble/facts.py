@@ -1,0 +1,87 @@
+"""What the model card of an export states. It is published: nothing in it tells where files lie on this machine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from stages.contracts.naming import hub_name
+from stages.contracts.settings import RunConfig
+from stages.contracts.spec import Run
+from stages.contracts.targets import Target
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Facts for a model card, but for those of the written files.
+
+    name: of the export. source: name of the source. base_model: its name on the hub, or None. revision: of the source, or None.
+    num_experts: of a layer of the source. experts_text: experts that the layers keep. source_parameters, source_bytes: of the
+    source's weights. router: rule for router rows of a stock export. calibration, clustering, merging: in words. settings: a
+    run file that makes this checkpoint alone.
+    """
+
+    name: str
+    source: str
+    base_model: str | None
+    revision: str | None
+    num_experts: int
+    experts_text: str
+    source_parameters: int
+    source_bytes: int
+    router: str
+    calibration: str
+    clustering: str
+    merging: str
+    settings: dict[str, JsonValue]
+
+
+def card_facts(run: Run, target: Target) -> CardFacts:
+    """Facts of a target."""
+    config, variant, commit = run.config, target.variant, run.dataset_commit("calibration")
+    model = run.model
+    base_model = hub_name(str(model))
+    data = config.calibration
+    sampled = f"; un-routed means from {data.sampling.fraction:.0%} of the tokens" if data.sampling else ""
+    clustering = variant.clustering.model_dump(exclude={"num_experts"})
+    labels = ", ".join(_labels(data.data, commit))
+    return CardFacts(
+        name=target.name,
+        source=base_model or config.name,
+        base_model=base_model,
+        revision=model.name if model.parent.name == "snapshots" else config.revision,
+        num_experts=run.survey.num_experts,
+        experts_text=str(target.num_experts),
+        source_parameters=run.survey.num_parameters,
+        source_bytes=run.survey.total_bytes,
+        router=variant.export.router,
+        calibration=f"{data.num_sequences} sequences of {data.sequence_length} tokens of "
+        f"{labels}{f' (revision {commit})' if commit else ''}, seed {data.seed}{sampled}",
+        clustering=", ".join(f"{key} {value}" for key, value in clustering.items()),
+        merging=variant.merging.method,
+        settings={**_settings(config, target, commit), "model": base_model or config.name},
+    )
+
+
+def _labels(data: Sequence[str], commit: str | None) -> list[str]:
+    """Names of files, or a dataset of the hub as it is given."""
+    return list(data) if commit else [Path(name).name for name in data]
+
+
+def _settings(config: RunConfig, target: Target, commit: str | None) -> dict[str, JsonValue]:
+    """The run file of one target alone: what the same command needs, beside the files, to make the same checkpoint."""
+    exclude = {"run_dir", "cache_dir", "resources", "evaluation", "variants", "clustering", "merging", "export"}
+    settings: dict[str, JsonValue] = config.model_dump(mode="json", exclude=exclude, exclude_none=True)
+    variant = target.variant
+    for name, section in (("clustering", variant.clustering), ("merging", variant.merging), ("export", variant.export)):
+        settings[name] = section.model_dump(mode="json", exclude_none=True)
+    calibration, clustering, export = settings["calibration"], settings["clustering"], settings["export"]
+    assert isinstance(calibration, dict) and isinstance(clustering, dict) and isinstance(export, dict)
+    calibration["data"] = list(_labels(config.calibration.data, commit))
+    counts = target.num_experts
+    clustering["num_experts"] = [counts if isinstance(counts, int) else list(counts)]
+    export["formats"] = [target.format]
+    if commit:
+        calibration["revision"] = commit
+    return settings

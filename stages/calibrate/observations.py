@@ -1,0 +1,56 @@
+"""What the watcher of a MoE layer shows to collectors while a micro-batch passes.
+
+Dimensions: T tokens, F intermediate size, E experts, S experts of a stack, R routed pairs of a token and an expert, C cells.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stages.model.experts_forward import Activations, RoutedPairs
+
+
+@dataclass(frozen=True)
+class RouterView:
+    """The router's logits, float32 [T, E], and its scores (softmax or sigmoid of the logits)."""
+
+    logits_TE: Tensor
+    scores_TE: Tensor
+
+
+@dataclass(frozen=True)
+class UnroutedView:
+    """Activations of a stack of experts on tokens of one cell, routed to them or not; sampled tokens under sampling."""
+
+    activations: Activations
+    cell: int
+
+    def add_to(self, total_ECF: Tensor) -> None:
+        """Add their sum over tokens to float64 totals by expert and cell."""
+        self.activations.add_to(total_ECF[self.activations.first : self.activations.stop, self.cell])
+
+
+@dataclass(frozen=True)
+class RoutedView:
+    """The routed pairs of a stack of experts, of all tokens. num_cells: 1, or what `cells` tells apart."""
+
+    pairs: RoutedPairs
+    num_cells: int
+    cells: Callable[[], Tensor]
+    """The cell of each token of the micro-batch, [T]; computed only where a collector asks."""
+
+    @cached_property
+    def cell_R(self) -> Tensor:
+        """The cell of each pair."""
+        return self.cells().to(self.pairs.tokens_R.device)[self.pairs.tokens_R]
+
+    def sum_by_cell(self, values_R: Tensor) -> Tensor:
+        """Sum of one value a pair for each expert and cell, float64 [S, C]."""
+        if self.num_cells == 1:
+            return self.pairs.sum_by_expert(values_R)[:, None]
+        zero = torch.zeros((), dtype=values_R.dtype, device=values_R.device)
+        parts = [torch.where(self.cell_R == cell, values_R, zero) for cell in range(self.num_cells)]
+        return torch.stack([self.pairs.sum_by_expert(part_R) for part_R in parts], dim=1)

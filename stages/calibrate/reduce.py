@@ -1,0 +1,105 @@
+"""Evidence of a layer from the sums of its token shards.
+
+Dimensions: D hidden size, F intermediate size, E experts, C cells, N some rows of W_down.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import numpy as np
+import torch
+
+from stages.calibrate.collectors.base import Collector
+from stages.calibrate.collectors.output_sum import BY_CELL
+from stages.calibrate.partial import PartialSums
+from stages.contracts.arrow import Array
+from stages.contracts.errors import InputError
+from stages.contracts.evidence import Column, LayerEvidence, OutputGroups
+from stages.model.expert_weights import ExpertWeights
+
+_ROWS = 256
+"""Rows of W_down that are made float64 at a time, in one place: whole, one expert of Mixtral-8x7B would take 470 MB."""
+_FINITE = ("output_sum", "router_logit_gram")
+"""Columns that tell which expert's weights are bad; other columns may spread its NaN over all experts."""
+
+
+def add_up(parts: Sequence[PartialSums], collectors: Sequence[Collector]) -> PartialSums:
+    """Sum over token shards, in the order given (float64 addition is not associative)."""
+
+    def two(one: PartialSums, other: PartialSums) -> PartialSums:
+        assert other.layer == one.layer
+        return replace(
+            one,
+            num_tokens=one.num_tokens + other.num_tokens,
+            num_unrouted_C=one.num_unrouted_C + other.num_unrouted_C,
+            sums={
+                collector.name: collector.add(one.sums[collector.name], other.sums[collector.name]) for collector in collectors
+            },
+        )
+
+    return reduce(two, parts)
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """What a collector may use to finish; keeps the protocol `Summed`."""
+
+    num_tokens: int
+    num_unrouted_C: Array
+    weights: ExpertWeights
+
+    def through_w_down(self, activation_sum_ECF: Array) -> Array:
+        """W_down, and its bias for every token, applied to summed activations: float64 [E, C, D].
+
+        Once a layer, since making W_down float64 costs about as much memory traffic as the forward of a short token shard.
+        """
+        weights = self.weights
+        num_unrouted_C1 = torch.tensor(self.num_unrouted_C, device=weights.device)[:, None]
+        sum_ECF = torch.tensor(activation_sum_ECF, device=weights.device)
+        num_experts, num_cells, intermediate = sum_ECF.shape
+        output_sum_ECD = sum_ECF.new_empty(num_experts, num_cells, weights.hidden_size)
+        block_NF = sum_ECF.new_empty(min(_ROWS, weights.hidden_size), intermediate)
+        for expert, output_CD in enumerate(output_sum_ECD):
+            for first, weight_FD in weights.matrices("down_proj", expert, expert + 1):
+                some_CD = output_CD[:, first : first + weight_FD.shape[1]]
+                for out_CN, some_NF in zip(some_CD.split(_ROWS, dim=1), weight_FD.T.split(_ROWS), strict=True):
+                    out_CN.copy_(sum_ECF[expert] @ block_NF[: len(some_NF)].copy_(some_NF).T)
+            weights.release("down_proj", expert, expert + 1)
+            bias_D = weights.bias("down_proj", expert, expert + 1)
+            if bias_D is not None:
+                output_CD += num_unrouted_C1 * bias_D.double()
+        return output_sum_ECD.cpu().numpy()
+
+
+def evidence_of(total: PartialSums, collectors: Sequence[Collector], weights: ExpertWeights, is_sampled: bool) -> LayerEvidence:
+    """Finish the sums of a layer. Raises InputError, naming layer and expert, where one is not finite."""
+    summed = LayerSums(total.num_tokens, total.num_unrouted_C, weights)
+    columns: dict[str, Array] = {}
+    for collector in collectors:
+        found = dict(collector.finish(total.sums[collector.name], summed))
+        columns |= found | {column.name: _typed(column, found[column.name]) for column in collector.columns}
+    _check_finite(total.layer, columns, weights.dtype)
+    output_sum_ECD = columns.pop(BY_CELL)
+    return LayerEvidence(
+        layer=total.layer,
+        num_tokens=total.num_tokens,
+        num_output_tokens=int(total.num_unrouted_C.sum()),
+        num_experts=weights.num_experts,
+        columns=columns,
+        groups=OutputGroups(total.num_unrouted_C, output_sum_ECD) if is_sampled else None,
+    )
+
+
+def _typed(column: Column, values: Array) -> Array:
+    return values.astype(column.dtype, copy=False)
+
+
+def _check_finite(layer: int, columns: Mapping[str, Array], dtype: torch.dtype) -> None:
+    """dtype: of the weights, for the message."""
+    for expert in range(len(columns["output_sum"])):
+        if not all(np.isfinite(columns[name][expert]).all() for name in _FINITE):
+            raise InputError(
+                f"layer {layer}: the outputs or router logits of expert {expert} on the calibration set are not "
+                f"finite; its weights hold NaN or infinity, or overflow {dtype}"
+            )

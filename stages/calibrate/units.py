@@ -1,0 +1,98 @@
+"""Units of calibrate: a token shard through a layer shard, and the evidence of a layer from the sums of all token shards."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
+from stages.calibrate.collectors.base import Collector
+from stages.calibrate.collectors.registry import DEFAULT, DEFAULT_COLUMNS, FURTHER, collectors
+from stages.calibrate.partial import read_partial_sums, write_partial_sums
+from stages.calibrate.reduce import add_up, evidence_of
+from stages.calibrate.spec import CalibrateArgs, CalibrateFacts, CalibrationShardArgs, ReduceArgs, ReduceFacts
+from stages.calibrate.watcher import Watcher
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.evidence import write_collected, write_groups, write_statistics
+from stages.contracts.paths import evidence_file, groups_file, partial_evidence_file, statistics_file, tokens_file
+from stages.contracts.units import HeldJob, UnitResult
+from stages.model.families import Family, family_of
+from stages.model.layer_shard import LayerShard
+from stages.model.stream import Stream, hidden_files, pass_through, read_token_ids
+
+
+@dataclass(frozen=True)
+class CalibrationShard:
+    """A layer shard and the routers of its MoE layers, held by a worker for all token shards."""
+
+    shard: LayerShard
+    routers: Mapping[int, str]
+    family: Family
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the checkpoint that loading has read."""
+        return self.shard.bytes_read
+
+    def read_ahead(self, args: object) -> None:
+        """Start to read the layers of the next layer shard."""
+        self.shard.read_ahead(args)
+
+    def close(self) -> None:
+        """Free all weights."""
+        self.shard.close()
+
+    def watch(
+        self, layer: int, into: dict[int, Watcher], cells: Cells = ALL_TOKENS, gathered: Sequence[Collector] = DEFAULT
+    ) -> AbstractContextManager[object]:
+        """Watch a MoE layer while it runs; leave a dense one alone."""
+        if layer not in self.routers:
+            return nullcontext()
+        router = self.shard.adapted.model.get_submodule(self.routers[layer])
+        into[layer] = Watcher(layer, self.shard.expert_weights(layer), router, self.family, cells, gathered)
+        return into[layer]
+
+
+def open_shard(args: CalibrationShardArgs) -> CalibrationShard:
+    """Load decoder layers [first, stop)."""
+    checkpoint = Checkpoint(args.model)
+    shard = LayerShard(checkpoint, args.first, args.stop, args.num_threads, has_head=False, maps_experts=True)
+    return CalibrationShard(shard, args.routers, family_of(checkpoint.config, args.model))
+
+
+def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[CalibrateFacts]:
+    """Send a token shard through the held layer shard. Writes the sums of each MoE layer, and the hidden states for the layers
+    that follow; all transient."""
+    args, held, number = job.args.stream, job.held, job.args.stream.shard
+    token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number))
+    cells = Sample.of(job.args.sample, number) if job.args.sample else ALL_TOKENS
+    gathered = collectors(job.args.collectors)
+    watched: dict[int, Watcher] = {}
+    stream = Stream(
+        *hidden_files(job.part_dir, args, held.shard), around=lambda layer: held.watch(layer, watched, cells, gathered)
+    )
+    passed = pass_through(held.shard, token_ids_ST, args.micro_batch, {"source": stream})
+    sums = [
+        write_partial_sums(partial_evidence_file(job.part_dir, layer, number), watcher.result())
+        for layer, watcher in watched.items()
+    ]
+    return UnitResult(CalibrateFacts(token_ids_ST.numel()), transient=(*sums, *passed.files))
+
+
+def reduce_unit(job: HeldJob[ReduceArgs, CalibrationShard]) -> UnitResult[ReduceFacts]:
+    """Sum one layer over the token shards, in their order, and write its evidence. Held: the layer shard, for W_down."""
+    args, layer = job.args, job.args.layer
+    gathered = collectors(args.collectors)
+    paths = [partial_evidence_file(job.part_dir, layer, shard) for shard in range(args.num_shards)]
+    total = add_up([read_partial_sums(path) for path in paths], gathered)
+    with torch.inference_mode():
+        evidence = evidence_of(total, gathered, job.held.shard.expert_weights(layer), args.is_sampled)
+    files = [write_statistics(statistics_file(job.part_dir, layer), evidence, DEFAULT_COLUMNS, args.is_sampled)]
+    if evidence.groups is not None:
+        files.append(write_groups(groups_file(job.part_dir, layer), evidence.groups))
+    for name in args.collectors:
+        files.append(write_collected(evidence_file(job.part_dir, layer, name), evidence, name, FURTHER[name].columns))
+    never_routed = np.flatnonzero(evidence["num_routed_tokens"] == 0).tolist()
+    return UnitResult(ReduceFacts(layer, evidence.num_tokens, tuple(never_routed)), files)

@@ -1,0 +1,121 @@
+"""Watches one MoE layer while it runs and shows collectors what passes.
+
+Dimensions: T tokens, D hidden size, E experts, k experts a token, C cells.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stages.calibrate.cells import Cells
+from stages.calibrate.collectors.base import Collector
+from stages.calibrate.observations import RoutedView, RouterView, UnroutedView
+from stages.calibrate.partial import PartialSums
+from stages.model.expert_weights import ExpertWeights
+from stages.model.experts_forward import ExpertsForward, RoutedPairs
+from stages.model.families import Family
+from stages.model.stream import replaced_forward
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits_TE: logits_TE.softmax(-1),
+    "sigmoid": lambda logits_TE: logits_TE.sigmoid(),
+}
+
+
+class Watcher:
+    """Inside of its context the experts' forward is ours; the layer's output stays what it was, up to rounding.
+
+    router: the module that returns the router logits [T, E]. family: says how logits become scores, and what gates multiply.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        weights: ExpertWeights,
+        router: nn.Module,
+        family: Family,
+        cells: Cells,
+        collectors: Sequence[Collector],
+    ) -> None:
+        self.layer, self.weights, self.router = layer, weights, router
+        self.cells, self.collectors = cells, collectors
+        self.forward = ExpertsForward(weights)
+        self._score, self._gates_input = SCORES[family.score], family.gates_input
+        sizes = {"C": cells.num_cells, "D": weights.hidden_size, "E": weights.num_experts, "F": weights.intermediate}
+        self.sums: dict[str, dict[str, Tensor]] = {
+            collector.name: {
+                kept.name: torch.zeros(kept.sizes(sizes), dtype=torch.float64, device=weights.device) for kept in collector.sums
+            }
+            for collector in collectors
+        }
+        self.num_tokens = 0
+        self.num_unrouted_C = np.zeros(cells.num_cells, dtype=np.int64)
+        self._replaced = ExitStack()
+
+    def __enter__(self) -> Self:
+        forward = self._input_gated if self._gates_input else self._output_gated
+        self._replaced.enter_context(replaced_forward(self.weights.experts, forward))
+        self._replaced.callback(self.router.register_forward_hook(self._watch_router).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._replaced.close()
+
+    def _watch_router(self, _module: nn.Module, args: Any, output: Any) -> None:
+        if self._gates_input:
+            self._hidden_TD: Tensor = args[0]
+            self._scores_TE, logits = output
+        else:
+            logits = output[0] if isinstance(output, tuple) else output
+        logits_TE = logits.reshape(-1, self.weights.num_experts).float()
+        view = RouterView(logits_TE, self._score(logits_TE))
+        for collector in self.collectors:
+            collector.observe_router(self.sums[collector.name], view)
+
+    def _output_gated(self, hidden_TD: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> Tensor:
+        see_routed = self._begin(len(hidden_TD))
+        parts = (hidden_TD, top_k_index_Tk, top_k_weights_Tk, see_routed)
+        if self.cells.is_whole:
+            self.num_unrouted_C[0] += len(hidden_TD)
+            return self.forward.output_gated(*parts, lambda activations: self._see_unrouted(UnroutedView(activations, 0)))
+        self._run_unrouted(hidden_TD)
+        return self.forward.output_gated(*parts)
+
+    def _input_gated(self, gated_rows: Tensor) -> Tensor:
+        see_routed = self._begin(len(self._hidden_TD))
+        self._run_unrouted(self._hidden_TD)
+        return self.forward.input_gated(gated_rows, self._scores_TE, see_routed)
+
+    def _begin(self, num_tokens: int) -> Callable[[RoutedPairs], None]:
+        """Count the tokens of a micro-batch; returns what is to be told of their routed pairs."""
+        num_seen = self.num_tokens
+        self.num_tokens += num_tokens
+
+        def see_routed(pairs: RoutedPairs) -> None:
+            view = RoutedView(pairs, self.cells.num_cells, lambda: self.cells.of_tokens(num_seen, num_tokens))
+            for collector in self.collectors:
+                collector.observe_routed(self.sums[collector.name], view)
+
+        return see_routed
+
+    def _run_unrouted(self, hidden_TD: Tensor) -> None:
+        """Every expert on the tokens of each cell, whatever their routing."""
+        num_seen = self.num_tokens - len(hidden_TD)
+        for cell, chosen in self.cells.unrouted(num_seen, len(hidden_TD)):
+            self.num_unrouted_C[cell] += len(chosen)
+            some_TD = hidden_TD if self.cells.is_whole else hidden_TD[chosen.to(hidden_TD.device)]
+            for activations in self.forward.unrouted(some_TD):
+                self._see_unrouted(UnroutedView(activations, cell))
+
+    def _see_unrouted(self, view: UnroutedView) -> None:
+        for collector in self.collectors:
+            collector.observe_unrouted(self.sums[collector.name], view)
+
+    def result(self) -> PartialSums:
+        """The sums so far."""
+        sums = {name: {key: total.cpu().numpy() for key, total in kept.items()} for name, kept in self.sums.items()}
+        return PartialSums(self.layer, self.num_tokens, self.num_unrouted_C, sums)

@@ -1,0 +1,114 @@
+"""Units that send token shards through layer shards, as calibrate and evaluate list them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from stages.contracts import paths
+from stages.contracts.keys import Part
+from stages.contracts.partition import LayerRange, held_bytes, layer_shards, read_partition
+from stages.contracts.settings import TextData
+from stages.contracts.spec import Run
+from stages.contracts.units import Call, Hold, Unit
+from stages.io.files import write_json
+
+PARTITION_FILE = "partition.json"
+
+
+@dataclass(frozen=True)
+class LayerShardArgs:
+    """Layers [first, stop) of a checkpoint folder, and the CPU threads of the worker that holds them."""
+
+    model: str
+    first: int
+    stop: int
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class StreamArgs:
+    """A token shard on its way through a held layer shard.
+
+    tokens_dir: of the text's token shards, relative to the run directory. shard: index of the token shard. micro_batch:
+    sequences that run at once. is_last: whether the layer shard ends with the model's last layer, so that nothing reads its
+    hidden states.
+    """
+
+    tokens_dir: str
+    shard: int
+    micro_batch: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Token shards of one text through all layers of one model.
+
+    part: whose units these are. tokens: part of the text. label: of the model, before what the log says of a unit; may be
+    empty. open_layers: the call that opens a layer shard. run_layers: the call of a unit.
+    makes: transient files that a unit makes beside its hidden states, by layers and token shard.
+    """
+
+    part: Part
+    tokens: Part
+    data: TextData
+    model: str
+    label: str
+    open_layers: Callable[[LayerShardArgs], Call]
+    run_layers: Callable[[StreamArgs], Call]
+    makes: Callable[[LayerRange, int], Iterable[Path]] = lambda layers, shard: ()
+
+
+def partition(run: Run, part: Part, data: TextData) -> list[LayerRange]:
+    """The layer shards of a part. They are kept in its directory, so that a rerun on another number of workers resumes its
+    units."""
+    path = run.run_dir / part.dir / PARTITION_FILE
+    resources = run.config.resources
+    asked: dict[str, JsonValue] = resources.model_dump(include={"worker_memory", "layers_per_shard"})
+    kept = read_partition(path, run.survey.num_layers)
+    if kept is not None and kept.asked == asked:
+        return kept.layer_shards
+    shards = layer_shards(run.survey, data, resources, run.num_workers or 1)
+    if run.num_workers is not None:
+        write_json(path, {"asked": asked, "layer_shards": shards})
+    return shards
+
+
+def stream_units(run: Run, stream: Stream) -> list[Unit]:
+    """Units (layer shard, token shard), layer shard by layer shard. Each reads the hidden states that the one before it
+    wrote."""
+    part, data, part_dir = stream.part, stream.data, Path(stream.part.dir)
+    units = []
+    for first, stop in partition(run, part, data):
+        layers_label = f"{stream.label}layers {first}-{stop - 1}"
+        hold = Hold(
+            f"{run.run_dir}/{part.dir}:{first}-{stop}",
+            stream.open_layers(LayerShardArgs(stream.model, first, stop, run.config.resources.num_cpus)),
+            str(run.run_dir),
+            f"{part.stage} {layers_label}",
+        )
+        is_last = stop == run.survey.num_layers
+        for shard in range(data.num_shards):
+            writes = [] if is_last else [paths.hidden_file(part_dir, stop, shard)]
+            writes += stream.makes((first, stop), shard)
+            unit = run.unit(
+                part,
+                # units with permanent output are not named after the layer range, so that another partition reuses them
+                f"layers-{first:04d}-{stop:04d}/tokens-{shard:04d}" if writes else f"tokens-{shard:04d}",
+                stream.run_layers(StreamArgs(stream.tokens.dir, shard, data.micro_batch, is_last)),
+                f"{layers_label}, tokens {shard + 1}/{data.num_shards}",
+                reads=[paths.hidden_file(part_dir, first, shard)] if first else [],
+                writes=writes,
+                hold=hold,
+                on_worker=True,
+                memory_bytes=held_bytes(run.survey, (first, stop), data),
+            )
+            units.append(unit)
+    return units
+
+
+def stream_plan(run: Run, part: Part, data: TextData) -> str:
+    """How many units a stream has, for `plan`."""
+    return f"{len(partition(run, part, data))} layer shards x {data.num_shards} token shards"

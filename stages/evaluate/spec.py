@@ -1,0 +1,94 @@
+"""The stage evaluate: perplexity of the source and of every checkpoint, on held-out text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.contracts.keys import Part
+from stages.contracts.paths import CHECKPOINT_DIR
+from stages.contracts.settings import Evaluation
+from stages.contracts.spec import Run, StagePlan, StageSpec
+from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, stream_plan, stream_units
+from stages.contracts.units import HoldCall, NoFacts, Unit, UnitCall
+
+SOURCE_PART = "source"
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """A token shard, whose losses are taken after the last layer."""
+
+    stream: StreamArgs
+
+
+@dataclass(frozen=True)
+class ScoreArgs:
+    """num_shards: token shards of the text."""
+
+    num_shards: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """loss: mean negative log-likelihood of a prediction, nats; None where it is not finite. perplexity: its exponential; None
+    where that is too large for a float. num_predictions: tokens that were predicted."""
+
+    perplexity: float | None
+    loss: float | None
+    num_predictions: int
+
+
+OPEN = HoldCall("stages.model.layer_shard:open_layer_shard", LayerShardArgs)
+EVALUATE = UnitCall("stages.evaluate.units:evaluate_unit", EvaluateArgs, NoFacts)
+SCORE = UnitCall("stages.evaluate.units:score_unit", ScoreArgs, Scores)
+
+
+class Evaluate(StageSpec):
+    """Perplexity of every model."""
+
+    name = "evaluate"
+    version = 2
+    libraries = ("torch", "transformers")
+    after = ("prepare", "assemble")
+
+    def parts(self, run: Run) -> Iterator[Part]:
+        """The source, and one for each target; none without held-out text."""
+        if run.config.evaluation is None:
+            return
+        tokens = run.part("prepare", "evaluation")
+        yield run.new_part(self, SOURCE_PART, {}, {"model": run.part("prepare", "model"), "tokens": tokens})
+        for target in run.targets:
+            yield run.new_part(self, target.part, {}, {"model": run.part("assemble", target.part), "tokens": tokens})
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """Token shards through layer shards, and a score, for each model."""
+        data = run.config.evaluation
+        if data is None:
+            return
+        yield from _model_units(run, data, run.part(self.name, SOURCE_PART), run.model, run.config.name)
+        for target in run.targets:
+            folder = run.run_dir / run.part("assemble", target.part).dir / CHECKPOINT_DIR
+            yield from _model_units(run, data, run.part(self.name, target.part), folder, target.name)
+
+    def plan(self, run: Run) -> StagePlan:
+        """All models have as many layers."""
+        data = run.config.evaluation
+        if data is None:
+            return StagePlan("", "workers")
+        num_models = 1 + len(run.targets)
+        shards = stream_plan(run, run.part(self.name, SOURCE_PART), data)
+        return StagePlan(f"{num_models} models x {shards} + {num_models} scores", "workers")
+
+
+def _model_units(run: Run, data: Evaluation, part: Part, model: Path, name: str) -> Iterator[Unit]:
+    stream = Stream(
+        part, run.part("prepare", "evaluation"), data, str(model), f"{name}, ", OPEN.on,
+        lambda args: EVALUATE.on(EvaluateArgs(args)),
+    )  # fmt: skip
+    units = stream_units(run, stream)
+    yield from units
+    last = [unit for unit in units if not unit.writes]
+    yield run.unit(part, "perplexity", SCORE.on(ScoreArgs(data.num_shards)), f"{name}, perplexity", after=last)
+
+
+SPEC = Evaluate()

@@ -1,0 +1,64 @@
+"""Units of evaluate: a token shard through a layer shard (the last one takes the losses), and the score of a model."""
+
+import math
+
+from torch import Tensor
+from torch.nn import functional
+
+from stages.contracts.losses import Losses, read_losses, write_losses
+from stages.contracts.paths import SCORES_FILE, losses_file, tokens_file
+from stages.contracts.units import HeldJob, Job, NoFacts, UnitResult
+from stages.evaluate.spec import EvaluateArgs, ScoreArgs, Scores
+from stages.io.files import write_json
+from stages.model.layer_shard import LayerShard
+from stages.model.stream import Stream, hidden_files, pass_through, read_token_ids
+
+
+def sequence_losses(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:
+    """Next-token negative log-likelihood of each sequence in nats, float64 [B], summed over its T - 1 predictions."""
+    predicted = logits_BTV[:, :-1].float().flatten(0, 1)
+    actual = token_ids_BT[:, 1:].to(predicted.device)
+    losses = functional.cross_entropy(predicted, actual.flatten(), reduction="none")
+    return losses.double().view(actual.shape).sum(1).cpu()
+
+
+def evaluate_unit(job: HeldJob[EvaluateArgs, LayerShard]) -> UnitResult[NoFacts]:
+    """Send a token shard through the held layer shard; after the last layer, write its losses."""
+    args = job.args.stream
+    losses: list[float] = []
+    num_predictions: list[int] = []
+
+    def see_logits(logits_BTV: Tensor, token_ids_BT: Tensor) -> None:
+        losses.extend(sequence_losses(logits_BTV, token_ids_BT).tolist())
+        num_predictions.extend([token_ids_BT.shape[1] - 1] * len(token_ids_BT))
+
+    token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(args.shard))
+    reads, writes = hidden_files(job.part_dir, args, job.held)
+    stream = Stream(reads, writes, see_logits=see_logits if args.is_last else None)
+    passed = pass_through(job.held, token_ids_ST, args.micro_batch, {"model": stream})
+    if not args.is_last:
+        return UnitResult(NoFacts(), transient=passed.files)
+    return UnitResult(NoFacts(), (write_losses(losses_file(job.part_dir, args.shard), Losses(losses, num_predictions)),))
+
+
+def score_unit(job: Job[ScoreArgs]) -> UnitResult[Scores]:
+    """Write `scores.json`: perplexity over all sequences, summed in the order of the token shards.
+
+    A loss that is not finite, and a perplexity that is larger than any float, are null: JSON has no number for them.
+    """
+    total, num_predictions = 0.0, 0
+    for shard in range(job.args.num_shards):
+        found = read_losses(losses_file(job.part_dir, shard))
+        losses = found.negative_log_likelihoods
+        total += math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+        num_predictions += sum(found.num_predictions)
+    loss = total / num_predictions
+    scores = Scores(_exp(loss), loss if math.isfinite(loss) else None, num_predictions)
+    return UnitResult(scores, (write_json(job.part_dir / SCORES_FILE, vars(scores)),))
+
+
+def _exp(loss: float) -> float | None:
+    try:
+        return math.exp(loss) if math.isfinite(loss) else None
+    except OverflowError:
+        return None

@@ -1,0 +1,146 @@
+"""The stage merge: the weight files of every target."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.contracts.keys import Part
+from stages.contracts.settings import RunConfig
+from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec
+from stages.contracts.targets import Target
+from stages.contracts.units import Unit, UnitCall
+from stages.merge.layout import OutputFile, output_files
+from stages.model.families import stock_targets, top_k_in
+
+
+@dataclass(frozen=True)
+class MergeArgs:
+    """One output file of a target.
+
+    model: source folder. survey_dir, calibrate_dir, cluster_dir: relative to the run directory. num_merged: experts that each
+    MoE layer keeps. value_dtype: of values that were quantised. max_file_bytes: a larger file is split. file: its position.
+    """
+
+    model: str
+    survey_dir: str
+    calibrate_dir: str
+    cluster_dir: str
+    num_experts: int
+    num_merged: Mapping[int, int]
+    format: str
+    method: str
+    router: str
+    value_dtype: str
+    max_file_bytes: int
+    num_threads: int
+    file: int
+
+
+@dataclass(frozen=True)
+class MergeFacts:
+    """num_tensors: of the file. unweighted_clusters: by layer, merged experts whose members no token was sent to."""
+
+    num_tensors: int
+    unweighted_clusters: Mapping[int, tuple[int, ...]]
+
+
+MERGE = UnitCall("stages.merge.units:merge_unit", MergeArgs, MergeFacts)
+
+
+class Merge(StageSpec):
+    """The weight files of every target."""
+
+    name = "merge"
+    version = 2
+    libraries = ("numpy", "torch")
+    after = ("prepare", "calibrate", "cluster")
+
+    def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
+        """Raise InputError for a stock target with fewer experts than the router picks, or one that does not divide into the
+        groups of a group-limited router."""
+        place = str(checkpoint.folder)
+        top_k, possible = top_k_in(checkpoint.config, place), stock_targets(checkpoint.config, place)
+        for target in targets:
+            if target.format != "stock":
+                continue
+            fewest = target.num_experts if isinstance(target.num_experts, int) else min(target.num_experts)
+            if fewest < top_k:
+                raise InputError(
+                    f"clustering.num_experts is {fewest} but the router picks top_k={top_k} experts per token, so a stock "
+                    f"export needs at least {top_k}; raise it or set export.formats to [tied]"
+                )
+            if fewest not in possible:
+                raise InputError(
+                    f"clustering.num_experts is {fewest} but the router of {config.model} first picks groups of experts, which "
+                    f"must stay equally large in a stock export; use one of {', '.join(map(str, possible))}, "
+                    f"or set export.formats to [tied]"
+                )
+
+    def check_surveyed(self, run: Run) -> None:
+        """Raise InputError for a checkpoint with layers that predict further tokens, if the run file refuses them."""
+        survey = run.survey
+        if survey.mtp_tensors and any(variant.export.mtp == "error" for variant in run.variants):
+            raise InputError(
+                f"{survey.first_mtp_tensor} (and {survey.mtp_tensors - 1} more) predicts further tokens (MTP), and export.mtp "
+                f"is error; set it to drop to leave these layers out"
+            )
+
+    def parts(self, run: Run) -> Iterator[Part]:
+        """One for each target."""
+        for target in run.targets:
+            export = target.variant.export
+            counts = target.num_experts
+            settings: dict[str, JsonValue] = {
+                "num_experts": counts if isinstance(counts, int) else list(counts),
+                "format": target.format,
+                "method": target.variant.merging.method,
+                "max_file_bytes": export.max_file_bytes,
+                "dtype": export.dtype,
+            }
+            if target.format == "stock":
+                settings["router"] = export.router
+            upstream = {"cluster": run.part("cluster", target.variant.name), "calibrate": run.part("calibrate")}
+            yield run.new_part(self, target.part, settings, upstream)
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """One for each output file."""
+        for target in run.targets:
+            part, export = run.part(self.name, target.part), target.variant.export
+            for number, file in enumerate(_files(run, target)):
+                args = MergeArgs(
+                    model=str(run.model),
+                    survey_dir=run.part("prepare", "model").dir,
+                    calibrate_dir=run.part("calibrate").dir,
+                    cluster_dir=run.part("cluster", target.variant.name).dir,
+                    num_experts=run.survey.num_experts,
+                    num_merged=target.counts(run.survey.moe_layers),
+                    format=target.format,
+                    method=target.variant.merging.method,
+                    router=export.router,
+                    value_dtype=export.dtype,
+                    max_file_bytes=export.max_file_bytes,
+                    num_threads=run.config.resources.num_cpus,
+                    file=number,
+                )
+                label = f"{target.name}/{file.name}, {file.num_bytes:,} bytes"
+                yield run.unit(part, file.name, MERGE.on(args), label, on_worker=True)
+
+    def plan(self, run: Run) -> StagePlan:
+        """A unit for each output file."""
+        checkpoints = []
+        for target in run.targets:
+            files = _files(run, target)
+            num_bytes = sum(file.num_bytes for file in files)
+            checkpoints.append(PlannedCheckpoint(target.name, target.num_experts, len(files), num_bytes))
+        return StagePlan(f"{sum(one.num_files for one in checkpoints)} files", "workers", checkpoints=checkpoints)
+
+
+def _files(run: Run, target: Target) -> list[OutputFile]:
+    counts, export = target.counts(run.survey.moe_layers), target.variant.export
+    return output_files(run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype)
+
+
+SPEC = Merge()

@@ -1,0 +1,133 @@
+"""The stage prepare: the survey of the checkpoint, and the token shards of each text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from stages.contracts.keys import Part
+from stages.contracts.settings import TextData, texts_of
+from stages.contracts.spec import Run, StagePlan, StageSpec
+from stages.contracts.survey import unread_lines
+from stages.contracts.units import Call, Unit, UnitCall
+
+SURVEY_PART = "model"
+
+
+@dataclass(frozen=True)
+class SurveyArgs:
+    """model: checkpoint folder."""
+
+    model: str
+
+
+@dataclass(frozen=True)
+class SurveyFacts:
+    """num_tensors: of the checkpoint."""
+
+    num_tensors: int
+
+
+@dataclass(frozen=True)
+class TextArgs:
+    """A text and what is drawn from it; settings as in `TextData`.
+
+    place: the section that names the text, for messages. model: checkpoint folder, for the tokenizer. data: paths of files and
+    folders.
+    """
+
+    place: str
+    model: str
+    trust_remote_code: bool
+    data: tuple[str, ...]
+    text_field: str
+    num_sequences: int
+    sequence_length: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TokensArgs:
+    """sequences_per_shard: sequences of a token shard."""
+
+    text: TextArgs
+    sequences_per_shard: int
+
+
+@dataclass(frozen=True)
+class TokensFacts:
+    """num_tokens: in all token shards."""
+
+    num_tokens: int
+
+
+SURVEY = UnitCall("stages.prepare.units:survey_unit", SurveyArgs, SurveyFacts)
+TOKENS = UnitCall("stages.prepare.units:tokens_unit", TokensArgs, TokensFacts)
+SEQUENCES = UnitCall("stages.prepare.units:sequences", TextArgs, TokensFacts)
+"""Not a unit: what `plan` calls to see whether a text holds enough."""
+
+
+class Prepare(StageSpec):
+    """Survey and token shards."""
+
+    name = "prepare"
+    version = 3
+    libraries = ("numpy", "tokenizers", "transformers")
+    makes_survey = True
+
+    def parts(self, run: Run) -> Iterator[Part]:
+        """The survey, and one part for each text."""
+        survey = run.new_part(self, SURVEY_PART, {"model": dict(run.identity("model"))}, {})
+        yield survey
+        for place, data in texts_of(run.config).items():
+            yield run.new_part(self, place, _settings(run, place, data), {"model": survey})
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """One for the survey, one for each text."""
+        yield run.unit(run.part(self.name, SURVEY_PART), "survey", SURVEY.on(SurveyArgs(str(run.model))), "checkpoint")
+        for place, data in texts_of(run.config).items():
+            args = TokensArgs(_text_args(run, place, data), data.sequences_per_shard)
+            yield run.unit(run.part(self.name, place), "tokens", TOKENS.on(args), f"{place} tokens")
+
+    def plan(self, run: Run) -> StagePlan:
+        """A unit for the survey and one for each text."""
+        return StagePlan(str(1 + len(texts_of(run.config))), "CPU")
+
+    def rehearsals(self, run: Run) -> Iterator[Call]:
+        """Draw the sequences of each text that is here."""
+        for place, data in texts_of(run.config).items():
+            if run.dataset_commit(place) is None:
+                yield SEQUENCES.on(_text_args(run, place, data))
+
+    def remarks(self, run: Run) -> Iterator[str]:
+        """What the checkpoint holds beside the weights that transformers loads."""
+        survey = run.survey
+        return unread_lines(survey.ignored_files, survey.unloaded_tensors, survey.first_unloaded_tensor)
+
+
+def _settings(run: Run, place: str, data: TextData) -> dict[str, JsonValue]:
+    """What decides the token shards. `data` and `revision` say where a text is; what it is stands in its identity."""
+    include = {"text_field", "num_sequences", "sequence_length", "seed"}
+    settings: dict[str, JsonValue] = data.model_dump(include=include)
+    settings |= {
+        "data": dict(run.identity(place)),
+        "micro_batch": data.micro_batch,
+        "sequences_per_shard": data.sequences_per_shard,
+    }
+    return settings
+
+
+def _text_args(run: Run, place: str, data: TextData) -> TextArgs:
+    return TextArgs(
+        place=place,
+        model=str(run.model),
+        trust_remote_code=run.config.trust_remote_code,
+        data=tuple(run.text_files(place)),
+        text_field=data.text_field,
+        num_sequences=data.num_sequences,
+        sequence_length=data.sequence_length,
+        seed=data.seed,
+    )
+
+
+SPEC = Prepare()

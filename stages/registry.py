@@ -1,0 +1,42 @@
+"""The stages, in the order in which their parts and units are listed. Adding one adds one name here."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line needs the names, and must start quickly
+    from stages.contracts.spec import StageSpec
+
+STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate", "report")
+"""Folders of `stages/` whose `spec.py` declares a stage as SPEC. Names alone, so that the command line lists them quickly."""
+
+_added: "list[StageSpec]" = []
+
+
+@cache
+def _spec(name: str) -> "StageSpec":
+    spec: StageSpec = importlib.import_module(f"stages.{name}.spec").SPEC
+    assert spec.name == name, f"stages/{name}/spec.py declares {spec.name}"
+    return spec
+
+
+def stage_specs() -> "tuple[StageSpec, ...]":
+    """All stages."""
+    return (*map(_spec, STAGES), *_added)
+
+
+def stage_names() -> tuple[str, ...]:
+    """Names of all stages."""
+    return (*STAGES, *(spec.name for spec in _added))
+
+
+@contextmanager
+def added_stage(spec: "StageSpec") -> Iterator[None]:
+    """With a stage of one's own, after all others, as long as the context lasts."""
+    _added.append(spec)
+    try:
+        yield
+    finally:
+        _added.remove(spec)

@@ -1,0 +1,157 @@
+"""The stage report: every number of a run in one file."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pydantic import JsonValue, TypeAdapter
+
+from stages.contracts.keys import Part
+from stages.contracts.paths import REPORT_FILE
+from stages.contracts.spec import Publication, Run, StagePlan, StageSpec
+from stages.contracts.targets import NumExperts
+from stages.contracts.units import Facts, Unit, UnitCall
+
+
+@dataclass(frozen=True)
+class ReportedTarget:
+    """A finished checkpoint.
+
+    name: of its folder. target: its variant and number of experts. variant: empty where the run file lists none. path:
+    relative to the run directory. assembled: facts of its folder. evaluate_dir: of its scores, or None. cluster_dir: of what
+    is known of its clustering. unweighted_clusters: by layer, merged experts whose members no token was sent to.
+    """
+
+    name: str
+    target: str
+    variant: str
+    format: str
+    num_experts: NumExperts
+    num_merged: Mapping[int, int]
+    path: str
+    assembled: Facts
+    evaluate_dir: str | None
+    cluster_dir: str
+    unweighted_clusters: Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """What a report is made of.
+
+    survey_dir: relative to the run directory. source_name, source_path: of the model. source_evaluate_dir: of its scores, or
+    None. never_routed: by layer, experts that no calibration token was sent to. is_sampled: whether standard errors are known.
+    settings: the run file. versions: of the libraries that computed each part.
+    """
+
+    survey_dir: str
+    source_name: str
+    source_path: str
+    source_evaluate_dir: str | None
+    targets: tuple[ReportedTarget, ...]
+    never_routed: Mapping[int, tuple[int, ...]]
+    is_sampled: bool
+    settings: Mapping[str, JsonValue]
+    versions: Mapping[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class ReportFacts:
+    """num_models: that the report lists."""
+
+    num_models: int
+
+
+_CLUSTERS_BY_LAYER = TypeAdapter(dict[int, tuple[int, ...]])
+_LAYER_AND_INDICES = TypeAdapter(tuple[int, tuple[int, ...]])
+
+REPORT = UnitCall("stages.report.units:report_unit", ReportArgs, ReportFacts)
+
+
+class Report(StageSpec):
+    """Every number of a run in one file."""
+
+    name = "report"
+    version = 2
+    after = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate")
+
+    def parts(self, run: Run) -> Iterator[Part]:
+        """One. It shows the settings that are in its key: `resources`, which change no result, are in neither."""
+        upstream = {part.full_name: part for stage in ("assemble", "evaluate") for part in run.parts(stage)}
+        yield run.new_part(self, "", {"run": _shown_settings(run)}, upstream)
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """One."""
+        args = ReportArgs(
+            survey_dir=run.part("prepare", "model").dir,
+            source_name=run.config.name,
+            source_path=str(run.model),
+            source_evaluate_dir=_evaluate_dir(run, "source"),
+            targets=tuple(_reported(run)),
+            never_routed=_by_layer(run, "calibrate", run.part("calibrate").dir, "never_routed"),
+            is_sampled=run.config.calibration.sampling is not None,
+            settings=_shown_settings(run),
+            versions=run.library_versions(),
+        )
+        yield run.unit(run.part(self.name), "report", REPORT.on(args), REPORT_FILE)
+
+    def plan(self, run: Run) -> StagePlan:
+        """One unit."""
+        return StagePlan("1", "CPU")
+
+    def publications(self, run: Run) -> Iterator[Publication]:
+        """The report."""
+        yield Publication(f"{run.part(self.name).dir}/{REPORT_FILE}", REPORT_FILE, is_folder=False)
+
+
+def _shown_settings(run: Run) -> dict[str, JsonValue]:
+    return run.config.model_dump(mode="json", exclude={"resources"})
+
+
+def _evaluate_dir(run: Run, name: str) -> str | None:
+    return next((part.dir for part in run.parts("evaluate") if part.name == name), None)
+
+
+def _by_layer(run: Run, stage: str, part_dir: str, fact: str) -> dict[int, tuple[int, ...]]:
+    """A list of indices that units report, by the layer that they report with it; layers with empty lists are left out."""
+    found: dict[int, tuple[int, ...]] = {}
+    for unit in run.units(stage):
+        sealed = run.sealed(unit) if unit.part_dir == part_dir else None
+        if sealed is not None and fact in sealed.facts:
+            layer, indices = _LAYER_AND_INDICES.validate_python((sealed.facts["layer"], sealed.facts[fact]))
+            if indices:
+                found[layer] = indices
+    return found
+
+
+def _unweighted(run: Run, part_dir: str) -> dict[int, tuple[int, ...]]:
+    """By layer, merged experts whose members no token was sent to, from the facts of all files of a target."""
+    found: dict[int, set[int]] = {}
+    for unit in run.units("merge"):
+        sealed = run.sealed(unit) if unit.part_dir == part_dir else None
+        if sealed is not None:
+            for layer, clusters in _CLUSTERS_BY_LAYER.validate_python(sealed.facts["unweighted_clusters"]).items():
+                found.setdefault(layer, set()).update(clusters)
+    return {layer: tuple(sorted(clusters)) for layer, clusters in found.items()}
+
+
+def _reported(run: Run) -> Iterator[ReportedTarget]:
+    assembled = {unit.part_dir: run.sealed(unit) for unit in run.units("assemble")}
+    for target in run.targets:
+        sealed = assembled[run.part("assemble", target.part).dir]
+        assert sealed is not None, target.name
+        yield ReportedTarget(
+            name=target.name,
+            target=target.label,
+            variant=target.variant.name,
+            format=target.format,
+            num_experts=target.num_experts,
+            num_merged=target.counts(run.survey.moe_layers),
+            path=f"models/{target.name}",
+            assembled=sealed.facts,
+            evaluate_dir=_evaluate_dir(run, target.part),
+            cluster_dir=run.part("cluster", target.variant.name).dir,
+            unweighted_clusters=_unweighted(run, run.part("merge", target.part).dir),
+        )
+
+
+SPEC = Report()

@@ -1,0 +1,114 @@
+"""Unit of report: `report.json`."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stages.contracts.certainty import read_errors, read_stability
+from stages.contracts.paths import REPORT_FILE, SCORES_FILE, SURVEY_FILE, errors_file, stability_file
+from stages.contracts.units import Job, UnitResult
+from stages.io.files import write_json
+from stages.report.spec import ReportArgs, ReportedTarget, ReportFacts
+from stages.report.warning_lines import of_certainty, of_scores
+
+Values = dict[str, Any]
+"""Values of a JSON object, as they are written."""
+
+
+def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
+    """Write `report.json`."""
+    args = job.args
+    survey = json.loads((job.run_dir / args.survey_dir / SURVEY_FILE).read_text())
+    source = {
+        "name": args.source_name,
+        "target": "source",
+        "format": None,
+        "num_experts": survey["num_experts"],
+        "parameters": survey["num_parameters"],
+        "bytes": survey["total_bytes"],
+        "path": args.source_path,
+        **_scores(job, args.source_evaluate_dir),
+    }
+    targets = [_target(job, target) for target in args.targets]
+    certainty = _certainty(job) if args.is_sampled else None
+    models = [source, *targets]
+    report = {
+        "models": models,
+        "warnings": [*of_scores(models), *of_certainty(certainty)],
+        "tied_stock_gaps": _tied_stock_gaps(targets),
+        "never_routed": args.never_routed,
+        **({"certainty": certainty} if certainty else {}),
+        "plan": survey,
+        "settings": args.settings,
+        "versions": args.versions,
+    }
+    return UnitResult(ReportFacts(len(models)), (write_json(job.part_dir / REPORT_FILE, report),))
+
+
+def _target(job: Job[ReportArgs], target: ReportedTarget) -> Values:
+    return {
+        "name": target.name,
+        "target": target.target,
+        **({"variant": target.variant} if target.variant else {}),
+        "format": target.format,
+        "num_experts": target.num_experts,
+        **target.assembled,
+        "path": target.path,
+        "unweighted_clusters": target.unweighted_clusters,
+        **_scores(job, target.evaluate_dir),
+    }
+
+
+def _scores(job: Job[ReportArgs], evaluate_dir: str | None) -> Values:
+    if evaluate_dir is None:
+        return {}
+    return json.loads((job.run_dir / evaluate_dir / SCORES_FILE).read_text())  # type: ignore[no-any-return]
+
+
+def _tied_stock_gaps(models: Sequence[Values]) -> list[Values]:
+    """Perplexity of stock minus that of tied, for each target exported as both; null where either has none."""
+    by_target: dict[str, dict[str, Values]] = {}
+    for model in models:
+        if "perplexity" in model:
+            by_target.setdefault(model["target"], {})[model["format"]] = model
+    gaps = []
+    for target, formats in by_target.items():
+        if len(formats) == 2:
+            stock, tied = (formats[name]["perplexity"] for name in ("stock", "tied"))
+            gaps.append({"target": target, "perplexity_gap": None if stock is None or tied is None else stock - tied})
+    return gaps
+
+
+def _certainty(job: Job[ReportArgs]) -> Values:
+    """Under sampling: mean and largest relative standard error of mean outputs, and for each target and layer how often halves
+    of the data give its labels again, and how alike they are.
+
+    A standard error that is not finite is null, and left out of the mean and the largest; those are null where none is finite.
+    Errors are those of the calibration, so they are the same for all variants.
+    """
+    first, *_ = job.args.targets
+    errors = {
+        str(layer): [
+            error if math.isfinite(error) else None
+            for error in read_errors(errors_file(job.run_dir / first.cluster_dir, layer))
+        ]
+        for layer in first.num_merged
+    }
+    finite = [error for values in errors.values() for error in values if error is not None]
+    return {
+        "mean_relative_standard_error": sum(finite) / len(finite) if finite else None,
+        "largest_relative_standard_error": max(finite, default=None),
+        "relative_standard_errors": errors,
+        "stability": {target.target: _stability(job, target) for target in job.args.targets},
+    }
+
+
+def _stability(job: Job[ReportArgs], target: ReportedTarget) -> Mapping[str, Any]:
+    folder = job.run_dir / target.cluster_dir
+    rows = {str(layer): read_stability(stability_file(folder, layer), count) for layer, count in target.num_merged.items()}
+    return {
+        "equal_share": sum(row["equal_share"] for row in rows.values()) / len(rows),
+        "mean_adjusted_rand_index": sum(row["mean_adjusted_rand_index"] for row in rows.values()) / len(rows),
+        "layers": rows,
+    }

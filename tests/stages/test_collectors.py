@@ -1,0 +1,228 @@
+"""Collectors: sums over token shards are the sums of the whole, and a further one is a class and a line of registration.
+
+Dimensions: E experts, R routed pairs, S sequences, T tokens, C cells.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
+from stages.calibrate.collectors.base import Collector, Sums
+from stages.calibrate.collectors.registry import DEFAULT, FURTHER, collectors, gathering, register
+from stages.calibrate.observations import RoutedView
+from stages.calibrate.partial import PartialSums, read_partial_sums, write_partial_sums
+from stages.calibrate.reduce import add_up, evidence_of
+from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs, ReduceArgs
+from stages.calibrate.units import calibrate_unit, open_shard, reduce_unit
+from stages.calibrate.watcher import Watcher
+from stages.contracts.arrow import read_table
+from stages.contracts.errors import InputError
+from stages.contracts.evidence import Column, LayerEvidence, read_evidence
+from stages.contracts.paths import evidence_file, partial_evidence_file, statistics_file, tokens_file
+from stages.contracts.stream_units import StreamArgs
+from stages.contracts.tokens import write_tokens
+from stages.contracts.units import HeldJob
+from stages.model.expert_weights import ExpertWeights
+from stages.model.families import Family
+from stages.model.survey import survey_checkpoint
+from tests.conftest import REPOSITORY
+from tests.stages.test_statistics import Layer, close
+from tests.tiny import FAMILIES, logits, random_ids
+
+NUM_SEQUENCES, LENGTH = random_ids().shape
+
+
+class OutputNorms(Collector):
+    """Largest output of each expert over its routed tokens, which adds up by maximum, and the sum of norms by cell."""
+
+    name = "output_norms"
+    columns = (
+        Column("largest_output_norm", "largest ||E_e(x)||_2 over routed tokens"),
+        Column("output_norm_sum", "sum over routed tokens of each cell of ||E_e(x)||_2", "[C]"),
+    )
+
+    def observe_routed(self, sums: Sums, routed: RoutedView) -> None:
+        pairs = routed.pairs
+        norms_R = pairs.output_RD.double().norm(dim=1)
+        for expert, some_R in enumerate(norms_R.split(pairs.sizes), pairs.first):
+            if len(some_R):
+                sums["largest_output_norm"][expert].clamp_(min=some_R.max())
+        sums["output_norm_sum"][pairs.experts] += routed.sum_by_cell(norms_R)
+
+    def add(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {
+            "largest_output_norm": np.maximum(one["largest_output_norm"], other["largest_output_norm"]),
+            "output_norm_sum": one["output_norm_sum"] + other["output_norm_sum"],
+        }
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    register(OutputNorms())
+    yield
+    del FURTHER["output_norms"]
+
+
+@pytest.fixture
+def layer(tiny_checkpoint: Callable[[str], Path]) -> Layer:
+    return Layer(tiny_checkpoint("mixtral"), FAMILIES["mixtral"].moe_layers[-1], random_ids())
+
+
+def watched(layer: Layer, ids_ST: np.ndarray, cells: Cells) -> PartialSums:
+    weights = ExpertWeights(layer.experts)
+    with Watcher(layer.index, weights, layer.router, Family(), cells, collectors(["output_norms"])) as watcher:
+        logits(layer.model, ids_ST)
+    return watcher.result()
+
+
+def all_tokens(first: int) -> Cells:
+    return ALL_TOKENS
+
+
+def sampled(first: int) -> Cells:
+    return Sample(0.25, 3, NUM_SEQUENCES, LENGTH, seed=0, first_sequence=first)
+
+
+@pytest.mark.parametrize("cells_from", [all_tokens, sampled])
+def test_sums_of_every_collector_over_shards_are_those_of_the_whole(
+    layer: Layer, cells_from: Callable[[int], Cells], tmp_path: Path
+) -> None:
+    gathered = collectors(["output_norms"])
+    whole = watched(layer, layer.ids_ST, cells_from(0))
+    parts = []
+    for first, stop in ((0, 3), (3, 5), (5, NUM_SEQUENCES)):
+        write_partial_sums(tmp_path / f"{first}", watched(layer, layer.ids_ST[first:stop], cells_from(first)))
+        parts.append(read_partial_sums(tmp_path / f"{first}"))
+    total = add_up(parts, gathered)
+    assert (total.layer, total.num_tokens) == (whole.layer, whole.num_tokens)
+    assert total.num_unrouted_C.tolist() == whole.num_unrouted_C.tolist()
+    assert list(total.sums) == list(whole.sums) == [collector.name for collector in gathered]
+    for collector in gathered:
+        assert set(whole.sums[collector.name]) == {kept.name for kept in collector.sums}
+        for name, values in whole.sums[collector.name].items():
+            assert np.abs(values).max() > 0
+            close(total.sums[collector.name][name], values)
+    weights = ExpertWeights(layer.experts)
+    ours, theirs = (evidence_of(sums, gathered, weights, cells_from is sampled) for sums in (total, whole))
+    for name, values in theirs.columns.items():
+        close(ours[name], values)
+
+
+def test_sums_by_cell_are_those_of_the_sequences_of_each_cell(layer: Layer) -> None:
+    cells = sampled(0)
+    found = watched(layer, layer.ids_ST, cells).sums["output_norms"]["output_norm_sum"]
+    total = watched(layer, layer.ids_ST, ALL_TOKENS).sums["output_norms"]["output_norm_sum"]
+    assert (found.shape, total.shape) == ((layer.num_experts, 3), (layer.num_experts, 1))
+    close(found.sum(1, keepdims=True), total)
+    cell_T = cells.of_tokens(0, layer.ids_ST.size)
+    for expert in range(layer.num_experts):
+        norms_T = layer.outputs_of(expert).norm(dim=1) * (layer.gates_of(expert) > 0)
+        close(found[expert], [norms_T[cell_T == cell].sum() for cell in range(3)])
+
+
+def test_output_sums_by_cell_run_over_the_sampled_tokens_of_each_cell(layer: Layer) -> None:
+    cells = sampled(0)
+    part = watched(layer, layer.ids_ST, cells)
+    groups = evidence_of(part, collectors(["output_norms"]), ExpertWeights(layer.experts), is_sampled=True).groups
+    assert groups is not None
+    chosen = dict(cells.unrouted(0, layer.ids_ST.size))
+    assert groups.num_tokens_G.tolist() == [len(chosen[cell]) for cell in range(3)]
+    for expert in range(layer.num_experts):
+        outputs_TD = layer.outputs_of(expert)
+        close(groups.output_sum_EGD[expert], torch.stack([outputs_TD[chosen[cell]].sum(0) for cell in range(3)]))
+
+
+@pytest.fixture
+def evidence_dir(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path:
+    """Evidence of mixtral from two token shards, by the units of calibrate."""
+    folder = tiny_checkpoint("mixtral")
+    survey, _ = survey_checkpoint(str(folder))
+    held = open_shard(CalibrationShardArgs(str(folder), 0, survey.num_layers, 1, survey.routers))
+    (tmp_path / "tokens").mkdir()
+    for shard, ids_ST in enumerate(np.split(random_ids(), 2)):
+        write_tokens(tmp_path / "tokens" / tokens_file(shard), ids_ST)
+        args = CalibrateArgs(StreamArgs("tokens", shard, 2, is_last=True), None, gathering({"gate_sum", "largest_output_norm"}))
+        calibrate_unit(HeldJob(tmp_path, tmp_path / "calibrate", args, held))
+    for layer in survey.moe_layers:
+        reduced = ReduceArgs(layer, 2, is_sampled=False, collectors=("output_norms",))
+        result = reduce_unit(HeldJob(tmp_path, tmp_path / "calibrate", reduced, held))
+        assert [file.path.name for file in result.files] == [
+            f"layer-{layer:04d}.statistics.arrow", f"layer-{layer:04d}.output_norms.arrow",
+        ]  # fmt: skip
+    return tmp_path / "calibrate"
+
+
+def test_a_further_collector_has_a_file_that_says_what_it_means(layer: Layer, evidence_dir: Path) -> None:
+    evidence = read_evidence(evidence_dir, layer.index, ["output_norms"])
+    norms_ET = np.stack([layer.outputs_of(expert).norm(dim=1).numpy() for expert in range(layer.num_experts)])
+    is_routed_ET = np.stack([layer.gates_of(expert).numpy() > 0 for expert in range(layer.num_experts)])
+    close(evidence["largest_output_norm"], np.where(is_routed_ET, norms_ET, 0).max(1))
+    assert evidence["output_norm_sum"].shape == (layer.num_experts, 1)
+    schema = read_table(evidence_file(evidence_dir, layer.index, "output_norms")).schema
+    assert schema.names == ["layer", "expert", "num_tokens", "largest_output_norm", "output_norm_sum"]
+    assert schema.field("output_norm_sum").type == pa.list_(pa.float64(), 1)
+    assert schema.metadata[b"largest_output_norm"].decode() == OutputNorms.columns[0].meaning
+    assert schema.metadata[b"output_norm_sum"].decode() == f"[C] {OutputNorms.columns[1].meaning}"
+
+
+def test_a_column_that_was_not_gathered_is_named_with_the_remedy(layer: Layer, evidence_dir: Path) -> None:
+    evidence = read_evidence(evidence_dir, layer.index)
+    assert isinstance(evidence, LayerEvidence)
+    with pytest.raises(InputError, match=rf"layer {layer.index}: .* no column largest_output_norm, only gate_sum, .* requires"):
+        evidence["largest_output_norm"]
+
+
+def test_statistics_do_not_depend_on_what_else_is_gathered(layer: Layer, evidence_dir: Path) -> None:
+    paths = [partial_evidence_file(evidence_dir, layer.index, shard) for shard in range(2)]
+    total = add_up([read_partial_sums(path) for path in paths], DEFAULT)
+    alone = evidence_of(total, DEFAULT, ExpertWeights(layer.experts), is_sampled=False)
+    table = read_table(statistics_file(evidence_dir, layer.index))
+    found = read_evidence(evidence_dir, layer.index)
+    assert "output_norm_sum" not in table.column_names
+    for name, values in alone.columns.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+def test_required_columns_choose_the_collectors() -> None:
+    assert gathering([]) == gathering(["gate_sum", "output_sum"]) == ()
+    assert gathering(["output_norm_sum", "largest_output_norm", "gate_sum"]) == ("output_norms",)
+    with pytest.raises(InputError, match=r"no collector gathers colour; there are gate_sum, .*output_norm_sum"):
+        gathering(["colour"])
+
+
+def test_names_of_collectors_and_columns_are_taken_once() -> None:
+    class Twin(Collector):
+        name = "twin"
+        columns = (Column("gate_sum", "again"),)
+
+    class Statistics(Collector):
+        name = "statistics"
+        columns = (Column("new", "the name of the file is taken"),)
+
+    for wrong in (OutputNorms(), Twin(), Statistics()):
+        with pytest.raises(AssertionError, match="taken"):
+            register(wrong)
+    assert set(FURTHER) == {"output_norms"}
+
+
+def test_what_collectors_declare_is_read_without_torch() -> None:
+    code = (
+        "import sys; from stages.calibrate.collectors.registry import DEFAULT, gathering; gathering(['gate_sum']);"
+        "print([one.sums for one in DEFAULT]); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=100)
+
+
+def test_a_watched_layer_runs_as_before_once_the_watcher_has_left(layer: Layer) -> None:
+    weights = ExpertWeights(layer.experts)
+    with pytest.raises(RuntimeError, match="stop"), Watcher(layer.index, weights, layer.router, Family(), ALL_TOKENS, DEFAULT):
+        raise RuntimeError("stop")
+    assert torch.equal(logits(layer.model, layer.ids_ST), layer.plain_logits)
