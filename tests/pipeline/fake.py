@@ -140,9 +140,13 @@ class ToyRun:
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
         self.done_units[unit.name] = outcome
+        self.count_done()
+        delete(self.run_dir, unit.reads)
+
+    def count_done(self) -> None:
+        """Once all units are done the run is to be asked for more."""
         self._num_left -= 1
         self.is_due = not self._num_left
-        delete(self.run_dir, unit.reads)
 
     def retried(self, unit: Unit, outcome: Outcome, how: str) -> None:
         assert outcome.failure is not None

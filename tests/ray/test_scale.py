@@ -39,6 +39,7 @@ class CountingRun(ToyRun):
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
         self.num_done += 1
+        self.count_done()
         if self.num_done == self.warm_up:
             self.after_warm_up = resident_bytes()
 
@@ -64,7 +65,7 @@ def measure(num_gpus: int, num_units: int, folder: Path) -> dict[str, float]:
         "growth_bytes": resident_bytes() - run.after_warm_up,
     }
     ray.shutdown()
-    assert len(units) == num_units  # kept to here, so that units let go of hide no growth
+    assert len(units) == num_units  # kept to here, so that units that are freed hide no growth
     return found
 
 
