@@ -183,12 +183,12 @@ class _Run:
     """Calibrate alone, as the driver knows runs."""
 
     def __init__(self, units: Sequence[Unit], config: RunConfig) -> None:
-        self.run_dir, self.config, self.is_active, self.is_due = units[0].run_dir, config, True, True
+        self.run_dir, self.config, self.is_active, self.can_advance = units[0].run_dir, config, True, True
         self._units, self._num_left = list(units), len(units)
 
     def advance(self) -> list[Unit]:
         units, self._units = self._units, []
-        self.is_due, self.is_active = False, bool(units)
+        self.can_advance, self.is_active = False, bool(units)
         return units
 
     def check_lock(self) -> None:
@@ -200,7 +200,7 @@ class _Run:
     def done(self, unit: Unit, outcome: Outcome) -> None:
         """Nothing to delete."""
         self._num_left -= 1
-        self.is_due = not self._num_left
+        self.can_advance = not self._num_left
 
 
 def calibrate_units(model: Model, config: RunConfig, num_workers: int) -> list[Unit]:

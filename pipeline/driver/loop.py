@@ -100,7 +100,7 @@ class Driver:
         """Let each run begin the stages that may begin now. False when all are over."""
         is_any_active = False
         for run_dir, run in self._runs.items():
-            if run.is_active and run.is_due:
+            if run.is_active and run.can_advance:
                 with self._holding(run):
                     try:
                         self._schedule.add(run.advance())

@@ -85,14 +85,14 @@ class RunState:
         self.failures: list[UnitFailure] = []
         self._refusal: InputError | LockLost | None = None
         self.is_active = True
-        self.is_due = True
-        """Whether a stage may begin: `advance` is to be called."""
+        self.can_advance = True
+        """Whether a stage may begin, so that the driver has to call `advance`."""
         self._waiting = list(self._view.specs)
         self._running: Counter[str] = Counter()
         self._ended: list[StageSpec] = []
         self._finished: set[str] = set()
         self._wanted: set[str] = set()
-        self._is_surveyed = self._is_reported = False
+        self._is_reported = False
         self._started = time.monotonic()
         self._events: EventLog | None = None
         self._check: Callable[[], None] | None = None
@@ -153,7 +153,7 @@ class RunState:
 
         Raises InputError when the survey shows that a target cannot be, or when --only lacks what it reads.
         """
-        self.is_due = False
+        self.can_advance = False
         while self._ended:
             self._finish(self._ended.pop(0))
         units: list[Unit] = []
@@ -241,7 +241,7 @@ class RunState:
         if not self._running[unit.stage]:
             del self._running[unit.stage]
             self._ended += [spec for spec in self._view.specs if spec.name == unit.stage]
-            self.is_due = True
+            self.can_advance = True
 
     def retried(self, unit: Unit, outcome: Outcome, how: str) -> None:
         """A unit is to be tried again."""

@@ -97,7 +97,7 @@ class Worker:
             facts = seal(unit, result, started)
             bytes_read += result.bytes_read
             bytes_written = sum(file.num_bytes for file in (*result.files, *result.transient))
-        except Exception as e:  # nothing is swallowed: the driver reports it with its traceback and ends the run
+        except Exception as e:  # the edge of a unit: the driver reports it with its traceback and ends the run
             failure = _failure(e)
             log.error("%s: failed", name, exc_info=True)
         if failure is not None and failure.kind == "passing":

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from stages.assemble.card import model_card
 from stages.assemble.config import target_config
@@ -69,9 +70,10 @@ def _source_card(source: Checkpoint) -> str:
     return read_small(source.folder / CARD_FILE).decode("utf-8", "replace")
 
 
-def _index(source: Checkpoint, tensors: list[TensorEntry]) -> dict[str, Any]:
-    metadata = dict(source.index.get("metadata") or {})
+def _index(source: Checkpoint, tensors: list[TensorEntry]) -> dict[str, JsonValue]:
+    metadata: dict[str, JsonValue] = dict(source.index.get("metadata") or {})
     metadata["total_size"] = sum(entry.num_bytes for entry in tensors)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(entry.num_elements for entry in tensors)
-    return {"metadata": metadata, "weight_map": {entry.name: entry.file for entry in sorted(tensors, key=lambda e: e.name)}}
+    weight_map: dict[str, JsonValue] = {entry.name: entry.file for entry in sorted(tensors, key=lambda e: e.name)}
+    return {"metadata": metadata, "weight_map": weight_map}

@@ -100,7 +100,7 @@ def read_header(path: Path) -> SafetensorsHeader:
         if entry.begin != position:
             problem = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
             raise InputError(
-                f"{path}: tensor {entry.name} begins at byte {entry.begin:,} where {position:,} is due: it {problem}"
+                f"{path}: tensor {entry.name} begins at byte {entry.begin:,} instead of {position:,}: it {problem}"
             )
         position += entry.num_bytes
     if position != file_bytes:

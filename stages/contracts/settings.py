@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from stages.contracts.naming import check_name, model_name
 from stages.io.storage import absolute
@@ -187,9 +187,9 @@ class VariantEntry(Section):
     """Part of the exports' names. After a hyphen comes a letter: a digit begins the number of experts."""
     preset: str | None = None
     """Name of a set of settings."""
-    clustering: dict[str, Any] = {}
-    merging: dict[str, Any] = {}
-    export: dict[str, Any] = {}
+    clustering: dict[str, JsonValue] = {}
+    merging: dict[str, JsonValue] = {}
+    export: dict[str, JsonValue] = {}
 
     @field_validator("name")
     @classmethod

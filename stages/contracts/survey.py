@@ -1,4 +1,4 @@
-"""The survey of a checkpoint: what it is made of, from config and headers alone (`survey.json` of prepare).
+"""The survey of a checkpoint: what it is made of, from config and headers alone (`plan.json` of prepare).
 
 All sizes are bytes of values: those of a quantised tensor as they are computed with.
 """

@@ -205,7 +205,7 @@ def read_into(path: Path, begin: int, view: memoryview) -> None:
         while num_read < view.nbytes:
             count = raw.readinto(view[num_read : num_read + _READ_BYTES])
             if not count:
-                raise EOFError(f"{path} ends at byte {begin + num_read:,} where {begin + view.nbytes:,} is due")
+                raise EOFError(f"{path} ends at byte {begin + num_read:,} instead of {begin + view.nbytes:,} or later")
             num_read += count
 
 

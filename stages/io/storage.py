@@ -287,7 +287,7 @@ def read_ranges_into(path: Path, begin: int, view: memoryview) -> None:
             if isinstance(piece, Exception) or len(piece) != end - start:
                 file_bytes = system.size(name)
                 if file_bytes < begin + end:
-                    raise EOFError(f"{path} ends at byte {file_bytes:,} where {begin + view.nbytes:,} is due")
+                    raise EOFError(f"{path} ends at byte {file_bytes:,} instead of {begin + view.nbytes:,} or later")
                 if isinstance(piece, Exception):
                     raise piece
                 short = f"{len(piece):,} of {end - start:,} bytes came from byte {begin + start:,} on"

@@ -120,7 +120,7 @@ class ToyRun:
     def __init__(self, units: Sequence[Unit], run_dir: Path | str = RUN_DIR, **resources: Any) -> None:
         self.run_dir = Path(run_dir)
         self.config = SimpleNamespace(resources=Resources(**resources))
-        self.is_active = self.is_due = True
+        self.is_active = self.can_advance = True
         self.done_units: dict[str, Outcome] = {}
         self.failures: list[UnitFailure] = []
         self.retries: list[str] = []
@@ -128,7 +128,7 @@ class ToyRun:
 
     def advance(self) -> list[Unit]:
         units, self._units = self._units or [], None
-        self.is_due, self.is_active = False, bool(units)
+        self.can_advance, self.is_active = False, bool(units)
         self._num_left = len(units)
         return units
 
@@ -146,7 +146,7 @@ class ToyRun:
     def count_done(self) -> None:
         """Once all units are done the run is to be asked for more."""
         self._num_left -= 1
-        self.is_due = not self._num_left
+        self.can_advance = not self._num_left
 
     def retried(self, unit: Unit, outcome: Outcome, how: str) -> None:
         assert outcome.failure is not None
