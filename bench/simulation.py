@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cluster_model import MODELS, Costs, Hardware, Model, ideal_s
+from pipeline.config import read_config
 from pipeline.driver.loop import Driver
 from pipeline.driver.outcome import Outcome
 from pipeline.executors.base import Slot
@@ -218,7 +219,7 @@ def run_config(hardware: Hardware, run_dir: str, **settings: Any) -> RunConfig:
         "clustering": {"num_experts": 1},
         "resources": {"num_gpus": 1, "worker_memory": hardware.gpu_memory_bytes, **settings},
     }
-    return RunConfig.model_validate(values)
+    return read_config(values)
 
 
 def simulate(model: Model, hardware: Hardware, num_workers: int, has_prefetch: bool = True, **settings: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Reads run files: YAML, `--set`, and one line for every mistake."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 from pydantic import ValidationError, create_model
 
 from pipeline.display.problems import problems
-from pipeline.run.variants import variants_of
+from pipeline.run.variants import method_of, variants_of
 from pipeline.yaml_files import parse_yaml, read_yaml
 from stages.contracts.errors import InputError
-from stages.contracts.settings import RunConfig
+from stages.contracts.settings import Clustering, RunConfig, Section
 from stages.registry import stage_specs
 
 _MAX_DEPTH = 8
@@ -39,10 +40,21 @@ def set_value(values: dict[str, Any], key: str, value: Any, place: str) -> None:
     section[last] = value
 
 
-def run_config_class() -> type[RunConfig]:
-    """The run file with the sections that stages declare beyond those of `RunConfig`, each with its defaults."""
-    sections: dict[str, Any] = {name: (kind, kind()) for spec in stage_specs() for name, kind in spec.sections.items()}
-    return create_model("RunConfig", __base__=RunConfig, **sections) if sections else RunConfig
+def read_config(values: Mapping[str, Any]) -> RunConfig:
+    """A run file's values with those of the sections that its stages and its method declare, checked.
+
+    Raises InputError for a method that there is not, and pydantic.ValidationError for any other mistake.
+    """
+    further = tuple((name, kind) for spec in stage_specs() for name, kind in spec.sections.items())
+    clustering: type[Clustering] = method_of(values.get("clustering"), "clustering").settings
+    return _class_with(clustering, further).model_validate(values)
+
+
+@cache
+def _class_with(clustering: type[Clustering], further: tuple[tuple[str, type[Section]], ...]) -> type[RunConfig]:
+    """A run file with a method's section and those that stages add. One class for equal sections, so that configs compare."""
+    sections: dict[str, Any] = {name: (kind, kind()) for name, kind in further}
+    return create_model("RunConfig", __base__=RunConfig, **sections, clustering=(clustering, ...))
 
 
 def load_config(path: Path, settings: Sequence[str], values_on_top: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
@@ -58,7 +70,7 @@ def load_config(path: Path, settings: Sequence[str], values_on_top: Mapping[str,
     for key, value in values_on_top.items():
         set_value(values, key, value, f"set of {path}")
     try:
-        config = run_config_class().model_validate(values)
+        config = read_config(values)
         _check_variant_sections(values)
         variants_of(config)
     except ValidationError as e:

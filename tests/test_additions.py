@@ -1,22 +1,29 @@
-"""Additions: a stage and a collector, each one short file in `tests/toys`, through the real pipeline."""
+"""Additions through the real pipeline: a stage, a collector, a method and a pruning rule, each a short file in `tests/toys`."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from pipeline.commands.plan import describe_plan
 from pipeline.commands.status import describe_status
 from pipeline.config import load_config
+from pipeline.run.record import read_record
 from stages.calibrate import spec as calibrate
 from stages.calibrate.collectors import registry
 from stages.checkpoint.folder import Checkpoint
+from stages.cluster import registry as methods
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import read_evidence
 from stages.registry import added_stage
 from tests.runs import FinishedRun, write_run_file
+from tests.tiny import logits, random_ids
 from tests.toys import headcount
 from tests.toys.loudest import Loudest
 
@@ -45,6 +52,10 @@ def test_a_stage_of_ones_own_runs_beside_another_and_publishes(
         load_config(run_file, [])
 
 
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 def _cells(item: object) -> list[object]:
     columns = getattr(item, "columns", [])
     return [cell for column in columns for cell in column.cells]
@@ -61,7 +72,7 @@ def test_a_collector_of_ones_own_is_gathered_where_it_is_required(
         patch.setitem(registry.FURTHER, "loudest", Loudest())
         patch.setattr(calibrate, "required_collectors", lambda run: registry.gathering(["largest_norm"]))
         other = FinishedRun.of(run_file)
-        evidence = read_evidence(other.calibrate_dir, layer, collectors=["loudest"])
+        evidence = read_evidence(other.calibrate_dir, layer, ["largest_norm"])
     assert other.part("calibrate").key != done.part("calibrate").key
     largest_E, used_E = evidence["largest_norm"], evidence["num_routed_tokens"]
     mean_E = evidence["gated_output_norm_sum"] / np.maximum(used_E, 1)
@@ -70,6 +81,86 @@ def test_a_collector_of_ones_own_is_gathered_where_it_is_required(
     assert all(np.array_equal(plain[name], evidence[name]) for name in plain.columns), "the others keep their values"
     with pytest.raises(InputError, match=r"the evidence has no column largest_norm"):
         plain["largest_norm"]
+
+
+@pytest.fixture
+def added_methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The toy methods, and the collector that one of them needs."""
+    monkeypatch.setitem(registry.FURTHER, "loudest", Loudest())
+    modules = ("tests.toys.nearest", "tests.toys.quietest")
+    for module in modules:
+        methods.register(module)
+    yield
+    for module in modules:
+        methods.forget(module)
+
+
+@pytest.mark.usefixtures("added_methods")
+def test_a_method_and_a_pruning_rule_of_ones_own_share_a_run_with_hc_smoe(
+    tmp_path: Path, finished_run: Callable[[str], FinishedRun]
+) -> None:
+    done = finished_run("mixtral")
+    settings = {"clustering.num_experts": [3]}
+    run_file = write_run_file(tmp_path, done.source, Path(done.config.calibration.data[0]), settings)
+    other = FinishedRun.of(run_file, ["variants=[hc-smoe, quietest, {name: far, preset: nearest, clustering: {power: 1}}]"])
+    name = other.config.name
+    models = [f"{name}-far-3e-stock", f"{name}-far-3e-tied", f"{name}-hc-smoe-3e-stock", f"{name}-hc-smoe-3e-tied"]
+    assert sorted(path.name for path in (other.run_dir / "models").iterdir()) == [*models, f"{name}-quietest-3e-stock"]
+    source = weights(done.source)
+    weights_of = {target: weights(other.model(target)) for target in ("quietest-3e-stock", "far-3e-tied")}
+    for layer in other.view.survey.moe_layers:
+        evidence = read_evidence(other.calibrate_dir, layer, ["largest_norm"])
+        loudest = sorted(np.argsort(-evidence["largest_norm"])[:3].tolist())
+        router = f"model.layers.{layer}.block_sparse_moe.gate.weight"
+        assert torch.equal(weights_of["quietest-3e-stock"][router], source[router][loudest])
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts"
+        for slot, expert in enumerate(loudest):
+            for matrix in ("w1", "w2", "w3"):
+                kept = weights_of["quietest-3e-stock"][f"{prefix}.{slot}.{matrix}.weight"]
+                assert torch.equal(kept, source[f"{prefix}.{expert}.{matrix}.weight"])
+        slot_E = weights_of["far-3e-tied"][f"{prefix}.expert_map"]
+        for slot in range(3):
+            members = (slot_E == slot).nonzero().flatten().tolist()
+            mean = torch.stack([source[f"{prefix}.{expert}.w2.weight"] for expert in members]).mean(0)
+            torch.testing.assert_close(weights_of["far-3e-tied"][f"{prefix}.{slot}.w2.weight"], mean)
+    assert torch.isfinite(logits(AutoModelForCausalLM.from_pretrained(other.model("quietest-3e-stock")), random_ids())).all()
+    pruned = next(one for one in other.report["models"] if one.get("variant") == "quietest")
+    assert pruned["perplexity"] > 0
+
+
+@pytest.mark.usefixtures("added_methods")
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    {
+        "clustering.method=quietest": "export.formats lists tied, which cannot express what method quietest makes; set it to "
+        "[stock]",
+        "variants=[{name: a, preset: quietest, export: {formats: [tied]}}]": "variants: a: export.formats lists tied",
+        "variants=[{name: a, preset: quietest, merging: {method: average}}]": "variants: a: merging is set, but method "
+        "quietest does not read that section; leave it out",
+        "variants=[{name: a, preset: nearest, clustering: {linkage: ward}}]": "variants: a: clustering.linkage is not a set",
+        "clustering={num_experts: [3], method: nearest, linkage: ward}": "clustering.linkage is not a setting",
+        "clustering.method=far": "clustering.method: there is no method named 'far'; known methods: hierarchical, nearest, qu",
+        "clustering.method=[1]": "clustering.method: there is no method named [1]; known methods",
+        "variants=[{name: a, clustering: {method: far}}]": "variants: a: clustering.method: there is no method named 'far'",
+    }.items(),
+)
+def test_a_mistake_in_a_methods_settings_is_one_line(tmp_path: Path, setting: str, message: str) -> None:
+    run_file = write_run_file(tmp_path, tmp_path / "model", tmp_path / "ids.npy", {})
+    with pytest.raises(InputError) as refused:
+        load_config(run_file, [setting])
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("added_methods")
+def test_a_method_without_variants_is_a_setting_and_read_back(
+    tmp_path: Path, finished_run: Callable[[str], FinishedRun]
+) -> None:
+    done = finished_run("mixtral")
+    settings = {"clustering.num_experts": [3], "clustering.method": "nearest", "export.formats": ["tied"], "evaluation": None}
+    other = FinishedRun.of(write_run_file(tmp_path, done.source, Path(done.config.calibration.data[0]), settings))
+    clustering = read_record(other.run_dir).config.clustering
+    assert clustering.model_dump() == {"num_experts": (3,), "method": "nearest", "power": 2.0}
+    assert not [part for part in other.view.parts("cluster") if part.name == ""], "it has no dendrogram"
 
 
 VARIANTS = "variants=[hc-smoe, {name: ward, preset: hc-smoe, clustering: {linkage: ward}, export: {formats: [tied]}}]"

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from pipeline import __version__
-from pipeline.config import run_config_class
+from pipeline.config import read_config
 from pipeline.display.problems import problems
 from pipeline.hub_data import is_identity
 from pipeline.run.view import Inputs, RunView
@@ -89,7 +89,7 @@ def read_record(run_dir: Path) -> RunRecord:
         raise InputError(f"{path} is no record of a run; run the run file again, which writes it anew")
     _check_format(path, value)
     try:
-        config = run_config_class().model_validate(value["config"])
+        config = read_config(value["config"])
         record = RunRecord.model_validate({**value, "config": config})
     except ValidationError as e:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Variants of a run: the ways from evidence to checkpoints that a run file lists, with their presets resolved."""
+"""Variants of a run: the ways from evidence to checkpoints that a run file lists, with their methods and presets resolved."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -8,28 +8,51 @@ from pydantic import ValidationError
 
 from pipeline.display.problems import problems
 from stages.contracts.errors import InputError
+from stages.contracts.method import Method, Methods, Preset
 from stages.contracts.settings import Clustering, Export, Merging, RunConfig, Section, VariantEntry, check_target_formats
-from stages.contracts.spec import Preset
 from stages.contracts.targets import Variant
 from stages.registry import stage_specs
 
 S = TypeVar("S", bound=Section)
 
 
+def methods() -> Methods:
+    """All methods of all stages, by name."""
+    return {name: method for spec in stage_specs() for name, method in spec.methods().items()}
+
+
+def presets() -> dict[str, Preset]:
+    """All presets, by name; each chooses the method that it belongs to."""
+    return {
+        name: {**preset, "clustering": {"method": method.name, **preset.get("clustering", {})}}
+        for method in methods().values()
+        for name, preset in method.presets.items()
+    }
+
+
+def method_of(clustering: object, place: str) -> Method[Any]:
+    """The method that a section `clustering` chooses. Raises InputError, naming the place, for one that there is not."""
+    default = Clustering.model_fields["method"].default
+    name = clustering.get("method", default) if isinstance(clustering, Mapping) else default
+    if not isinstance(name, str) or name not in methods():
+        raise InputError(f"{place}.method: there is no method named {name!r}; known methods: {', '.join(sorted(methods()))}")
+    return methods()[name]
+
+
 def variants_of(config: RunConfig) -> tuple[Variant, ...]:
-    """The variants; one without a name where the run file lists none. Raises InputError, naming the variant, for an unknown
-    preset, two equal names, and settings that cannot be."""
+    """The variants; one without a name where the run file lists none.
+
+    Raises InputError, naming the variant, for an unknown preset or method, two equal names, settings that cannot be, and
+    sections that a method does not read.
+    """
     if config.variants is None:
-        return (Variant("", config.clustering, config.merging, config.export),)
+        method = methods()[config.clustering.method]
+        _check_fits(method, "merging" in config.model_fields_set, config.export, "export")
+        return (Variant("", method, config.clustering, config.merging, config.export),)
     (name, count), *_ = Counter(entry.name for entry in config.variants).most_common(1)
     if count > 1:
         raise InputError(f"variants: {count} are named {name}; give each its own name")
     return tuple(_resolved(config, entry) for entry in config.variants)
-
-
-def presets() -> dict[str, Preset]:
-    """All presets, by name."""
-    return {name: preset for spec in stage_specs() for name, preset in spec.presets.items()}
 
 
 def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
@@ -40,19 +63,37 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
     preset = known[entry.preset] if entry.preset is not None else {}
     if "num_experts" in entry.clustering:
         raise InputError(f"{place}: clustering.num_experts holds for all variants; set it in the section clustering")
+    chosen = {**preset.get("clustering", {}), **entry.clustering}
+    method = method_of(chosen, f"{place}: clustering")
     counts = {"num_experts": config.clustering.num_experts}
-    clustering = _section(Clustering, counts, preset.get("clustering", {}), entry.clustering, f"{place}: clustering")
-    merging = _section(Merging, {}, preset.get("merging", {}), entry.merging, f"{place}: merging")
-    export = _section(Export, config.export.model_dump(), preset.get("export", {}), entry.export, f"{place}: export")
+    clustering = _section(method.settings, {**counts, **chosen}, f"{place}: clustering")
+    given = {**preset.get("merging", {}), **entry.merging}
+    merging = _section(Merging, given, f"{place}: merging")
+    exported = {**config.export.model_dump(), **preset.get("export", {}), **entry.export}
+    export = _section(Export, exported, f"{place}: export")
+    _check_fits(method, bool(given), export, f"{place}: export")
     try:
         check_target_formats(clustering.num_experts, export.formats)
     except ValueError as e:
         raise InputError(f"{place}: {e}") from e
-    return Variant(entry.name, clustering, merging, export)
+    return Variant(entry.name, method, clustering, merging, export)
 
 
-def _section(kind: type[S], shared: Mapping[str, Any], preset: Mapping[str, Any], own: Mapping[str, Any], place: str) -> S:
+def _check_fits(method: Method[Any], has_merging: bool, export: Export, place: str) -> None:
+    """Raise InputError for settings that a method cannot follow. place: of the section `export`."""
+    if has_merging and not method.reads_merging:
+        at = place.removesuffix("export")
+        raise InputError(f"{at}merging is set, but method {method.name} does not read that section; leave it out")
+    for name in export.formats:
+        if name not in method.formats:
+            raise InputError(
+                f"{place}.formats lists {name}, which cannot express what method {method.name} makes; set it to "
+                f"[{', '.join(method.formats)}]"
+            )
+
+
+def _section(kind: type[S], values: Mapping[str, Any], place: str) -> S:
     try:
-        return kind.model_validate({**shared, **preset, **own})
+        return kind.model_validate(values)
     except ValidationError as e:
         raise InputError(f"{place}.{problems(e)}") from e

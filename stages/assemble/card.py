@@ -65,11 +65,14 @@ def _body(facts: CardFacts, export_format: str, written: AssembleFacts) -> str:
         else f"The router has one row for each merged expert (rule `{facts.router}`); any engine that runs the source "
         "architecture runs this checkpoint."
     )
+    verb = "merged" if facts.merging else "pruned"
+    how = {"Calibration": _inline(facts.calibration), "Clustering": facts.clustering, "Merging": facts.merging}
+    lines = "\n".join(f"- {name}: {text}" for name, text in how.items() if text)
     return f"""
 # {facts.name}
 
-{_inline(facts.source + revision)} with {facts.num_experts} experts a layer merged to {facts.experts_text}, without
-retraining, by HC-SMoE ([arXiv:2410.08589](https://arxiv.org/abs/2410.08589)).
+{_inline(facts.source + revision)} with {facts.num_experts} experts a layer {verb} to {facts.experts_text}, without
+retraining, by {facts.method} ({_linked(facts.method_source)}).
 
 | | source | this model |
 |---|---|---|
@@ -77,9 +80,7 @@ retraining, by HC-SMoE ([arXiv:2410.08589](https://arxiv.org/abs/2410.08589)).
 | parameters | {facts.source_parameters:,} | {written.parameters:,} |
 | bytes of weights | {facts.source_bytes:,} | {written.bytes:,} |
 
-- Calibration: {_inline(facts.calibration)}
-- Clustering: {facts.clustering}
-- Merging: {facts.merging}
+{lines}
 - Export: {export_format}. {note}
 - Files of the source that are not copied: {_listed(written.left_behind)}
 
@@ -93,6 +94,12 @@ To make it again, write this to `run.yaml` and call `hcsmoe run run.yaml`:
 
 {_fenced(settings.rstrip(), "yaml")}
 """
+
+
+def _linked(source: str) -> str:
+    """A paper of arXiv as a link."""
+    kind, _, number = source.partition(":")
+    return f"[{source}](https://arxiv.org/abs/{number})" if kind == "arXiv" else source
 
 
 def _inline(text: str) -> str:

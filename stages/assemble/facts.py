@@ -18,8 +18,9 @@ class CardFacts:
 
     name: of the export. source: name of the source. base_model: its name on the hub, or None. revision: of the source, or None.
     num_experts: of a layer of the source. experts_text: experts that the layers keep. source_parameters, source_bytes: of the
-    source's weights. router: rule for router rows of a stock export. calibration, clustering, merging: in words. settings: a
-    run file that makes this checkpoint alone.
+    source's weights. router: rule for router rows of a stock export. method, method_source: its title, and where it was
+    published. calibration, clustering, merging: in words; empty where the method has no such settings. settings: a run
+    file that makes this checkpoint alone.
     """
 
     name: str
@@ -31,6 +32,8 @@ class CardFacts:
     source_parameters: int
     source_bytes: int
     router: str
+    method: str
+    method_source: str
     calibration: str
     clustering: str
     merging: str
@@ -44,7 +47,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
     base_model = hub_name(str(model))
     data = config.calibration
     sampled = f"; un-routed means from {data.sampling.fraction:.0%} of the tokens" if data.sampling else ""
-    clustering = variant.clustering.model_dump(exclude={"num_experts"})
+    clustering = variant.clustering.model_dump(exclude={"num_experts", "method"})
     labels = ", ".join(_labels(data.data, commit))
     return CardFacts(
         name=target.name,
@@ -56,10 +59,12 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         source_parameters=run.survey.num_parameters,
         source_bytes=run.survey.total_bytes,
         router=variant.export.router,
+        method=variant.method.title,
+        method_source=variant.method.source,
         calibration=f"{data.num_sequences} sequences of {data.sequence_length} tokens of "
         f"{labels}{f' (revision {commit})' if commit else ''}, seed {data.seed}{sampled}",
         clustering=", ".join(f"{key} {value}" for key, value in clustering.items()),
-        merging=variant.merging.method,
+        merging=variant.merging.method if variant.method.reads_merging else "",
         settings={**_settings(config, target, commit), "model": base_model or config.name},
     )
 
@@ -74,7 +79,10 @@ def _settings(config: RunConfig, target: Target, commit: str | None) -> dict[str
     exclude = {"run_dir", "cache_dir", "resources", "evaluation", "variants", "clustering", "merging", "export"}
     settings: dict[str, JsonValue] = config.model_dump(mode="json", exclude=exclude, exclude_none=True)
     variant = target.variant
-    for name, section in (("clustering", variant.clustering), ("merging", variant.merging), ("export", variant.export)):
+    sections = {"clustering": variant.clustering, "export": variant.export}
+    if variant.method.reads_merging:
+        sections["merging"] = variant.merging
+    for name, section in sections.items():
         settings[name] = section.model_dump(mode="json", exclude_none=True)
     calibration, clustering, export = settings["calibration"], settings["clustering"], settings["export"]
     assert isinstance(calibration, dict) and isinstance(clustering, dict) and isinstance(export, dict)

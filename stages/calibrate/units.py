@@ -10,13 +10,12 @@ import torch
 from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
 from stages.calibrate.collectors.base import Collector
 from stages.calibrate.collectors.registry import DEFAULT, DEFAULT_COLUMNS, FURTHER, collectors
-from stages.calibrate.partial import read_partial_sums, write_partial_sums
-from stages.calibrate.reduce import add_up, evidence_of
 from stages.calibrate.spec import CalibrateArgs, CalibrateFacts, CalibrationShardArgs, ReduceArgs, ReduceFacts
+from stages.calibrate.sums import add_up, evidence_of, read_partial_sums, write_partial_sums
 from stages.calibrate.watcher import Watcher
 from stages.checkpoint.folder import Checkpoint
-from stages.contracts.evidence import write_collected, write_groups, write_statistics
-from stages.contracts.paths import evidence_file, groups_file, partial_evidence_file, statistics_file, tokens_file
+from stages.contracts.evidence import write_column, write_groups, write_statistics
+from stages.contracts.paths import column_file, groups_file, partial_evidence_file, statistics_file, tokens_file
 from stages.contracts.units import HeldJob, UnitResult
 from stages.model.families import Family, family_of
 from stages.model.layer_shard import LayerShard
@@ -92,7 +91,7 @@ def reduce_unit(job: HeldJob[ReduceArgs, CalibrationShard]) -> UnitResult[Reduce
     files = [write_statistics(statistics_file(job.part_dir, layer), evidence, DEFAULT_COLUMNS, args.is_sampled)]
     if evidence.groups is not None:
         files.append(write_groups(groups_file(job.part_dir, layer), evidence.groups))
-    for name in args.collectors:
-        files.append(write_collected(evidence_file(job.part_dir, layer, name), evidence, name, FURTHER[name].columns))
+    for column in (column for name in args.collectors for column in FURTHER[name].columns):
+        files.append(write_column(column_file(job.part_dir, layer, column.name), evidence, column))
     never_routed = np.flatnonzero(evidence["num_routed_tokens"] == 0).tolist()
     return UnitResult(ReduceFacts(layer, evidence.num_tokens, tuple(never_routed)), files)

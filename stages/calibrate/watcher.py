@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stages.calibrate.cells import Cells
 from stages.calibrate.collectors.base import Collector
 from stages.calibrate.observations import RoutedView, RouterView, UnroutedView
-from stages.calibrate.partial import PartialSums
+from stages.calibrate.sums import PartialSums
 from stages.model.expert_weights import ExpertWeights
 from stages.model.experts_forward import ExpertsForward, RoutedPairs
 from stages.model.families import Family

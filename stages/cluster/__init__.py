@@ -1,1 +1,1 @@
-"""cluster: the dendrogram of each layer's experts, and its cut to every number of clusters."""
+"""cluster: what becomes of each layer's experts, by the method of the run file."""

@@ -3,12 +3,12 @@
 Dimensions: D feature size, E experts, G groups of sequences, K clusters.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
-from stages.cluster.linkage import FEATURES, cut, link
+from stages.cluster.linkage import cut
 from stages.contracts.arrow import Array
 from stages.contracts.evidence import LayerEvidence, OutputGroups
 
@@ -55,12 +55,12 @@ def halves(num_groups: int, seed: int) -> Iterator[Array]:
 
 
 def stability(
-    evidence: LayerEvidence, linkage_Z: Array, feature: str, distance: str, linkage: str, seed: int
+    evidence: LayerEvidence, linkage_Z: Array, linkage: Callable[[LayerEvidence], Array], seed: int
 ) -> tuple[Array, Array]:
     """For every K from 1 to E: the share of halves of the groups whose labels are those of all, and the mean adjusted Rand
     index.
 
-    Each half is clustered as all were. linkage_Z: of the whole, which has been clustered with the same settings.
+    linkage: clusters one half. linkage_Z: what it gives for the whole.
     """
     assert evidence.groups is not None
     groups, num_experts = evidence.groups, len(linkage_Z) + 1
@@ -73,7 +73,7 @@ def stability(
             columns={**evidence.columns, "output_sum": groups.output_sum_EGD[:, chosen].sum(1)},
             num_output_tokens=int(groups.num_tokens_G[chosen].sum()),
         )
-        half_Z = link(FEATURES[feature](half), distance, linkage, f"layer {half.layer}")
+        half_Z = linkage(half)
         for k in counts:
             labels_E = cut(half_Z, k)
             equal_K[k - 1] += np.array_equal(labels_E, whole[k - 1])

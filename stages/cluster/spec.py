@@ -1,55 +1,84 @@
-"""The stage cluster: how each layer's experts group."""
+"""The stage cluster: layer plans, which say what becomes of each layer's experts, and dendrograms where a method has them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+
+from pydantic import JsonValue
 
 from stages.checkpoint.folder import Checkpoint
+from stages.cluster import registry
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
-from stages.contracts.settings import RunConfig
-from stages.contracts.spec import Preset, Run, StagePlan, StageSpec
-from stages.contracts.targets import Target
+from stages.contracts.method import Methods
+from stages.contracts.settings import Merging, RunConfig
+from stages.contracts.spec import Run, StagePlan, StageSpec
+from stages.contracts.targets import Target, Variant
 from stages.contracts.units import Unit, UnitCall
 from stages.model.families import num_experts_in
 
 
 @dataclass(frozen=True)
-class ClusterArgs:
-    """A layer to be clustered. seed: of the halves of the data that are compared under sampling."""
+class DendrogramArgs:
+    """A layer whose dendrogram is made.
+
+    calibrate_dir: relative to the run directory. method: module that holds it. clustering: its settings. seed: of the halves of
+    the data that are compared under sampling.
+    """
 
     calibrate_dir: str
     layer: int
-    feature: str
-    distance: str
-    linkage: str
+    method: str
+    clustering: Mapping[str, JsonValue]
     seed: int
 
 
 @dataclass(frozen=True)
-class ClusterFacts:
+class DendrogramFacts:
     """largest_distance: of the last merge of the dendrogram."""
 
     largest_distance: float
 
 
-CLUSTER = UnitCall("stages.cluster.units:cluster_unit", ClusterArgs, ClusterFacts)
+@dataclass(frozen=True)
+class PlanArgs:
+    """A layer of a target that is planned.
+
+    calibrate_dir: relative to the run directory. num_slots: experts that the layer keeps. method: module that holds it.
+    clustering: its settings. router: how a stock router's rows are combined; None for a tied export.
+    """
+
+    calibrate_dir: str
+    layer: int
+    num_slots: int
+    method: str
+    clustering: Mapping[str, JsonValue]
+    merging: Merging
+    router: str | None
+
+
+@dataclass(frozen=True)
+class PlanFacts:
+    """unweighted_slots: merged experts whose members no token was sent to."""
+
+    layer: int
+    unweighted_slots: tuple[int, ...]
+
+
+DENDROGRAM = UnitCall("stages.cluster.units:dendrogram_unit", DendrogramArgs, DendrogramFacts)
+PLAN = UnitCall("stages.cluster.units:plan_unit", PlanArgs, PlanFacts)
 
 
 class Cluster(StageSpec):
-    """Dendrogram and labels of every layer."""
+    """Layer plans of every target; dendrogram and labels of every layer, where the method has them."""
 
     name = "cluster"
-    version = 1
+    version = 2
     libraries = ("numpy", "scipy")
     after = ("prepare", "calibrate")
-    presets: ClassVar[Mapping[str, Preset]] = {
-        "hc-smoe": {
-            "clustering": {"feature": "expert_output", "distance": "euclidean", "linkage": "average"},
-            "merging": {"method": "frequency"},
-        },
-    }
-    """HC-SMoE (arXiv:2410.08589)."""
+
+    def methods(self) -> Methods:
+        """All that are registered."""
+        return registry.methods()
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
         """Raise InputError for a target with more experts than there are."""
@@ -73,27 +102,56 @@ class Cluster(StageSpec):
                 )
 
     def parts(self, run: Run) -> Iterator[Part]:
-        """One for each variant."""
+        """One for each variant whose method has a dendrogram, and one for each target."""
+        upstream = {"calibrate": run.part("calibrate")}
         for variant in run.variants:
-            settings = variant.clustering.model_dump(exclude={"num_experts"})
-            yield run.new_part(self, variant.name, settings, {"calibrate": run.part("calibrate")})
+            if variant.method.linkage is not None:
+                yield run.new_part(self, variant.name, _settings(variant), upstream)
+        for target in run.targets:
+            counts = target.num_experts
+            settings: dict[str, JsonValue] = {
+                **_settings(target.variant),
+                "num_experts": counts if isinstance(counts, int) else list(counts),
+                "format": target.format,
+            }
+            if target.variant.method.reads_merging:
+                settings["merging"] = target.variant.merging.model_dump(mode="json")
+            if target.format == "stock":
+                settings["router"] = target.variant.export.router
+            yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
-        """One for each layer."""
-        data = run.config.calibration
+        """One for each layer of each part."""
+        calibrate_dir, modules = run.part("calibrate").dir, registry.modules()
         for variant in run.variants:
-            settings, label = variant.clustering, f"{variant.name}, " if variant.name else ""
+            if variant.method.linkage is None:
+                continue
+            label = f"{variant.name}, " if variant.name else ""
             for layer in run.survey.moe_layers:
-                args = ClusterArgs(
-                    run.part("calibrate").dir, layer, settings.feature, settings.distance, settings.linkage, data.seed
+                drawn = DendrogramArgs(
+                    calibrate_dir, layer, modules[variant.method.name], variant.clustering.model_dump(mode="json"),
+                    run.config.calibration.seed,
                 )  # fmt: skip
-                yield run.unit(
-                    run.part(self.name, variant.name), f"layer-{layer:04d}", CLUSTER.on(args), f"{label}layer {layer}"
-                )
+                part = run.part(self.name, variant.name)
+                yield run.unit(part, f"layer-{layer:04d}", DENDROGRAM.on(drawn), f"{label}layer {layer}")
+        for target in run.targets:
+            clustering, export = target.variant.clustering, target.variant.export
+            for layer, count in target.counts(run.survey.moe_layers).items():
+                planned = PlanArgs(
+                    calibrate_dir, layer, count, modules[target.variant.method.name], clustering.model_dump(mode="json"),
+                    target.variant.merging, export.router if target.format == "stock" else None,
+                )  # fmt: skip
+                part = run.part(self.name, target.part)
+                yield run.unit(part, f"layer-{layer:04d}", PLAN.on(planned), f"{target.part}, layer {layer}")
 
     def plan(self, run: Run) -> StagePlan:
-        """A unit for each layer."""
-        return StagePlan(f"{len(run.variants) * len(run.survey.moe_layers)} layers", "CPU")
+        """A unit for each layer of each part."""
+        return StagePlan(f"{len(run.parts(self.name)) * len(run.survey.moe_layers)} layers", "CPU")
+
+
+def _settings(variant: Variant) -> dict[str, JsonValue]:
+    """What a dendrogram depends on."""
+    return variant.clustering.model_dump(mode="json", exclude={"num_experts"})
 
 
 SPEC = Cluster()

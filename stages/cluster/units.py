@@ -1,28 +1,46 @@
-"""Unit of cluster: one layer."""
+"""Units of cluster: the dendrogram of one layer, and the plan of one layer of a target."""
 
 import numpy as np
 
 from stages.cluster.certainty import relative_standard_errors, stability
-from stages.cluster.linkage import FEATURES, all_cuts, link
-from stages.cluster.spec import ClusterArgs, ClusterFacts
+from stages.cluster.linkage import all_cuts
+from stages.cluster.registry import method_at
+from stages.cluster.spec import DendrogramArgs, DendrogramFacts, PlanArgs, PlanFacts
 from stages.contracts.certainty import write_errors, write_stability
 from stages.contracts.dendrogram import write_dendrogram, write_labels
 from stages.contracts.evidence import read_evidence
-from stages.contracts.paths import dendrogram_file, errors_file, labels_file, stability_file
+from stages.contracts.layer_plan import write_plan
+from stages.contracts.method import PlanSettings
+from stages.contracts.paths import dendrogram_file, errors_file, labels_file, plan_file, stability_file
 from stages.contracts.units import Job, UnitResult
 
 
-def cluster_unit(job: Job[ClusterArgs]) -> UnitResult[ClusterFacts]:
+def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
     """Write the dendrogram and all its cuts of one layer; under sampling also how certain they are."""
-    args, layer = job.args, job.args.layer
-    evidence = read_evidence(job.run_dir / args.calibrate_dir, layer)
-    linkage_Z = link(FEATURES[args.feature](evidence), args.distance, args.linkage, f"layer {layer}")
+    args, layer, method = job.args, job.args.layer, method_at(job.args.method)
+    settings, linkage = method.settings.model_validate(args.clustering), method.linkage
+    assert linkage is not None, method.name
+    evidence = read_evidence(job.run_dir / args.calibrate_dir, layer, method.requires)
+    linkage_Z = linkage(evidence, settings)
     files = [
         write_dendrogram(dendrogram_file(job.part_dir, layer), linkage_Z),
         write_labels(labels_file(job.part_dir, layer), all_cuts(linkage_Z)),
     ]
     if evidence.groups is not None:
         files.append(write_errors(errors_file(job.part_dir, layer), relative_standard_errors(evidence.groups)))
-        equal_share_K, index_K = stability(evidence, linkage_Z, args.feature, args.distance, args.linkage, args.seed)
+        equal_share_K, index_K = stability(evidence, linkage_Z, lambda half: linkage(half, settings), args.seed)
         files.append(write_stability(stability_file(job.part_dir, layer), equal_share_K, index_K))
-    return UnitResult(ClusterFacts(float(np.max(linkage_Z[-1:, 2], initial=0.0))), files)
+    return UnitResult(DendrogramFacts(float(np.max(linkage_Z[-1:, 2], initial=0.0))), files)
+
+
+def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
+    """Write the plan of one layer of a target."""
+    args, method = job.args, method_at(job.args.method)
+    evidence = read_evidence(job.run_dir / args.calibrate_dir, args.layer, method.requires)
+    settings = PlanSettings(method.settings.model_validate(args.clustering), args.merging, args.router)
+    plan = method.plan(evidence, args.num_slots, settings)
+    if len(plan.slots) != args.num_slots:
+        raise ValueError(
+            f"layer {args.layer}: method {method.name} planned {len(plan.slots)} slots instead of {args.num_slots}"
+        )
+    return UnitResult(PlanFacts(args.layer, plan.unweighted_slots), [write_plan(plan_file(job.part_dir, args.layer), plan)])

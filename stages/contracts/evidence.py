@@ -1,7 +1,7 @@
 """Evidence: what calibration tells of one MoE layer. Sums over the calibration tokens, by expert.
 
 Three kinds of files: `statistics` (always), `groups` (output sums by group of sequences; only under sampling), and one for each
-further collector, named after it.
+further column that a method requires, named after it.
 
 Dimensions: T tokens, D hidden size, E experts, G groups of sequences.
 """
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from stages.contracts.arrow import Array, list_column, read_lists, read_table, write_table
 from stages.contracts.errors import InputError
-from stages.contracts.paths import evidence_file, groups_file, statistics_file
+from stages.contracts.paths import column_file, groups_file, statistics_file
 from stages.io.files import WrittenFile
 
 
@@ -131,22 +131,21 @@ def write_statistics(path: Path, evidence: LayerEvidence, columns: Sequence[Colu
     return write_table(path, values, pa.schema(fields, metadata=metadata))
 
 
-def write_collected(path: Path, evidence: LayerEvidence, collector: str, columns: Sequence[Column]) -> WrittenFile:
-    """Write the columns of a collector that only some methods need."""
+def write_column(path: Path, evidence: LayerEvidence, column: Column) -> WrittenFile:
+    """Write a column that only some methods require."""
     filled = {name: values for name, values in _filled(evidence).items() if name in ("layer", "expert", "num_tokens")}
-    fields = [pa.field(name, pa.from_numpy_dtype(values.dtype), False) for name, values in filled.items()]
-    fields += [pa.field(column.name, _type(column, evidence[column.name]), False) for column in columns]
-    shapes = {column.name: list(evidence[column.name].shape[1:]) for column in columns}
+    values = evidence[column.name]
+    fields = [pa.field(name, pa.from_numpy_dtype(keys.dtype), False) for name, keys in filled.items()]
     metadata = {
-        "table": f"evidence of collector {collector} on one MoE layer, one expert a row",
+        "table": "a column of evidence on one MoE layer, one expert a row",
         "layer": str(evidence.layer),
         "num_experts": str(evidence.num_experts),
-        "shapes": json.dumps(shapes),
+        "shape": json.dumps(values.shape[1:]),
         **_COMMON,
-        **{column.name: column.described(evidence.groups is not None) for column in columns},
+        column.name: column.described(evidence.groups is not None),
     }
-    values = {**filled, **{column.name: _arrow(column, evidence[column.name]) for column in columns}}
-    return write_table(path, values, pa.schema(fields, metadata=metadata))
+    schema = pa.schema([*fields, pa.field(column.name, _type(column, values), False)], metadata=metadata)
+    return write_table(path, {**filled, column.name: _arrow(column, values)}, schema)
 
 
 def write_groups(path: Path, groups: OutputGroups) -> WrittenFile:
@@ -198,8 +197,8 @@ def _columns(table: pa.Table, path: Path) -> dict[str, Array]:
     return found
 
 
-def read_evidence(calibrate_dir: Path, layer: int, collectors: Iterable[str] = ()) -> LayerEvidence:
-    """Read what calibrate has written of one layer. collectors: names of those that this run has gathered beyond the default.
+def read_evidence(calibrate_dir: Path, layer: int, required: Iterable[str] = ()) -> LayerEvidence:
+    """Read what calibrate has written of one layer. required: columns that this run has gathered beyond those of every run.
 
     Output sums by group are there if num_output_tokens is a column of the statistics, which says that tokens were sampled.
     """
@@ -207,12 +206,11 @@ def read_evidence(calibrate_dir: Path, layer: int, collectors: Iterable[str] = (
     table = read_table(path)
     is_sampled = "num_output_tokens" in table.column_names
     columns = _columns(table, path)
-    for collector in collectors:
-        further_path = evidence_file(calibrate_dir, layer, collector)
+    for name in sorted(set(required) - set(columns)):
+        further_path = column_file(calibrate_dir, layer, name)
         further = read_table(further_path)
-        shapes = json.loads(further.schema.metadata[b"shapes"])
-        for name, values in _columns(further, further_path).items():
-            columns[name] = values.reshape(len(values), *shapes[name])
+        values = _columns(further, further_path)[name]
+        columns[name] = values.reshape(len(values), *json.loads(further.schema.metadata[b"shape"]))
     num_tokens = table["num_tokens"][0].as_py()
     return LayerEvidence(
         layer=table["layer"][0].as_py(),

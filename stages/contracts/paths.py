@@ -30,14 +30,19 @@ def statistics_file(part_dir: Path, layer: int) -> Path:
     return part_dir / f"layer-{layer:04d}.statistics.arrow"
 
 
-def evidence_file(part_dir: Path, layer: int, collector: str) -> Path:
-    """Evidence of one layer from a collector that is not part of the statistics."""
-    return part_dir / f"layer-{layer:04d}.{collector}.arrow"
+def column_file(part_dir: Path, layer: int, column: str) -> Path:
+    """A column of one layer's evidence that only some methods require, and that is no part of the statistics."""
+    return part_dir / f"layer-{layer:04d}.{column}.arrow"
 
 
 def plan_file(part_dir: Path, layer: int) -> Path:
     """What becomes of one layer's experts."""
     return part_dir / f"layer-{layer:04d}.plan.arrow"
+
+
+def replaced_file(part_dir: Path, layer: int) -> Path:
+    """Solved values of parameters that a layer plan replaces."""
+    return part_dir / f"layer-{layer:04d}.replaced.safetensors"
 
 
 def groups_file(part_dir: Path, layer: int) -> Path:

@@ -117,19 +117,19 @@ Target = Count | Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
 class Clustering(Section):
-    """How experts are grouped."""
+    """Which experts become one, or which are kept. The settings of a method are a class of their own, derived from this."""
 
     num_experts: Annotated[tuple[Target, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     """One target an element: experts that each layer keeps, or a list with a number for each MoE layer (tied only)."""
-    feature: Literal["expert_output"] = "expert_output"
-    distance: Literal["euclidean"] = "euclidean"
-    linkage: Literal["average", "single", "complete", "ward"] = "average"
+    method: str = "hierarchical"
+    """Name of the method."""
 
 
 class Merging(Section):
     """How a cluster becomes one expert."""
 
     method: Literal["frequency", "average"] = "frequency"
+    """Weights of the members: how often each is used, or equal."""
 
 
 class Export(Section):

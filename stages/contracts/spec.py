@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.keys import Identity, Part
+from stages.contracts.method import Methods
 from stages.contracts.settings import RunConfig, Section
 from stages.contracts.survey import Survey
 from stages.contracts.targets import NumExperts, Target, Variant
@@ -20,9 +21,6 @@ from stages.contracts.tensors import TensorRow
 from stages.contracts.units import Call, Facts, Hold, Unit
 
 S = TypeVar("S", bound=Section)
-
-Preset = Mapping[str, Mapping[str, JsonValue]]
-"""Settings by section: clustering, merging, export."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ class StageSpec(ABC):
     after: stages that are finished before this one's units are listed. beside: stages whose units are listed before this one's,
     so that its units may wait for single units of theirs (`Unit.after`) while those stages still run.
     makes_survey: whether `Run.survey` can be read once it is finished.
-    sections: sections of the run file beyond those of `RunConfig` that it reads. presets: named settings for variants.
+    sections: sections of the run file beyond those of `RunConfig` that it reads.
     """
 
     name: ClassVar[str]
@@ -167,7 +165,6 @@ class StageSpec(ABC):
     beside: ClassVar[tuple[str, ...]] = ()
     makes_survey: ClassVar[bool] = False
     sections: ClassVar[Mapping[str, type[Section]]] = {}
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     @abstractmethod
     def parts(self, run: Run) -> Iterable[Part]:
@@ -180,6 +177,10 @@ class StageSpec(ABC):
     @abstractmethod
     def plan(self, run: Run) -> StagePlan:
         """Rows for `plan`; the survey can be read."""
+
+    def methods(self) -> Methods:
+        """Methods that a variant may choose, by name."""
+        return {}
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
         """Raise InputError for what cannot be, as far as run file and config.json tell. The first check of all."""

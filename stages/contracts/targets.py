@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from stages.contracts.keys import key_of
+from stages.contracts.method import Method
 from stages.contracts.settings import Clustering, Export, Merging
 
 NumExperts = int | tuple[int, ...]
@@ -12,14 +14,13 @@ NumExperts = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way from evidence to a checkpoint. name: empty where the run file lists no variants. requires: columns of evidence
-    that its method reads beside the defaults."""
+    """One way from evidence to a checkpoint. name: empty where the run file lists no variants."""
 
     name: str
+    method: Method[Any]
     clustering: Clustering
     merging: Merging
     export: Export
-    requires: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ _SCHEMA = pa.schema(
         pa.field("expert", pa.int32()),
         pa.field("expert_axis", pa.int32()),
         pa.field("template", pa.string()),
+        pa.field("neuron_axis", pa.int32()),
+        pa.field("neuron_order", pa.string(), False),
         pa.field("scheme", pa.string(), False),
     ],
     metadata={
@@ -32,6 +34,9 @@ _SCHEMA = pa.schema(
         "expert": "index of the expert for role expert",
         "expert_axis": "axis of the experts for roles fused_expert and router",
         "template": "for role expert: the name with {} in place of the expert's index",
+        "neuron_axis": "axis of the neurons (intermediate size) in one expert's part; null where no value belongs to a neuron",
+        "neuron_order": "single | halves | interleaved: along that axis a neuron has one value, or two (gate and up), which "
+        "stand all gates first or in turn; empty without a neuron axis",
         "scheme": "fp8 | mxfp4 for a tensor quantised on disk, whose dtype, shape and num_bytes are those of its values",
     },
 )
@@ -52,6 +57,8 @@ class TensorRow:
     expert: int | None
     expert_axis: int | None
     template: str | None
+    neuron_axis: int | None
+    neuron_order: str
     scheme: str
 
 

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,14 +75,25 @@ class Stretch:
             raise InputError(f"{e}; it was changed during the run") from e
 
 
+class Readable(Protocol):
+    """Bytes that are read block by block: a `Stretch`, or a choice of neurons."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all."""
+
+    def read(self, offset: int, out: Tensor) -> None:
+        """Fill uint8 memory from byte `offset` on."""
+
+
 @dataclass(frozen=True)
 class PlainMean:
-    """The weighted sum of stretches of one size and dtype, with their shares; one alone is copied byte for byte.
+    """The weighted sum of members of one size and dtype, with their shares; one alone with share 1 is copied byte for byte.
 
     dtype: bytes that torch has no numbers for are copied as uint8. may_be_infinite: see Part.
     """
 
-    members: Sequence[tuple[Stretch, float]]
+    members: Sequence[tuple[Readable, float]]
     dtype: torch.dtype
     place: str
     may_be_infinite: bool = False
@@ -93,7 +105,7 @@ class PlainMean:
             for number, (stretch, share) in enumerate(self.members, 1):
                 block = buffers.take(min(BLOCK_BYTES, num_bytes - offset))
                 stretch.read(offset, block)
-                if num_members == 1:
+                if num_members == 1 and share == 1:
                     yield Part(block.view(self.dtype), None, True, self.dtype, self.place, self.may_be_infinite)
                 else:
                     yield Part(block.view(self.dtype), share, number == num_members, self.dtype, self.place)
@@ -101,7 +113,7 @@ class PlainMean:
 
 @dataclass(frozen=True)
 class ComputedMean:
-    """The weighted sum of tensors that are computed when their turn comes; one alone is written in `dtype`."""
+    """The weighted sum of tensors that are computed when their turn comes; one alone with share 1 is written in `dtype`."""
 
     members: Iterable[tuple[Tensor, float]]
     num_members: int
@@ -111,7 +123,7 @@ class ComputedMean:
     def parts(self, _buffers: Buffers) -> Iterator[Part]:
         """One member at a time, whole."""
         for number, (values, share) in enumerate(self.members, 1):
-            if self.num_members == 1:
+            if self.num_members == 1 and share == 1:
                 written = values.to(self.dtype).contiguous().view(-1)
                 if self.dtype == torch.float16 and not is_finite(written) and is_finite(values):
                     raise InputError(f"{self.place} exceeds {dtype_name(self.dtype)}; set export.dtype to bfloat16")

@@ -1,6 +1,6 @@
-"""Which tensors each output file holds, from shapes alone: labels are not needed to know names, sizes and files.
+"""Which tensors each output file holds, from shapes alone: no layer plan is needed to know names, sizes and files.
 
-An output file keeps what its source file keeps: merged expert c takes the name, and so the file, of source expert c.
+An output file keeps what its source file keeps: slot c takes the name, and so the file, of expert c of the source.
 With r = E the files are the source's own, byte for byte. A file larger than the bound is split.
 """
 
@@ -18,8 +18,8 @@ from stages.contracts.tensors import TensorRow
 class OutputTensor:
     """One tensor of the target.
 
-    rule: "copy" | "expert" (one merged expert) | "fused_expert" | "router" (rows combined) | "expert_map".
-    cluster: for "expert", the merged expert. source: row of the source tensor in `tensors.arrow`.
+    rule: "copy" | "expert" (one slot) | "fused_expert" | "router" (rows combined) | "expert_map".
+    slot: for "expert", the slot that it is of. source: row of the source tensor in `tensors.arrow`.
     """
 
     name: str
@@ -28,7 +28,7 @@ class OutputTensor:
     rule: str
     layer: int | None
     source: TensorRow
-    cluster: int | None = None
+    slot: int | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -64,7 +64,7 @@ def _output_tensors(
         assert row.expert is not None, name
         if row.expert >= num_merged[layer]:
             return []
-        return [OutputTensor(name, dtype, shape, "expert", layer, row, cluster=row.expert)]
+        return [OutputTensor(name, dtype, shape, "expert", layer, row, slot=row.expert)]
     axis = row.expert_axis
     assert axis is not None, name
     shorter = (*shape[:axis], num_merged[layer], *shape[axis + 1 :])

@@ -20,19 +20,16 @@ from stages.model.families import stock_targets, top_k_in
 class MergeArgs:
     """One output file of a target.
 
-    model: source folder. survey_dir, calibrate_dir, cluster_dir: relative to the run directory. num_merged: experts that each
-    MoE layer keeps. value_dtype: of values that were quantised. max_file_bytes: a larger file is split. file: its position.
+    model: source folder. survey_dir, plan_dir: relative to the run directory. num_merged: experts that each MoE layer keeps.
+    value_dtype: of values that were quantised. max_file_bytes: a larger file is split. file: its position.
     """
 
     model: str
     survey_dir: str
-    calibrate_dir: str
-    cluster_dir: str
+    plan_dir: str
     num_experts: int
     num_merged: Mapping[int, int]
     format: str
-    method: str
-    router: str
     value_dtype: str
     max_file_bytes: int
     num_threads: int
@@ -41,10 +38,9 @@ class MergeArgs:
 
 @dataclass(frozen=True)
 class MergeFacts:
-    """num_tensors: of the file. unweighted_clusters: by layer, merged experts whose members no token was sent to."""
+    """num_tensors: of the file."""
 
     num_tensors: int
-    unweighted_clusters: Mapping[int, tuple[int, ...]]
 
 
 MERGE = UnitCall("stages.merge.units:merge_unit", MergeArgs, MergeFacts)
@@ -56,7 +52,7 @@ class Merge(StageSpec):
     name = "merge"
     version = 2
     libraries = ("numpy", "torch")
-    after = ("prepare", "calibrate", "cluster")
+    after = ("prepare", "cluster")
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
         """Raise InputError for a stock target with fewer experts than the router picks, or one that does not divide into the
@@ -92,17 +88,8 @@ class Merge(StageSpec):
         """One for each target."""
         for target in run.targets:
             export = target.variant.export
-            counts = target.num_experts
-            settings: dict[str, JsonValue] = {
-                "num_experts": counts if isinstance(counts, int) else list(counts),
-                "format": target.format,
-                "method": target.variant.merging.method,
-                "max_file_bytes": export.max_file_bytes,
-                "dtype": export.dtype,
-            }
-            if target.format == "stock":
-                settings["router"] = export.router
-            upstream = {"cluster": run.part("cluster", target.variant.name), "calibrate": run.part("calibrate")}
+            settings: dict[str, JsonValue] = {"max_file_bytes": export.max_file_bytes, "dtype": export.dtype}
+            upstream = {"model": run.part("prepare", "model"), "plans": run.part("cluster", target.part)}
             yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
@@ -113,13 +100,10 @@ class Merge(StageSpec):
                 args = MergeArgs(
                     model=str(run.model),
                     survey_dir=run.part("prepare", "model").dir,
-                    calibrate_dir=run.part("calibrate").dir,
-                    cluster_dir=run.part("cluster", target.variant.name).dir,
+                    plan_dir=run.part("cluster", target.part).dir,
                     num_experts=run.survey.num_experts,
                     num_merged=target.counts(run.survey.moe_layers),
                     format=target.format,
-                    method=target.variant.merging.method,
-                    router=export.router,
                     value_dtype=export.dtype,
                     max_file_bytes=export.max_file_bytes,
                     num_threads=run.config.resources.num_cpus,

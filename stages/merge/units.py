@@ -1,25 +1,24 @@
 """Unit of merge: one output file."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from stages.checkpoint.folder import Checkpoint
-from stages.checkpoint.headers import TensorEntry, write_header
+from stages.checkpoint.headers import TensorEntry, read_header, write_header
 from stages.checkpoint.reader import TORCH_DTYPES, TensorReader
-from stages.contracts.arrow import Array
-from stages.contracts.dendrogram import read_labels
-from stages.contracts.evidence import LayerEvidence, read_evidence
-from stages.contracts.paths import CHECKPOINT_DIR, TENSORS_FILE, labels_file
+from stages.contracts.layer_plan import DROPPED, LayerPlan, Slot, read_plan
+from stages.contracts.paths import CHECKPOINT_DIR, TENSORS_FILE, plan_file, replaced_file
 from stages.contracts.tensors import TensorRow, read_tensors
 from stages.contracts.units import Job, UnitResult
-from stages.io.files import DigestingFile, write_file
+from stages.io.files import DigestingFile, read_into, write_file
 from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch, write_means
 from stages.merge.layout import OutputFile, OutputTensor, output_files
-from stages.merge.shares import METHODS, ROUTERS, Shares, shares_by_cluster
+from stages.merge.slots import ExpertTensors
 from stages.merge.spec import MergeArgs, MergeFacts
 from stages.merge.weights import merge_rows
 
@@ -31,104 +30,102 @@ _COPIED_DTYPES = {
 
 
 @dataclass(frozen=True)
-class LayerMerge:
-    """What a layer's tensors are merged by; read when the first of them is reached."""
+class PlannedLayer:
+    """A layer's plan and what it replaces; read when the first of the layer's tensors is reached."""
 
-    calibrate_dir: Path
-    cluster_dir: Path
+    plan_dir: Path
     layer: int
-    num_merged: int
-    method: str
-    router: str
 
     @cached_property
-    def _evidence(self) -> LayerEvidence:
-        return read_evidence(self.calibrate_dir, self.layer)
+    def plan(self) -> LayerPlan:
+        """What becomes of the layer's experts."""
+        return read_plan(plan_file(self.plan_dir, self.layer))
 
     @cached_property
-    def labels_E(self) -> Array:
-        """Cluster of every source expert."""
-        return read_labels(labels_file(self.cluster_dir, self.layer), self.num_merged)
+    def _replaced(self) -> dict[str, TensorEntry]:
+        """Where solved values lie, by parameter."""
+        path = replaced_file(self.plan_dir, self.layer)
+        return {entry.name: entry for entry in read_header(path).entries}
 
-    @cached_property
-    def experts(self) -> list[Shares]:
-        """Members and shares of every merged expert."""
-        return shares_by_cluster(METHODS[self.method](self._evidence), self.labels_E)[0]
-
-    @cached_property
-    def unweighted(self) -> list[int]:
-        """Merged experts whose members were never routed to."""
-        return shares_by_cluster(METHODS[self.method](self._evidence), self.labels_E)[1]
-
-    @cached_property
-    def rows(self) -> list[Shares]:
-        """Members and shares of every combined router row."""
-        return ROUTERS[self.router](self._evidence, self.labels_E)
+    def replaced(self, parameter: str, slot: int | None, shape: tuple[int, ...]) -> Tensor:
+        """Solved values of a parameter: of one slot, or of all. Raises ValueError where they do not have the shape."""
+        path, entry = replaced_file(self.plan_dir, self.layer), self._replaced[parameter]
+        found = entry.shape if slot is None else entry.shape[1:]
+        if found != shape:
+            raise ValueError(f"{path}: {parameter} has shape {list(found)} where {list(shape)} is needed")
+        num_bytes = entry.num_bytes if slot is None else entry.num_bytes // entry.shape[0]
+        values = torch.empty(num_bytes, dtype=torch.uint8)
+        read_into(path, entry.begin + (slot or 0) * num_bytes, values.numpy().data)
+        return values.view(TORCH_DTYPES[entry.dtype]).view(shape)
 
 
-def _stretch(entry: TensorEntry, source: TensorReader, expert: int | None = None) -> Stretch:
-    """Where a tensor of plain numbers lies, or one expert's slice of it along axis 0."""
-    path = source.checkpoint.folder / entry.file
-    if expert is None:
-        return Stretch(path, entry.begin, entry.num_bytes)
-    num_bytes = entry.num_bytes // entry.shape[0]
-    return Stretch(path, entry.begin + expert * num_bytes, num_bytes)
-
-
-def _mean(
-    members: list[tuple[str, float]], dtype: torch.dtype, source: TensorReader, place: str, may_be_infinite: bool = False
-) -> Mean:
-    """The weighted sum of tensors, by name."""
-    entries = [source.checkpoint.tensors[name] for name, _ in members]
-    if entries[0].packing is None:
-        stretches = [(_stretch(entry, source), share) for entry, (_, share) in zip(entries, members, strict=True)]
-        return PlainMean(stretches, dtype, place, may_be_infinite)
-    return ComputedMean(((source.read(name), share) for name, share in members), len(members), dtype, place)
-
-
-def _fused_means(name: str, clusters: list[Shares], dtype: torch.dtype, source: TensorReader, place: str) -> Iterator[Mean]:
-    """The weighted sum of each cluster's experts in a fused tensor, whose first axis is theirs."""
+def _copied(name: str, dtype: torch.dtype, source: TensorReader, place: str, may_be_infinite: bool) -> Mean:
+    """A tensor as it is; a quantised one as its values."""
     entry = source.checkpoint.tensors[name]
-    for cluster in clusters:
-        if entry.packing is None:
-            yield PlainMean([(_stretch(entry, source, expert), share) for expert, share in cluster], dtype, place)
-        else:
-            experts = ((source.slices(name)[expert : expert + 1], share) for expert, share in cluster)
-            yield ComputedMean(experts, len(cluster), dtype, place)
+    if entry.packing is not None:
+        return ComputedMean(((source.read(one), 1.0) for one in (name,)), 1, dtype, place)
+    stretch = Stretch(source.checkpoint.folder / entry.file, entry.begin, entry.num_bytes)
+    return PlainMean([(stretch, 1.0)], dtype, place, may_be_infinite)
 
 
-def _sources(tensor: OutputTensor, layers: Mapping[int, LayerMerge]) -> list[str]:
-    """Names of the source's tensors that go into an output tensor; each of their bytes is read once."""
-    if tensor.rule == "expert_map":
-        return []
-    if tensor.rule != "expert":
-        return [tensor.source.name]
-    assert tensor.layer is not None and tensor.cluster is not None and tensor.source.template is not None
-    return [tensor.source.template.format(member) for member, _ in layers[tensor.layer].experts[tensor.cluster]]
+def _slots(tensor: OutputTensor, plan: LayerPlan) -> Sequence[Slot]:
+    """Slots that have a part in an output tensor."""
+    return plan.slots if tensor.slot is None else plan.slots[tensor.slot : tensor.slot + 1]
 
 
-def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, LayerMerge]) -> Iterator[Mean]:
+def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, PlannedLayer]) -> Iterator[Mean]:
     """The bytes of an output tensor, one mean after another."""
     row = tensor.source
     dtype, place = (TORCH_DTYPES | _COPIED_DTYPES).get(tensor.dtype, torch.uint8), source.place(row.name)
     if tensor.rule == "copy":
-        yield _mean([(row.name, 1.0)], dtype, source, place, may_be_infinite=not row.parameter)
+        yield _copied(row.name, dtype, source, place, may_be_infinite=not row.parameter)
         return
     assert tensor.layer is not None
-    layer = layers[tensor.layer]
+    layer, plan = layers[tensor.layer], layers[tensor.layer].plan
     if tensor.rule == "expert_map":
-        yield ComputedMean([(torch.from_numpy(layer.labels_E.astype("int64")), 1.0)], 1, dtype, place)
-    elif tensor.rule == "expert":
-        assert tensor.cluster is not None
-        shares = [share for _, share in layer.experts[tensor.cluster]]
-        yield _mean(list(zip(_sources(tensor, layers), shares, strict=True)), dtype, source, place)
-    elif tensor.rule == "fused_expert" and row.expert_axis == 0:
-        yield from _fused_means(row.name, layer.experts, dtype, source, place)
+        if DROPPED in plan.slot_E:
+            raise ValueError(f"{place}: the layer plan drops experts, which no tied export can express")
+        yield ComputedMean([(torch.from_numpy(plan.slot_E.astype("int64")), 1.0)], 1, dtype, place)
+    elif row.parameter in plan.replaced:
+        solved = (layer.replaced(one, tensor.slot, tensor.shape).to(dtype) for one in (row.parameter,))
+        yield ComputedMean(((values, 1.0) for values in solved), 1, dtype, place)
+    elif tensor.rule != "router" and row.expert_axis in (None, 0):
+        experts = ExpertTensors(row, source, dtype, place)
+        for slot in _slots(tensor, plan):
+            yield from experts.means(slot)
     else:
         assert row.expert_axis is not None
-        clusters = layer.rows if tensor.rule == "router" else layer.experts
-        merged = merge_rows(source.read(row.name).to(dtype), row.expert_axis, clusters, place)
-        yield ComputedMean([(merged, 1.0)], 1, dtype, place)
+        rows = merge_rows(source.read(row.name).to(dtype), row.expert_axis, _combinations(tensor, plan, place), place)
+        yield ComputedMean([(rows, 1.0)], 1, dtype, place)
+
+
+def _combinations(tensor: OutputTensor, plan: LayerPlan, place: str) -> Iterator[Sequence[tuple[int, float]]]:
+    """What each slot's row of a router, or its slice of a tensor whose experts do not lie together, is added up from."""
+    for slot in plan.slots:
+        if tensor.rule == "router":
+            assert slot.row is not None, place
+            yield slot.row.parts
+        elif slot.is_joined or any(member.neurons is not None for member in slot.members):
+            raise ValueError(f"{place}: the layer plan chooses neurons, but the experts are not along its first axis")
+        else:
+            yield [(member.expert, member.weight) for member in slot.members]
+
+
+def _bytes_read(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, PlannedLayer]) -> int:
+    """Bytes of the source that go into an output tensor; each is read once."""
+    row, tensors = tensor.source, source.checkpoint.tensors
+    if tensor.rule == "expert_map":
+        return 0
+    if tensor.rule in ("copy", "router"):
+        return tensors[row.name].stored_bytes
+    assert tensor.layer is not None
+    plan = layers[tensor.layer].plan
+    if row.parameter in plan.replaced:
+        return 0
+    members = [member.expert for slot in _slots(tensor, plan) for member in slot.members]
+    if row.template is not None:
+        return sum(tensors[row.template.format(expert)].stored_bytes for expert in members)
+    return tensors[row.name].stored_bytes * len(set(members)) // plan.num_experts
 
 
 @lru_cache(maxsize=1)
@@ -167,12 +164,7 @@ def merge_unit(job: Job[MergeArgs]) -> UnitResult[MergeFacts]:
         args.max_file_bytes, args.value_dtype,
     )  # fmt: skip
     file = files[args.file]
-    layers = {
-        layer: LayerMerge(
-            job.run_dir / args.calibrate_dir, job.run_dir / args.cluster_dir, layer, count, args.method, args.router
-        )
-        for layer, count in args.num_merged.items()
-    }
+    layers = {layer: PlannedLayer(job.run_dir / args.plan_dir, layer) for layer in args.num_merged}
     metadata = checkpoint.headers[file.source_file].metadata
     with TensorReader(checkpoint) as source:
 
@@ -181,7 +173,5 @@ def merge_unit(job: Job[MergeArgs]) -> UnitResult[MergeFacts]:
             write_means(out, (mean for tensor in file.tensors for mean in _means(tensor, source, layers)))
 
         written = write_file(job.part_dir / CHECKPOINT_DIR / file.name, write)
-    touched = sorted({t.layer for t in file.tensors if t.layer is not None and t.rule in ("expert", "fused_expert")})
-    unweighted = {layer: tuple(layers[layer].unweighted) for layer in touched if layers[layer].unweighted}
-    num_read = sum(checkpoint.tensors[name].stored_bytes for tensor in file.tensors for name in _sources(tensor, layers))
-    return UnitResult(MergeFacts(len(file.tensors), unweighted), (written,), bytes_read=num_read)
+        num_read = sum(_bytes_read(tensor, source, layers) for tensor in file.tensors)
+    return UnitResult(MergeFacts(len(file.tensors)), (written,), bytes_read=num_read)

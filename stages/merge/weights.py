@@ -1,13 +1,12 @@
 """Weighted sums of tensors as they lie on disk: float32 accumulation, one rounding, one member in memory at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from stages.checkpoint.finite import is_finite
 from stages.contracts.errors import InputError
-from stages.merge.shares import Shares
 
 _PIECE = 1 << 18
 """Elements that are converted at a time: their float32 values stay in a core's cache. Measured on 4 MiB blocks of bfloat16:
@@ -59,13 +58,15 @@ def weighted_sum(members: Iterable[tuple[Tensor, float]], dtype: torch.dtype, pl
     return out
 
 
-def merge_rows(tensor: Tensor, axis: int, shares: list[Shares], place: str) -> Tensor:
-    """Combine a tensor along its expert axis: cluster c's slice is the weighted sum of its members' (one member: a copy)."""
+def merge_rows(tensor: Tensor, axis: int, combinations: Iterable[Sequence[tuple[int, float]]], place: str) -> Tensor:
+    """Combine slices of a tensor along an axis: each new one is the weighted sum of some (one alone with weight 1: a copy)."""
     rows = tensor.movedim(axis, 0)
-    merged = [
-        rows[cluster[0][0]]
-        if len(cluster) == 1
-        else weighted_sum(((rows[member], share) for member, share in cluster), tensor.dtype, place)
-        for cluster in shares
-    ]
+    merged = [combined([(rows[index], weight) for index, weight in parts], tensor.dtype, place) for parts in combinations]
     return torch.stack(merged).movedim(0, axis)
+
+
+def combined(members: Sequence[tuple[Tensor, float]], dtype: torch.dtype, place: str) -> Tensor:
+    """The weighted sum of tensors, rounded once; one alone with weight 1 as it is."""
+    if len(members) == 1 and members[0][1] == 1:
+        return members[0][0].to(dtype)
+    return weighted_sum(members, dtype, place)

@@ -48,6 +48,20 @@ def gates_by_halves(experts: Any) -> bool:
     return is_llama4(experts) or getattr(type(experts), "_apply_gate", None) is _default_apply_gate
 
 
+def gate_order(experts: Any) -> str:
+    """How a module with a gate keeps what it multiplies: "halves" where all gates come first, "interleaved" for pairs.
+
+    Found by trial, since modules with an activation of their own do either: which neuron does the second column belong to?
+    """
+    if gates_by_halves(experts):
+        return "halves"
+    columns = torch.full((1, 4), 0.5)
+    other = columns.clone()
+    other[0, 1] = 0.25
+    (changed,) = (experts._apply_gate(columns) != experts._apply_gate(other))[0].nonzero().flatten().tolist()
+    return "interleaved" if changed == 0 else "halves"
+
+
 def can_group(weights: ExpertWeights) -> bool:
     """Whether all experts' products with W_down are to be one call: on a GPU, in the dtype and shapes that its kernel takes.
 

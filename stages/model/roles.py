@@ -2,14 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from stages.checkpoint.headers import TensorEntry
 from stages.contracts.errors import InputError
 from stages.model.adapter import AdaptedModel, Target, expert_axes
+from stages.model.expert_weights import ExpertsLayout, ExpertWeights
 from stages.model.families import MTP_FIELDS, mtp_fields, num_experts_in
+from stages.model.products import gate_order
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class TensorRole:
     "mtp" (of the layers that predict further tokens). What transformers does not load is copied, unless it is of such layers.
     expert, template: for "expert", its index and the name with {} in the index's place.
     expert_axis: for "fused_expert" and "router".
+    neuron_axis: of an expert's neurons in one expert's part, where its values belong to neurons. neuron_order: "single" value
+    of a neuron along it, or two, of gate and up: all gates first ("halves"), or in turn ("interleaved").
     """
 
     entry: TensorEntry
@@ -31,6 +35,8 @@ class TensorRole:
     expert: int | None = None
     expert_axis: int | None = None
     template: str | None = None
+    neuron_axis: int | None = None
+    neuron_order: str = ""
 
 
 def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
@@ -43,7 +49,8 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
     inside_experts = _experts_parameters(adapted)
     per_expert = _per_expert_names(adapted, axes, num_experts)
     blocks = _moe_blocks(adapted)
-    roles = []
+    neuron_axes = _neuron_axes(adapted)
+    roles: list[TensorRole] = []
     for name, entry in adapted.checkpoint.tensors.items():
         target = adapted.targets[name]
         parameter = target.parameter
@@ -52,7 +59,8 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
             roles.append(TensorRole(entry, "", None, "mtp" if _is_mtp(adapted, entry, target, blocks) else "copy"))
         elif name in per_expert:
             expert, template = per_expert[name]
-            roles.append(TensorRole(entry, parameter, layer, "expert", expert=expert, template=template))
+            role = TensorRole(entry, parameter, layer, "expert", expert=expert, template=template)
+            roles.append(_with_neurons(role, entry.shape, neuron_axes, adapted))
         elif parameter in axes:
             axis = axes[parameter]
             if len(entry.shape) <= axis or entry.shape[axis] != num_experts:
@@ -60,11 +68,63 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
                     f"{adapted.checkpoint.folder / entry.file}: tensor {name} has shape {list(entry.shape)}; "
                     f"axis {axis} must have {num_experts} experts"
                 )
-            role = "fused_expert" if parameter in inside_experts else "router"
-            roles.append(TensorRole(entry, parameter, layer, role, expert_axis=axis))
+            if parameter in inside_experts:
+                role = TensorRole(entry, parameter, layer, "fused_expert", expert_axis=axis)
+                shape = (*entry.shape[:axis], *entry.shape[axis + 1 :])
+                roles.append(_with_neurons(role, shape, neuron_axes, adapted))
+            else:
+                roles.append(TensorRole(entry, parameter, layer, "router", expert_axis=axis))
         else:
             roles.append(TensorRole(entry, parameter, layer, "copy"))
     return roles
+
+
+@dataclass(frozen=True)
+class _Neurons:
+    """Neurons in one expert's part of a parameter: their axis, how many, and how gate and up lie where it has both."""
+
+    axis: int
+    number: int
+    order: str
+
+
+def _neuron_axes(adapted: AdaptedModel) -> dict[str, _Neurons]:
+    """Neurons in every parameter of an experts module whose values belong to neurons: all but the bias of W_down."""
+    found: dict[str, _Neurons] = {}
+    for index, experts in adapted.experts_modules().items():
+        layout, size = ExpertsLayout.of(experts), ExpertWeights(experts).intermediate
+        order = gate_order(experts) if layout.has_gate else "single"
+        axes = {
+            layout.first: (1 if layout.is_transposed else 0, order),
+            "down_proj": (0 if layout.is_transposed else 1, "single"),
+        }
+        if layout.has_bias:
+            axes[f"{layout.first}_bias"] = (0, order)
+        for name in _names_under(adapted.model, experts, f"{adapted.layers_prefix}{index}."):
+            if (parameter := name.rsplit(".", 1)[-1]) in axes:
+                axis, order_of = axes[parameter]
+                found[name] = _Neurons(axis, size, order_of)
+    return found
+
+
+def _with_neurons(
+    role: TensorRole, shape: tuple[int, ...], neuron_axes: Mapping[str, _Neurons], adapted: AdaptedModel
+) -> TensorRole:
+    """A role with the axis of its neurons. shape: of one expert's part on disk, gate and up together or each for itself.
+
+    Raises InputError where the axis has another size, so that transformers turns the tensor when it loads it.
+    """
+    neurons = neuron_axes.get(role.parameter)
+    if neurons is None:
+        return role
+    sizes = {neurons.number: "single", 2 * neurons.number: neurons.order}
+    order = sizes.get(shape[neurons.axis], "") if neurons.axis < len(shape) else ""
+    if not order:
+        raise InputError(
+            f"{adapted.checkpoint.folder / role.entry.file}: tensor {role.entry.name} has shape {list(role.entry.shape)}; axis "
+            f"{neurons.axis} of an expert's part must have its {neurons.number} neurons, once or twice"
+        )
+    return replace(role, neuron_axis=neurons.axis, neuron_order=order)
 
 
 def _is_mtp(adapted: AdaptedModel, entry: TensorEntry, target: Target, blocks: tuple[str, ...]) -> bool:

@@ -109,6 +109,8 @@ def survey_checkpoint(model: str) -> tuple[Survey, list[TensorRow]]:
             expert=role.expert,
             expert_axis=role.expert_axis,
             template=role.template,
+            neuron_axis=role.neuron_axis,
+            neuron_order=role.neuron_order,
             scheme=role.entry.packing.scheme if role.entry.packing else "",
         )
         for role in roles

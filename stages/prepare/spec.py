@@ -71,7 +71,7 @@ class Prepare(StageSpec):
     """Survey and token shards."""
 
     name = "prepare"
-    version = 3
+    version = 4
     libraries = ("numpy", "tokenizers", "transformers")
     makes_survey = True
 

@@ -17,8 +17,9 @@ class ReportedTarget:
     """A finished checkpoint.
 
     name: of its folder. target: its variant and number of experts. variant: empty where the run file lists none. path:
-    relative to the run directory. assembled: facts of its folder. evaluate_dir: of its scores, or None. cluster_dir: of what
-    is known of its clustering. unweighted_clusters: by layer, merged experts whose members no token was sent to.
+    relative to the run directory. assembled: facts of its folder. evaluate_dir: of its scores, or None. dendrogram_dir: of
+    what is known of its clustering, or None where its method has no dendrogram. unweighted_clusters: by layer, merged experts
+    whose members no token was sent to.
     """
 
     name: str
@@ -30,7 +31,7 @@ class ReportedTarget:
     path: str
     assembled: Facts
     evaluate_dir: str | None
-    cluster_dir: str
+    dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
 
 
@@ -61,7 +62,6 @@ class ReportFacts:
     num_models: int
 
 
-_CLUSTERS_BY_LAYER = TypeAdapter(dict[int, tuple[int, ...]])
 _LAYER_AND_INDICES = TypeAdapter(tuple[int, tuple[int, ...]])
 
 REPORT = UnitCall("stages.report.units:report_unit", ReportArgs, ReportFacts)
@@ -85,7 +85,7 @@ class Report(StageSpec):
             survey_dir=run.part("prepare", "model").dir,
             source_name=run.config.name,
             source_path=str(run.model),
-            source_evaluate_dir=_evaluate_dir(run, "source"),
+            source_evaluate_dir=_dir_of(run, "evaluate", "source"),
             targets=tuple(_reported(run)),
             never_routed=_by_layer(run, "calibrate", run.part("calibrate").dir, "never_routed"),
             is_sampled=run.config.calibration.sampling is not None,
@@ -107,8 +107,8 @@ def _shown_settings(run: Run) -> dict[str, JsonValue]:
     return run.config.model_dump(mode="json", exclude={"resources"})
 
 
-def _evaluate_dir(run: Run, name: str) -> str | None:
-    return next((part.dir for part in run.parts("evaluate") if part.name == name), None)
+def _dir_of(run: Run, stage: str, name: str) -> str | None:
+    return next((part.dir for part in run.parts(stage) if part.name == name), None)
 
 
 def _by_layer(run: Run, stage: str, part_dir: str, fact: str) -> dict[int, tuple[int, ...]]:
@@ -121,17 +121,6 @@ def _by_layer(run: Run, stage: str, part_dir: str, fact: str) -> dict[int, tuple
             if indices:
                 found[layer] = indices
     return found
-
-
-def _unweighted(run: Run, part_dir: str) -> dict[int, tuple[int, ...]]:
-    """By layer, merged experts whose members no token was sent to, from the facts of all files of a target."""
-    found: dict[int, set[int]] = {}
-    for unit in run.units("merge"):
-        sealed = run.sealed(unit) if unit.part_dir == part_dir else None
-        if sealed is not None:
-            for layer, clusters in _CLUSTERS_BY_LAYER.validate_python(sealed.facts["unweighted_clusters"]).items():
-                found.setdefault(layer, set()).update(clusters)
-    return {layer: tuple(sorted(clusters)) for layer, clusters in found.items()}
 
 
 def _reported(run: Run) -> Iterator[ReportedTarget]:
@@ -148,9 +137,9 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             num_merged=target.counts(run.survey.moe_layers),
             path=f"models/{target.name}",
             assembled=sealed.facts,
-            evaluate_dir=_evaluate_dir(run, target.part),
-            cluster_dir=run.part("cluster", target.variant.name).dir,
-            unweighted_clusters=_unweighted(run, run.part("merge", target.part).dir),
+            evaluate_dir=_dir_of(run, "evaluate", target.part),
+            dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
+            unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
         )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from stages.contracts.certainty import read_errors, read_stability
@@ -85,27 +86,24 @@ def _certainty(job: Job[ReportArgs]) -> Values:
     of the data give its labels again, and how alike they are.
 
     A standard error that is not finite is null, and left out of the mean and the largest; those are null where none is finite.
-    Errors are those of the calibration, so they are the same for all variants.
+    Errors are those of the calibration, so they are the same for all variants. Methods without a dendrogram are left out.
     """
-    first, *_ = job.args.targets
+    with_dendrogram = [(target, target.dendrogram_dir) for target in job.args.targets if target.dendrogram_dir is not None]
     errors = {
-        str(layer): [
-            error if math.isfinite(error) else None
-            for error in read_errors(errors_file(job.run_dir / first.cluster_dir, layer))
-        ]
-        for layer in first.num_merged
+        str(layer): [error if math.isfinite(error) else None for error in read_errors(errors_file(job.run_dir / folder, layer))]
+        for target, folder in with_dendrogram[:1]
+        for layer in target.num_merged
     }
     finite = [error for values in errors.values() for error in values if error is not None]
     return {
         "mean_relative_standard_error": sum(finite) / len(finite) if finite else None,
         "largest_relative_standard_error": max(finite, default=None),
         "relative_standard_errors": errors,
-        "stability": {target.target: _stability(job, target) for target in job.args.targets},
+        "stability": {target.target: _stability(job.run_dir / folder, target) for target, folder in with_dendrogram},
     }
 
 
-def _stability(job: Job[ReportArgs], target: ReportedTarget) -> Mapping[str, Any]:
-    folder = job.run_dir / target.cluster_dir
+def _stability(folder: Path, target: ReportedTarget) -> Mapping[str, Any]:
     rows = {str(layer): read_stability(stability_file(folder, layer), count) for layer, count in target.num_merged.items()}
     return {
         "equal_share": sum(row["equal_share"] for row in rows.values()) / len(rows),

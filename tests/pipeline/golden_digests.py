@@ -29,7 +29,7 @@ UPSTREAM = {
     "prepare": (),
     "calibrate": ("prepare",),
     "cluster": ("calibrate",),
-    "merge": ("prepare", "calibrate", "cluster"),
+    "merge": ("prepare", "cluster"),
     "assemble": ("prepare", "merge"),
     "evaluate": ("prepare", "assemble"),
     "report": ("prepare", "assemble", "evaluate"),
@@ -143,7 +143,7 @@ def found_in(folder: Path) -> dict[str, Any]:
     return {
         "prepare": {"plan": {"digest": _digest(plan)}, **{one.full_name: _tables(done.run_dir / one.dir) for one in prepared}},
         "calibrate": _tables(done.calibrate_dir),
-        "cluster": _tables(done.cluster_dir),
+        "cluster": {one.full_name: _tables(done.run_dir / one.dir) for one in done.view.parts("cluster")},
         "merge": {one.name: _weights(done.model(one.part)) for one in targets},
         "assemble": {one.name: _assembled(done.model(one.part)) for one in targets},
         "evaluate": scores,

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import apply_setting, load_config
+from pipeline.config import apply_setting, load_config, read_config
 from stages.contracts.errors import InputError
 from stages.contracts.partition import held_bytes, layer_shards
-from stages.contracts.settings import Resources, RunConfig, TextData
+from stages.contracts.settings import Resources, TextData
 from stages.contracts.survey import Survey
 from tests.conftest import REPOSITORY
 
@@ -19,12 +19,11 @@ def text(**settings: int) -> TextData:
 
 
 def test_defaults_are_the_papers() -> None:
-    config = RunConfig.model_validate(
-        {"model": "m", "run_dir": "r", "calibration": {"data": "x.txt"}, "clustering": {"num_experts": 4}}
-    )
+    config = read_config({"model": "m", "run_dir": "r", "calibration": {"data": "x.txt"}, "clustering": {"num_experts": 4}})
     assert (config.calibration.num_sequences, config.calibration.sequence_length) == (32, 2048)
     assert config.clustering.model_dump() == {
-        "num_experts": (4,), "feature": "expert_output", "distance": "euclidean", "linkage": "average",
+        "num_experts": (4,), "method": "hierarchical", "feature": "expert_output", "distance": "euclidean",
+        "linkage": "average",
     }  # fmt: skip
     assert config.merging.method == "frequency"
     assert config.export.formats == ("tied", "stock")

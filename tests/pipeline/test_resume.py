@@ -51,10 +51,10 @@ def test_a_second_run_executes_nothing_and_changes_nothing(copy: FinishedRun) ->
 @pytest.mark.parametrize(
     ("settings", "ran"),
     [
-        (["clustering.num_experts=[4]"], {"merge", "assemble", "evaluate", "report"}),
+        (["clustering.num_experts=[4]"], {"cluster", "merge", "assemble", "evaluate", "report"}),
         (["clustering.linkage=single"], {"cluster", "merge", "assemble", "evaluate", "report"}),
-        (["merging.method=average"], {"merge", "assemble", "evaluate", "report"}),
-        (["export.router=dominant", "export.formats=[stock]"], {"merge", "assemble", "evaluate", "report"}),
+        (["merging.method=average"], {"cluster", "merge", "assemble", "evaluate", "report"}),
+        (["export.router=dominant", "export.formats=[stock]"], {"cluster", "merge", "assemble", "evaluate", "report"}),
         (["resources.layers_per_shard=1"], set()),
     ],
     ids=lambda value: str(value) if isinstance(value, list) else "",

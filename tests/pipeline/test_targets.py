@@ -105,7 +105,7 @@ def test_tied_keeps_a_different_number_of_experts_in_each_layer(done: FinishedRu
     assert found == counts
     in_memory = logits(merged_in_memory(done, counts), IDS_ST)
     torch.testing.assert_close(logits(model, IDS_ST), in_memory, rtol=1e-5, atol=2e-5)
-    assert other.recorder.stages == {"merge", "assemble", "evaluate", "report"}
+    assert other.recorder.stages == {"cluster", "merge", "assemble", "evaluate", "report"}
 
 
 @pytest.mark.parametrize("part", ["all", "half"])

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pipeline import config as run_files
 from pipeline.commands.run import run
 from pipeline.display.progress import Reporter
 from pipeline.driver.run_state import RunOptions
@@ -46,7 +47,7 @@ def run_config(
         **changes,
     }  # fmt: skip
     settings["export"] = {"formats": formats, "max_file_bytes": "200 kB", **changes.get("export", {})}
-    return RunConfig.model_validate(settings)
+    return run_files.read_config(settings)
 
 
 def run_all(

@@ -18,15 +18,14 @@ from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
 from stages.calibrate.collectors.base import Collector, Sums
 from stages.calibrate.collectors.registry import DEFAULT, FURTHER, collectors, gathering, register
 from stages.calibrate.observations import RoutedView
-from stages.calibrate.partial import PartialSums, read_partial_sums, write_partial_sums
-from stages.calibrate.reduce import add_up, evidence_of
 from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs, ReduceArgs
+from stages.calibrate.sums import PartialSums, add_up, evidence_of, read_partial_sums, write_partial_sums
 from stages.calibrate.units import calibrate_unit, open_shard, reduce_unit
 from stages.calibrate.watcher import Watcher
 from stages.contracts.arrow import read_table
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import Column, LayerEvidence, read_evidence
-from stages.contracts.paths import evidence_file, partial_evidence_file, statistics_file, tokens_file
+from stages.contracts.paths import column_file, partial_evidence_file, statistics_file, tokens_file
 from stages.contracts.stream_units import StreamArgs
 from stages.contracts.tokens import write_tokens
 from stages.contracts.units import HeldJob
@@ -155,21 +154,20 @@ def evidence_dir(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path
         reduced = ReduceArgs(layer, 2, is_sampled=False, collectors=("output_norms",))
         result = reduce_unit(HeldJob(tmp_path, tmp_path / "calibrate", reduced, held))
         assert [file.path.name for file in result.files] == [
-            f"layer-{layer:04d}.statistics.arrow", f"layer-{layer:04d}.output_norms.arrow",
+            f"layer-{layer:04d}.{name}.arrow" for name in ("statistics", "largest_output_norm", "output_norm_sum")
         ]  # fmt: skip
     return tmp_path / "calibrate"
 
 
-def test_a_further_collector_has_a_file_that_says_what_it_means(layer: Layer, evidence_dir: Path) -> None:
-    evidence = read_evidence(evidence_dir, layer.index, ["output_norms"])
+def test_a_further_column_has_a_file_that_says_what_it_means(layer: Layer, evidence_dir: Path) -> None:
+    evidence = read_evidence(evidence_dir, layer.index, ["largest_output_norm", "output_norm_sum", "gate_sum"])
     norms_ET = np.stack([layer.outputs_of(expert).norm(dim=1).numpy() for expert in range(layer.num_experts)])
     is_routed_ET = np.stack([layer.gates_of(expert).numpy() > 0 for expert in range(layer.num_experts)])
     close(evidence["largest_output_norm"], np.where(is_routed_ET, norms_ET, 0).max(1))
     assert evidence["output_norm_sum"].shape == (layer.num_experts, 1)
-    schema = read_table(evidence_file(evidence_dir, layer.index, "output_norms")).schema
-    assert schema.names == ["layer", "expert", "num_tokens", "largest_output_norm", "output_norm_sum"]
+    schema = read_table(column_file(evidence_dir, layer.index, "output_norm_sum")).schema
+    assert schema.names == ["layer", "expert", "num_tokens", "output_norm_sum"]
     assert schema.field("output_norm_sum").type == pa.list_(pa.float64(), 1)
-    assert schema.metadata[b"largest_output_norm"].decode() == OutputNorms.columns[0].meaning
     assert schema.metadata[b"output_norm_sum"].decode() == f"[C] {OutputNorms.columns[1].meaning}"
 
 
@@ -204,8 +202,8 @@ def test_names_of_collectors_and_columns_are_taken_once() -> None:
         columns = (Column("gate_sum", "again"),)
 
     class Statistics(Collector):
-        name = "statistics"
-        columns = (Column("new", "the name of the file is taken"),)
+        name = "new"
+        columns = (Column("statistics", "the name of the file is taken"),)
 
     for wrong in (OutputNorms(), Twin(), Statistics()):
         with pytest.raises(AssertionError, match="taken"):

@@ -53,8 +53,8 @@ class Case:
         return read_evidence(folder, layer)
 
     def labels(self, layer: int, num_clusters: int) -> np.ndarray:
-        (folder,) = self.run_dir.glob("cluster-*")
-        return read_labels(labels_file(folder, layer), num_clusters)
+        (path,) = self.run_dir.glob(f"cluster-*/{labels_file(Path(), layer)}")
+        return read_labels(path, num_clusters)
 
     def export(self, target: str) -> Path:
         (path,) = (self.run_dir / "models").glob(f"{self.source.name}-{target}")

@@ -15,6 +15,7 @@ BIG = 10**9
 def row(name: str, file: str, shape: list[int], role: str = "copy", dtype: str = "F32", **more: Any) -> TensorRow:
     """A row of `tensors.arrow`."""
     empty = {"layer": None, "expert": None, "expert_axis": None, "template": None, "scheme": "", "num_bytes": 0}
+    empty |= {"neuron_axis": None, "neuron_order": ""}
     columns = {"name": name, "file": file, "dtype": dtype, "shape": tuple(shape), "role": role, "parameter": name}
     return TensorRow(**{**columns, **empty, **more})
 
@@ -53,7 +54,7 @@ def test_stock_shortens_experts_and_router_and_keeps_the_first_names() -> None:
         "layers.1.router.weight": (3, 4),
         "layers.1.experts.down_proj": (2, 3, 6),
     }
-    assert [tensor.cluster for file in files for tensor in file.tensors if tensor.rule == "expert"] == [0, 1, 2]
+    assert [tensor.slot for file in files for tensor in file.tensors if tensor.rule == "expert"] == [0, 1, 2]
 
 
 def test_tied_keeps_the_router_and_adds_one_map_a_layer() -> None:

@@ -12,8 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.calibrate.collectors.registry import DEFAULT
-from stages.calibrate.reduce import evidence_of
 from stages.calibrate.spec import CalibrationShardArgs
+from stages.calibrate.sums import evidence_of
 from stages.calibrate.units import CalibrationShard, open_shard
 from stages.calibrate.watcher import Watcher
 from stages.checkpoint.folder import Checkpoint

@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.calibrate.cells import ALL_TOKENS, Sample
 from stages.calibrate.collectors.registry import DEFAULT
-from stages.calibrate.partial import PartialSums
-from stages.calibrate.reduce import evidence_of
+from stages.calibrate.sums import PartialSums, evidence_of
 from stages.calibrate.watcher import Watcher
 from stages.cluster.certainty import adjusted_rand_index, halves, relative_standard_errors
 from stages.contracts.certainty import read_errors, read_stability
@@ -150,8 +149,7 @@ def test_a_run_with_all_tokens_has_the_exact_labels_and_says_how_stable_they_are
     assert not list(done.run_dir.rglob("*.groups.arrow"))
     run = sampled_run(tmp_path, done, {"fraction": 1, "groups": 4})
     (layer, *_) = FAMILIES["mixtral"].moe_layers
-    (folder,) = run.run_dir.glob("cluster-*")
-    (exact_folder,) = done.run_dir.glob("cluster-*")
+    folder, exact_folder = run.cluster_dir, done.cluster_dir
     for count in (6, 3):
         labels = read_labels(labels_file(folder, layer), count)
         assert labels.tolist() == read_labels(labels_file(exact_folder, layer), count).tolist()

@@ -15,8 +15,7 @@ from torch.nn.functional import silu
 
 from stages.calibrate.cells import ALL_TOKENS
 from stages.calibrate.collectors.registry import DEFAULT
-from stages.calibrate.partial import PartialSums
-from stages.calibrate.reduce import add_up, evidence_of
+from stages.calibrate.sums import PartialSums, add_up, evidence_of
 from stages.calibrate.watcher import Watcher
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import LayerEvidence

@@ -50,7 +50,7 @@ class Summed(Protocol):
 class Collector:
     """One or several sums over tokens for every expert of a layer. It holds no state: sums are passed in.
 
-    name: also that of its file, unless every run gathers it. columns: of the evidence, and what they mean.
+    columns: of the evidence, and what they mean.
     """
 
     name: ClassVar[str]

@@ -13,7 +13,7 @@ from stages.contracts.evidence import Column
 DEFAULT: tuple[Collector, ...] = (Usage(), GatedOutputNorm(), RouterScores(), OutputSum())
 """Gathered by every run, in one file; in the order of the file's metadata."""
 FURTHER: dict[str, Collector] = {}
-"""Gathered where a method requires one of their columns; each has a file of its own."""
+"""Gathered where a method requires one of their columns; each column has a file of its own."""
 
 DEFAULT_COLUMNS: tuple[Column, ...] = tuple(column for collector in DEFAULT for column in collector.columns)
 
@@ -21,8 +21,8 @@ DEFAULT_COLUMNS: tuple[Column, ...] = tuple(column for collector in DEFAULT for 
 def register(collector: Collector) -> None:
     """Make a collector known. Names of collectors and columns must be new."""
     known = (*DEFAULT, *FURTHER.values())
-    assert collector.name not in {one.name for one in known} | {"statistics", "groups"}, f"{collector.name} is taken"
-    columns = {column.name for one in known for column in one.columns}
+    assert collector.name not in {one.name for one in known}, f"{collector.name} is taken"
+    columns = {column.name for one in known for column in one.columns} | {"statistics", "groups"}  # names of files
     assert columns.isdisjoint(column.name for column in collector.columns), f"a column of {collector.name} is taken"
     FURTHER[collector.name] = collector
 

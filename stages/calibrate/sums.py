@@ -1,27 +1,75 @@
-"""Evidence of a layer from the sums of its token shards.
+"""Sums of one layer: their file for a token shard (deleted once they are added up), their addition, and the evidence they give.
 
 Dimensions: D hidden size, F intermediate size, E experts, C cells, N some rows of W_down.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from stages.calibrate.collectors.base import Collector
 from stages.calibrate.collectors.output_sum import BY_CELL
-from stages.calibrate.partial import PartialSums
-from stages.contracts.arrow import Array
+from stages.contracts.arrow import Array, list_column, read_lists, read_table, write_table
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import Column, LayerEvidence, OutputGroups
+from stages.io.files import WrittenFile
 from stages.model.expert_weights import ExpertWeights
 
 _ROWS = 256
 """Rows of W_down that are made float64 at a time, in one place: whole, one expert of Mixtral-8x7B would take 470 MB."""
 _FINITE = ("output_sum", "router_logit_gram")
 """Columns that tell which expert's weights are bad; other columns may spread its NaN over all experts."""
+
+
+@dataclass(frozen=True)
+class PartialSums:
+    """Sums by name of the collector, then of the sum; their first axis is that of the experts.
+
+    num_tokens: all tokens. num_unrouted_C: tokens of each cell that sums over un-routed experts run over.
+    """
+
+    layer: int
+    num_tokens: int
+    num_unrouted_C: Array
+    sums: Mapping[str, Mapping[str, Array]]
+
+
+def write_partial_sums(path: Path, part: PartialSums) -> WrittenFile:
+    """Write the sums of one layer over one token shard, one expert a row."""
+    arrays = {f"{name}.{key}": values for name, sums in part.sums.items() for key, values in sums.items()}
+    flat = {name: values.reshape(len(values), -1) for name, values in arrays.items()}
+    num_experts = len(next(iter(flat.values())))
+    columns = {
+        "num_unrouted_tokens": list_column(np.tile(part.num_unrouted_C, (num_experts, 1)), pa.int64()),
+        **{name: list_column(values, pa.from_numpy_dtype(values.dtype)) for name, values in flat.items()},
+    }
+    metadata = {
+        "table": "sums of one MoE layer over one token shard, one expert a row; columns are named collector.sum",
+        "layer": str(part.layer),
+        "num_tokens": str(part.num_tokens),
+        "num_unrouted_tokens": "[C] tokens of each cell that sums over un-routed experts run over",
+        "shapes": json.dumps({name: values.shape[1:] for name, values in arrays.items()}),
+    }
+    schema = pa.schema([pa.field(name, column.type, False) for name, column in columns.items()], metadata=metadata)
+    return write_table(path, columns, schema)
+
+
+def read_partial_sums(path: Path) -> PartialSums:
+    """Read the sums of one layer over one token shard."""
+    table = read_table(path)
+    metadata = table.schema.metadata
+    sums: dict[str, dict[str, Array]] = {}
+    for column, shape in json.loads(metadata[b"shapes"]).items():
+        collector, _, name = column.partition(".")
+        sums.setdefault(collector, {})[name] = read_lists(table, column).reshape(len(table), *shape)
+    num_unrouted_C = read_lists(table, "num_unrouted_tokens")[0]
+    return PartialSums(int(metadata[b"layer"]), int(metadata[b"num_tokens"]), num_unrouted_C, sums)
 
 
 def add_up(parts: Sequence[PartialSums], collectors: Sequence[Collector]) -> PartialSums:

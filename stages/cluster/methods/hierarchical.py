@@ -1,0 +1,58 @@
+"""Agglomerative clustering of experts by their mean outputs, each cluster merged to one expert: HC-SMoE.
+
+Dimensions: E experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from stages.contracts.evidence import LayerEvidence
+from stages.contracts.layer_plan import LayerPlan
+from stages.contracts.method import Method, PlanSettings
+from stages.contracts.settings import Clustering
+
+if TYPE_CHECKING:
+    from stages.contracts.arrow import Array
+
+
+class Hierarchical(Clustering):
+    """How experts are grouped."""
+
+    method: Literal["hierarchical"] = "hierarchical"
+    feature: Literal["expert_output"] = "expert_output"
+    distance: Literal["euclidean"] = "euclidean"
+    linkage: Literal["average", "single", "complete", "ward"] = "average"
+
+
+def linkage(evidence: LayerEvidence, settings: Hierarchical) -> Array:
+    """Linkage matrix [E-1, 4] of the experts. Raises InputError naming an expert whose feature is not finite."""
+    from stages.cluster.linkage import FEATURES, link  # scipy: the driver, which only reads METHOD, does not need it
+
+    feature_ED = FEATURES[settings.feature](evidence)
+    return link(feature_ED, settings.distance, settings.linkage, f"layer {evidence.layer}")
+
+
+def plan(evidence: LayerEvidence, num_slots: int, settings: PlanSettings[Hierarchical]) -> LayerPlan:
+    """The dendrogram cut to `num_slots` clusters, each merged by the weights that the section `merging` names."""
+    from stages.cluster.linkage import cut
+    from stages.cluster.plans import merged
+
+    return merged(evidence, cut(linkage(evidence, settings.clustering), num_slots), settings)
+
+
+METHOD = Method(
+    name="hierarchical",
+    title="HC-SMoE",
+    source="arXiv:2410.08589",
+    limits="Averages the weights of different experts, which loses more than pruning does where few experts are kept.",
+    settings=Hierarchical,
+    plan=plan,
+    linkage=linkage,
+    presets={
+        "hc-smoe": {
+            "clustering": {"feature": "expert_output", "distance": "euclidean", "linkage": "average"},
+            "merging": {"method": "frequency"},
+        },
+    },
+)

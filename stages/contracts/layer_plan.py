@@ -1,0 +1,170 @@
+"""Layer plan: what becomes of one MoE layer's experts, whatever the method. Merge reads nothing else of a method.
+
+Dimensions: E experts of the source, F neurons of an expert (its intermediate size).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from stages.contracts.arrow import Array, read_table, write_table
+from stages.io.files import WrittenFile
+
+DROPPED = -1
+"""In `LayerPlan.slot_E`: the router can no longer send a token to this expert."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a slot takes from one expert of the source.
+
+    weight: factor of its values in a sum. neurons: which of its neurons, and in which order; None for all F in their own.
+    """
+
+    expert: int
+    weight: float = 1.0
+    neurons: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class RouterRow:
+    """A row of a stock router: the sum of weight * row over rows of the source's router, (expert, weight)."""
+
+    parts: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One expert of the result.
+
+    experts: experts of the source whose tokens it gets. members: what it is made of.
+    is_joined: the members' neurons stand one after another, instead of being added up. Values that belong to no neuron, such as
+    the bias of W_down, are added up in either case.
+    row: of a stock router; None in a tied plan, whose router stays as it is.
+    is_unweighted: no calibration token was sent to its members, so their weights say nothing about use.
+    """
+
+    experts: tuple[int, ...]
+    members: tuple[Member, ...]
+    is_joined: bool = False
+    row: RouterRow | None = None
+    is_unweighted: bool = False
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Slots of one MoE layer, in the order of the result's experts.
+
+    num_experts: E. replaced: parameters of the model, by their name in transformers, whose values are solved ones instead of
+    the members'; they lie in the file `stages.contracts.paths.replaced_file` beside the plan, the slots along their first axis.
+
+    Raises ValueError for a plan that no checkpoint can express; the message says what a method has to return.
+    """
+
+    layer: int
+    num_experts: int
+    slots: tuple[Slot, ...]
+    replaced: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for number, slot in enumerate(self.slots):
+            problem = _problem(slot, self.num_experts)
+            if problem:
+                raise ValueError(f"layer plan of layer {self.layer}: slot {number} {problem}")
+        sent = [expert for slot in self.slots for expert in slot.experts]
+        if len(sent) != len(set(sent)):
+            raise ValueError(f"layer plan of layer {self.layer}: an expert belongs to two slots; each has at most one")
+        if not self.slots or len({slot.row is None for slot in self.slots}) > 1:
+            raise ValueError(f"layer plan of layer {self.layer}: it needs slots, and a router row in all of them or in none")
+
+    @property
+    def slot_E(self) -> Array:
+        """Slot int32 [E] of every expert of the source, or DROPPED."""
+        slot_E = np.full(self.num_experts, DROPPED, dtype=np.int32)
+        for number, slot in enumerate(self.slots):
+            slot_E[list(slot.experts)] = number
+        return slot_E
+
+    @property
+    def unweighted_slots(self) -> tuple[int, ...]:
+        """Slots whose members no calibration token was sent to."""
+        return tuple(number for number, slot in enumerate(self.slots) if slot.is_unweighted)
+
+
+def _problem(slot: Slot, num_experts: int) -> str:
+    """What is wrong with a slot, or nothing."""
+    rows = slot.row.parts if slot.row is not None else ((0, 1.0),)
+    named = (*slot.experts, *(member.expert for member in slot.members), *(expert for expert, _ in rows))
+    if not slot.members or not rows:
+        return "has no members or an empty router row; name at least one expert of the source"
+    if not all(0 <= expert < num_experts for expert in named):
+        return f"names expert {max(named)}; the source has experts 0 to {num_experts - 1}"
+    if not all(math.isfinite(weight) for weight in (*(member.weight for member in slot.members), *(w for _, w in rows))):
+        return "has a weight that is not finite"
+    counts = {len(member.neurons) for member in slot.members if member.neurons is not None}
+    if not slot.is_joined and len(counts) > 1:
+        return "adds up members with different numbers of neurons; give all of them the same number"
+    return ""
+
+
+_PART = pa.struct([pa.field("expert", pa.int32(), False), pa.field("weight", pa.float64(), False)])
+_MEMBER = pa.struct([*_PART, pa.field("neurons", pa.list_(pa.int32()))])
+_SCHEMA = pa.schema(
+    [
+        pa.field("experts", pa.list_(pa.int32()), False),
+        pa.field("members", pa.list_(_MEMBER), False),
+        pa.field("is_joined", pa.bool_(), False),
+        pa.field("row", pa.list_(_PART)),
+        pa.field("is_unweighted", pa.bool_(), False),
+    ]
+)
+_MEANINGS = {
+    "table": "layer plan: one slot (expert of the result) a row, in order",
+    "experts": "experts of the source whose tokens the slot gets; an expert in no list is dropped",
+    "members": "experts of the source that the slot is made of, with weights; neurons: which and in which order, null for all",
+    "is_joined": "the members' neurons stand one after another instead of being added up",
+    "row": "rows of the source's router that are added up to the slot's, with weights; null where the router stays as it is",
+    "is_unweighted": "no calibration token was sent to the members",
+}
+
+
+def write_plan(path: Path, plan: LayerPlan) -> WrittenFile:
+    """Write the plan of one layer."""
+    columns = {
+        "experts": [slot.experts for slot in plan.slots],
+        "members": [[vars(member) for member in slot.members] for slot in plan.slots],
+        "is_joined": [slot.is_joined for slot in plan.slots],
+        "row": [_row_values(slot.row) for slot in plan.slots],
+        "is_unweighted": [slot.is_unweighted for slot in plan.slots],
+    }
+    facts = {"layer": str(plan.layer), "num_experts": str(plan.num_experts), "replaced": json.dumps(plan.replaced)}
+    return write_table(path, columns, _SCHEMA.with_metadata({**_MEANINGS, **facts}))
+
+
+def _row_values(row: RouterRow | None) -> list[dict[str, float]] | None:
+    return None if row is None else [{"expert": expert, "weight": weight} for expert, weight in row.parts]
+
+
+def read_plan(path: Path) -> LayerPlan:
+    """Read the plan of one layer."""
+    table = read_table(path)
+    facts = {name: table.schema.metadata[name.encode()].decode() for name in ("layer", "num_experts", "replaced")}
+    slots = tuple(
+        Slot(
+            tuple(row["experts"]),
+            tuple(Member(one["expert"], one["weight"], _as_tuple(one["neurons"])) for one in row["members"]),
+            row["is_joined"],
+            None if row["row"] is None else RouterRow(tuple((part["expert"], part["weight"]) for part in row["row"])),
+            row["is_unweighted"],
+        )
+        for row in table.to_pylist()
+    )
+    return LayerPlan(int(facts["layer"]), int(facts["num_experts"]), slots, tuple(json.loads(facts["replaced"])))
+
+
+def _as_tuple(neurons: list[int] | None) -> tuple[int, ...] | None:
+    return None if neurons is None else tuple(neurons)

@@ -1,0 +1,64 @@
+"""Methods: pure functions from a layer's evidence to its layer plan, with what a run has to know of them. No torch.
+
+A method is one file in `stages/cluster/methods` that holds a `METHOD`, and one line in `stages/cluster/registry.py`.
+
+Dimensions: E experts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from pydantic import JsonValue
+
+from stages.contracts.arrow import Array
+from stages.contracts.evidence import LayerEvidence
+from stages.contracts.layer_plan import LayerPlan
+from stages.contracts.settings import Clustering, Merging
+
+S = TypeVar("S", bound=Clustering)
+
+Preset = Mapping[str, Mapping[str, JsonValue]]
+"""Settings by section: clustering, merging, export."""
+
+
+@dataclass(frozen=True)
+class PlanSettings(Generic[S]):
+    """What a method is asked for, beside the number of slots.
+
+    clustering: its own settings. merging: how weights are made of evidence. router: how a stock router's rows are combined;
+    None for a tied export, whose router stays as it is.
+    """
+
+    clustering: S
+    merging: Merging
+    router: str | None
+
+
+@dataclass(frozen=True)
+class Method(Generic[S]):
+    """A method.
+
+    name: value of `clustering.method`. title: what people call it. source: where it was published, such as arXiv:2410.08589.
+    limits: what it cannot do, in a sentence.
+    settings: its section `clustering`. plan: given the evidence of a layer and the number of slots; a pure function.
+    requires: columns of evidence that it reads beyond those of every run. formats: that can express its plans.
+    reads_merging: whether it reads the section `merging`. linkage: the dendrogram that its plans are cuts of, as scipy's matrix
+    [E-1, 4], where there is one. presets: named settings for variants.
+    """
+
+    name: str
+    title: str
+    source: str
+    limits: str
+    settings: type[S]
+    plan: Callable[[LayerEvidence, int, PlanSettings[S]], LayerPlan]
+    requires: frozenset[str] = frozenset()
+    formats: tuple[str, ...] = ("tied", "stock")
+    reads_merging: bool = True
+    linkage: Callable[[LayerEvidence, S], Array] | None = None
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+
+
+Methods = Mapping[str, Method[Any]]
+"""By name; each has settings of a class of its own."""

@@ -1,0 +1,149 @@
+"""The values of slots, from a layer plan: weighted sums of experts, of chosen neurons of experts, or neurons joined.
+
+Dimensions: F neurons of an expert.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stages.checkpoint.reader import TensorReader
+from stages.contracts.layer_plan import Member, Slot
+from stages.contracts.tensors import TensorRow
+from stages.io.storage import is_remote
+from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch
+from stages.merge.neurons import Chosen, SideBySide
+from stages.merge.weights import combined
+
+
+@dataclass(frozen=True)
+class ExpertTensors:
+    """One of the matrices (or biases) that every expert has.
+
+    row: of its tensor on disk: one expert's, or that of all, with the experts along its first axis. dtype: of what is written.
+    place: for messages.
+    """
+
+    row: TensorRow
+    source: TensorReader
+    dtype: torch.dtype
+    place: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one expert's part."""
+        return self.row.shape if self.row.expert_axis is None else self.row.shape[1:]
+
+    def name(self, expert: int) -> str:
+        """Name of the tensor that holds an expert's part."""
+        return self.row.name if self.row.template is None else self.row.template.format(expert)
+
+    def stretch(self, expert: int) -> Stretch | None:
+        """Where an expert's part lies; None where it is quantised."""
+        entry = self.source.checkpoint.tensors[self.name(expert)]
+        path = self.source.checkpoint.folder / entry.file
+        if entry.packing is not None:
+            return None
+        if self.row.expert_axis is None:
+            return Stretch(path, entry.begin, entry.num_bytes)
+        num_bytes = entry.num_bytes // entry.shape[0]
+        return Stretch(path, entry.begin + expert * num_bytes, num_bytes)
+
+    def values(self, expert: int) -> Tensor:
+        """An expert's part, in memory."""
+        if self.row.expert_axis is None:
+            return self.source.read(self.name(expert))
+        return self.source.slices(self.row.name)[expert : expert + 1][0]  # type: ignore[no-any-return]
+
+    def indices(self, member: Member) -> list[Tensor]:
+        """Indices of a member's neurons along their axis: one list, or two, of gates and of ups, where all gates come first."""
+        axis = self.row.neuron_axis
+        assert axis is not None, self.row.name
+        size = self.shape[axis]
+        num_neurons = size if self.row.neuron_order == "single" else size // 2
+        neurons_F = torch.arange(num_neurons) if member.neurons is None else torch.tensor(member.neurons)
+        outside_F = neurons_F[(neurons_F < 0) | (neurons_F >= num_neurons)]
+        if len(outside_F):
+            raise ValueError(f"{self.place}: the layer plan names neuron {int(outside_F[0])} of {num_neurons}")
+        if self.row.neuron_order == "halves":
+            return [neurons_F, neurons_F + num_neurons]
+        if self.row.neuron_order == "interleaved":
+            return [torch.stack([2 * neurons_F, 2 * neurons_F + 1], dim=1).flatten()]
+        return [neurons_F]
+
+    def means(self, slot: Slot) -> Iterator[Mean]:
+        """The bytes of a slot's part, one mean after another. Raises ValueError where the plan does not fill its shape."""
+        axis = self.row.neuron_axis
+        if axis is None or not (slot.is_joined or any(member.neurons is not None for member in slot.members)):
+            yield self._whole(slot.members)
+            return
+        pieces = _pieces(slot, [self.indices(member) for member in slot.members])
+        for bound in (min, max):  # the parts of a piece are added up, so they must be equally long
+            num_chosen = sum(bound(len(part.index) for part in piece) for piece in pieces)
+            if num_chosen != self.shape[axis]:
+                raise ValueError(f"{self.place}: the layer plan fills {num_chosen} of {self.shape[axis]} places of neurons")
+        experts = [member.expert for member in slot.members]
+        if any(self.stretch(expert) is None for expert in experts) or is_remote(self.source.checkpoint.folder):
+            yield self._in_memory(pieces, axis)
+        elif slot.is_joined and axis == 1:
+            (parts,) = zip(*pieces, strict=True)
+            yield PlainMean([(SideBySide([self._chosen(part, axis) for part in parts]), 1.0)], self.dtype, self.place)
+        else:
+            for piece in pieces:
+                members = [(SideBySide([self._chosen(part, axis)]), part.weight) for part in piece]
+                yield PlainMean(members, self.dtype, self.place)
+
+    def _whole(self, members: Sequence[Member]) -> Mean:
+        """The weighted sum of whole experts."""
+        stretches = [(self.stretch(member.expert), member.weight) for member in members]
+        plain = [(stretch, weight) for stretch, weight in stretches if stretch is not None]
+        if len(plain) == len(members):
+            return PlainMean(plain, self.dtype, self.place)
+        computed = ((self.values(member.expert), member.weight) for member in members)
+        return ComputedMean(computed, len(members), self.dtype, self.place)
+
+    def _chosen(self, part: "_Part", axis: int) -> Chosen:
+        stretch = self.stretch(part.expert)
+        assert stretch is not None
+        chosen = Chosen(stretch, self.shape[0], self.dtype.itemsize)
+        return replace(chosen, rows=part.index) if axis == 0 else replace(chosen, columns=part.index)
+
+    def _in_memory(self, pieces: Sequence[Sequence["_Part"]], axis: int) -> Mean:
+        """One slot's part at a time, for what is quantised or comes from object storage."""
+
+        def computed() -> Iterator[tuple[Tensor, float]]:
+            done = [
+                combined([(self.values(part.expert).index_select(axis, part.index), part.weight) for part in piece],
+                         self.dtype, self.place)
+                for piece in pieces
+            ]  # fmt: skip
+            yield torch.cat(done, dim=axis), 1.0
+
+        return ComputedMean(computed(), 1, self.dtype, self.place)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some places of an expert on the axis of neurons."""
+
+    expert: int
+    weight: float
+    index: Tensor
+
+
+def _pieces(slot: Slot, indices: Sequence[Sequence[Tensor]]) -> list[list[_Part]]:
+    """What a slot is made of along the axis of neurons, one piece after another; the parts of a piece are added up.
+
+    indices: by member; with all gates first, two of each. Joined neurons are copied, whatever the members' weights.
+    """
+    if slot.is_joined:
+        pairs = list(zip(slot.members, indices, strict=True))
+        return [[_Part(member.expert, 1.0, lists[half])] for half in range(len(indices[0])) for member, lists in pairs]
+    return [
+        [
+            _Part(member.expert, member.weight, torch.cat(list(lists)))
+            for member, lists in zip(slot.members, indices, strict=True)
+        ]
+    ]
