@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 MARK = "HCSMOE_BENCHMARK"
 REPOSITORY = Path(__file__).parents[1]
 _SAMPLE_S = 0.05
@@ -33,9 +35,10 @@ class Measured:
     peaks: Mapping[str, int] = field(default_factory=dict)
 
 
-def _field_bytes(status: str, name: str) -> int:
-    for line in status.splitlines():
-        if line.startswith(name):
+def _peak_bytes(pid: int) -> int:
+    """The kernel's high-water mark of a process's resident memory, which psutil does not read."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
 
@@ -49,30 +52,27 @@ class _Watch(threading.Thread):
 
     def __init__(self, pid: int, mark: str | None) -> None:
         super().__init__(daemon=True)
-        self._pid = str(pid)
-        self._mark = f"{MARK}={mark}".encode() if mark else None
-        self._marked: dict[str, bool] = {self._pid: True}
+        self._pid, self._mark = pid, mark
+        self._marked: dict[int, bool] = {pid: True}
         self._over = threading.Event()
-        self._titles: dict[str, set[str]] = {}
-        self._peaks: dict[str, int] = {self._pid: 0}
+        self._titles: dict[int, set[str]] = {}
+        self._peaks: dict[int, int] = {pid: 0}
 
     def run(self) -> None:
         while True:
-            for folder in Path("/proc").iterdir() if self._mark else (Path("/proc", self._pid),):
-                if folder.name.isdecimal():
-                    with contextlib.suppress(OSError):
-                        self._look(folder)
+            for pid in psutil.pids() if self._mark else (self._pid,):
+                with contextlib.suppress(psutil.Error, OSError):
+                    self._look(psutil.Process(pid))
             if self._over.wait(_SAMPLE_S):
                 return
 
-    def _look(self, folder: Path) -> None:
-        if folder.name not in self._marked:
-            self._marked[folder.name] = self._mark in (folder / "environ").read_bytes().split(b"\0")
-        if self._marked[folder.name]:
-            title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:100]
-            self._titles.setdefault(folder.name, set()).add(title)
-            peak = _field_bytes((folder / "status").read_text(), "VmHWM:")
-            self._peaks[folder.name] = max(peak, self._peaks.get(folder.name, 0))
+    def _look(self, process: psutil.Process) -> None:
+        pid = process.pid
+        if pid not in self._marked:
+            self._marked[pid] = process.environ().get(MARK) == self._mark
+        if self._marked[pid]:
+            self._titles.setdefault(pid, set()).add(" ".join(process.cmdline()).strip()[:100])
+            self._peaks[pid] = max(_peak_bytes(pid), self._peaks.get(pid, 0))
 
     def stop(self) -> tuple[int, dict[str, int]]:
         """Peak of the process; and of each of the others under all titles that it has had."""
@@ -127,14 +127,13 @@ def machine() -> dict[str, Any]:
 
     cpu = Path("/proc/cpuinfo").read_text()
     model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "unknown")
-    total = _field_bytes(Path("/proc/meminfo").read_text(), "MemTotal:")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit.stdout.strip(),
         "cpu": model,
         "num_cpus": os.cpu_count(),
-        "memory_bytes": total,
+        "memory_bytes": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "bf16": next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpu), "no bf16 instructions"),
         "python": platform.python_version(),

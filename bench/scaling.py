@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from bench import measure
 from pipeline.state.events import EVENTS_FILE, SEALED, STARTED
 
 _MARK = "HCSMOE_PINNED"
 _LOOK_S = 0.2
-_WORKER_TITLE = b"ray::Worker"
+_WORKER_TITLE = "ray::Worker"
 
 
 class Pinned(threading.Thread):
-    """Pins every worker process of one run, by the run's mark in its environment, to one core: round robin over all cores."""
+    """Pins every worker process of one run, by its name in their environment, to one core: round robin over all cores."""
 
-    def __init__(self, mark: str) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__(daemon=True)
-        self._mark = mark.encode()
+        self._run = name
         self._cores: dict[int, int] = {}
         self._over = threading.Event()
 
@@ -42,21 +44,20 @@ class Pinned(threading.Thread):
     def run(self) -> None:
         """Until the end, look for workers and for new threads of theirs."""
         while not self._over.wait(_LOOK_S):
-            for folder in Path("/proc").iterdir():
-                if folder.name.isdecimal():
-                    with contextlib.suppress(OSError):
-                        self._look(folder)
+            for pid in psutil.pids():
+                with contextlib.suppress(psutil.Error, OSError):
+                    self._look(psutil.Process(pid))
 
-    def _look(self, folder: Path) -> None:
-        pid = int(folder.name)
+    def _look(self, process: psutil.Process) -> None:
+        pid = process.pid
         if pid not in self._cores:
-            title = (folder / "cmdline").read_bytes()
-            if not title.startswith(_WORKER_TITLE) or self._mark not in (folder / "environ").read_bytes():
+            title = " ".join(process.cmdline())
+            if not title.startswith(_WORKER_TITLE) or process.environ().get(_MARK) != self._run:
                 return
             cores = sorted(os.sched_getaffinity(0))
             self._cores[pid] = cores[len(self._cores) % len(cores)]
-        for thread in (folder / "task").iterdir():
-            os.sched_setaffinity(int(thread.name), {self._cores[pid]})
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, {self._cores[pid]})
 
 
 def calibrate_s(run_dir: Path) -> float:
@@ -77,7 +78,7 @@ def pinned_calibrate_s(command: Sequence[str], run_dir: Path, num_workers: int) 
         _MARK: name, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled",
         "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": num_workers}),
     }  # fmt: skip
-    with Pinned(f"{_MARK}={name}") as pinned:
+    with Pinned(name) as pinned:
         measure.run(command, False, **environment)
     if pinned.num_pinned < num_workers:
         raise RuntimeError(f"{pinned.num_pinned} worker processes were found to pin, of {num_workers}")
