@@ -139,7 +139,7 @@ def test_a_method_and_a_pruning_rule_of_ones_own_share_a_run_with_hc_smoe(
         "quietest does not read that section; leave it out",
         "variants=[{name: a, preset: nearest, clustering: {linkage: ward}}]": "variants: a: clustering.linkage is not a set",
         "clustering={num_experts: [3], method: nearest, linkage: ward}": "clustering.linkage is not a setting",
-        "clustering.method=far": "clustering.method: there is no method named 'far'; known methods: hierarchical, nearest, qu",
+        "clustering.method=far": "clustering.method: there is no method named 'far'; known methods: dominant, ",
         "clustering.method=[1]": "clustering.method: there is no method named [1]; known methods",
         "variants=[{name: a, clustering: {method: far}}]": "variants: a: clustering.method: there is no method named 'far'",
     }.items(),
@@ -191,7 +191,7 @@ def test_variants_share_one_calibration_and_carry_their_names(
 @pytest.mark.parametrize(
     ("setting", "message"),
     {
-        "variants=[reap]": "variants: reap: there is no preset named reap; known presets: hc-smoe",
+        "variants=[best]": "variants: best: there is no preset named best; known presets: ean, ",
         "variants=[hc-smoe, hc-smoe]": "variants: 2 are named hc-smoe; give each its own name",
         "variants=[{name: a, refit: {}}]": "variants.0.refit is not a setting",
         "variants=[{name: a, clustering: {linkage: far}}]": "variants: a: clustering.linkage: Input should be 'average'",

@@ -151,7 +151,7 @@ class Calibrate(StageSpec):
 
 def required_collectors(run: Run) -> tuple[str, ...]:
     """Names of the collectors that the run's methods need beside the defaults."""
-    return gathering({column for variant in run.variants for column in variant.method.requires})
+    return gathering({column for variant in run.variants for column in variant.requires})
 
 
 def _sample(data: Calibration) -> SampleArgs | None:

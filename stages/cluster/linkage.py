@@ -20,8 +20,31 @@ def expert_output(evidence: LayerEvidence) -> Array:
     return evidence["output_sum"] / evidence.num_output_tokens
 
 
-FEATURES: dict[str, Callable[[LayerEvidence], Array]] = {"expert_output": expert_output}
-DISTANCES: dict[str, Callable[[Array], Array]] = {"euclidean": lambda feature_ED: spatial.pdist(feature_ED, "euclidean")}
+def router_logits(evidence: LayerEvidence) -> Array:
+    """Vectors [E, E] whose inner products are those of the experts' router logits over all tokens, so that their distances are.
+
+    From the eigenvalues of the Gram matrix; those that rounding has made negative are zero.
+    """
+    values_E, vectors_EE = np.linalg.eigh(evidence["router_logit_gram"])
+    return vectors_EE * np.sqrt(values_E.clip(min=0))  # type: ignore[no-any-return]
+
+
+def gated_output(evidence: LayerEvidence) -> Array:
+    """Mean output [E, D] over the tokens that are routed to an expert, weighted by their gates (REAM, arXiv:2604.04356); zero
+    where there are none."""
+    sum_ED, gate_E1 = evidence["gated_output_sum"], evidence["gate_sum"][:, None]
+    return np.divide(sum_ED, gate_E1, out=np.zeros_like(sum_ED), where=gate_E1 != 0)
+
+
+FEATURES: dict[str, Callable[[LayerEvidence], Array]] = {
+    "expert_output": expert_output,
+    "router_logits": router_logits,
+    "gated_output": gated_output,
+}
+DISTANCES: dict[str, Callable[[Array], Array]] = {
+    "euclidean": lambda feature_ED: spatial.pdist(feature_ED, "euclidean"),
+    "cosine": lambda feature_ED: spatial.pdist(feature_ED, "cosine"),
+}
 LINKAGES: dict[str, Callable[[Array], Array]] = {
     "average": hierarchy.average,
     "single": hierarchy.single,
@@ -30,11 +53,23 @@ LINKAGES: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def link(feature_ED: Array, distance: str, linkage: str, place: str) -> Array:
-    """Linkage matrix Z [E-1, 4] of the experts. Raises InputError naming the expert whose feature is not finite."""
+def check_finite(feature_ED: Array, place: str) -> None:
+    """Raise InputError naming an expert whose feature is not finite."""
     for expert, row in enumerate(feature_ED):
         if not np.isfinite(row).all():
             raise InputError(f"{place}: the feature of expert {expert} is not finite; its weights hold NaN or infinity")
+
+
+def link(feature_ED: Array, distance: str, linkage: str, place: str) -> Array:
+    """Linkage matrix Z [E-1, 4] of the experts. Raises InputError naming an expert whose feature is not finite, or is zero
+    where a distance is an angle."""
+    check_finite(feature_ED, place)
+    if distance == "cosine":
+        for expert in np.flatnonzero(~feature_ED.any(axis=1)):
+            raise InputError(
+                f"{place}: the feature of expert {expert} is zero, so it has no angle to others (no token was sent to it?); "
+                "set clustering.distance to euclidean"
+            )
     return LINKAGES[linkage](DISTANCES[distance](feature_ED))
 
 

@@ -5,7 +5,7 @@ Dimensions: E experts.
 
 from collections.abc import Iterable
 
-from stages.cluster.weights import ROUTERS, WEIGHTS, cluster_weights
+from stages.cluster.weights import COMBINATIONS, clusters_of, unweighted_clusters
 from stages.contracts.arrow import Array
 from stages.contracts.evidence import LayerEvidence
 from stages.contracts.layer_plan import LayerPlan, Member, RouterRow, Slot
@@ -15,18 +15,19 @@ from stages.contracts.method import PlanSettings, S
 def merged(evidence: LayerEvidence, labels_E: Array, settings: PlanSettings[S]) -> LayerPlan:
     """Every cluster becomes one expert, the weighted sum of its members. labels_E: cluster of each expert, 0, 1, ...
 
-    A cluster whose weights are all zero (never routed to) gets equal weights; the report names it.
+    A cluster that no token was sent to gets equal weights; the report names it.
     """
-    clusters, unweighted = cluster_weights(WEIGHTS[settings.merging.method](evidence), labels_E)
-    rows = ROUTERS[settings.router](evidence, labels_E) if settings.router is not None else None
+    rule = settings.merging.method
+    weighted, unweighted = COMBINATIONS[rule](evidence, labels_E), unweighted_clusters(evidence, labels_E, rule)
+    rows = COMBINATIONS[settings.router](evidence, labels_E) if settings.router is not None else None
     slots = [
         Slot(
-            experts=tuple(expert for expert, _ in members),
-            members=tuple(Member(expert, weight) for expert, weight in members),
+            experts=tuple(experts),
+            members=tuple(Member(expert, weight) for expert, weight in weighted[number]),
             row=RouterRow(tuple(rows[number])) if rows is not None else None,
             is_unweighted=number in unweighted,
         )
-        for number, members in enumerate(clusters)
+        for number, experts in enumerate(clusters_of(labels_E))
     ]
     return LayerPlan(evidence.layer, evidence.num_experts, tuple(slots))
 

@@ -6,7 +6,18 @@ from typing import Any
 
 from stages.contracts.method import Method, Methods
 
-MODULES = ("stages.cluster.methods.hierarchical",)
+MODULES = (
+    "stages.cluster.methods.hierarchical",
+    "stages.cluster.methods.kmeans",
+    "stages.cluster.methods.dominant",
+    "stages.cluster.methods.ream",
+    "stages.cluster.methods.random",
+    "stages.cluster.methods.f_prune",
+    "stages.cluster.methods.s_prune",
+    "stages.cluster.methods.reap",
+    "stages.cluster.methods.ean",
+    "stages.cluster.methods.random_prune",
+)
 """Each holds a METHOD."""
 
 _added: list[str] = []

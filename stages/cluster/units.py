@@ -20,7 +20,7 @@ def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
     args, layer, method = job.args, job.args.layer, method_at(job.args.method)
     settings, linkage = method.settings.model_validate(args.clustering), method.linkage
     assert linkage is not None, method.name
-    evidence = read_evidence(job.run_dir / args.calibrate_dir, layer, method.requires)
+    evidence = read_evidence(job.run_dir / args.calibrate_dir, layer, method.requires(settings))
     linkage_Z = linkage(evidence, settings)
     files = [
         write_dendrogram(dendrogram_file(job.part_dir, layer), linkage_Z),
@@ -36,9 +36,9 @@ def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
 def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
     """Write the plan of one layer of a target."""
     args, method = job.args, method_at(job.args.method)
-    evidence = read_evidence(job.run_dir / args.calibrate_dir, args.layer, method.requires)
-    settings = PlanSettings(method.settings.model_validate(args.clustering), args.merging, args.router)
-    plan = method.plan(evidence, args.num_slots, settings)
+    clustering = method.settings.model_validate(args.clustering)
+    evidence = read_evidence(job.run_dir / args.calibrate_dir, args.layer, method.requires(clustering))
+    plan = method.plan(evidence, args.num_slots, PlanSettings(clustering, args.merging, args.router))
     if len(plan.slots) != args.num_slots:
         raise ValueError(
             f"layer {args.layer}: method {method.name} planned {len(plan.slots)} slots instead of {args.num_slots}"

@@ -42,7 +42,8 @@ class Method(Generic[S]):
     name: value of `clustering.method`. title: what people call it. source: where it was published, such as arXiv:2410.08589.
     limits: what it cannot do, in a sentence.
     settings: its section `clustering`. plan: given the evidence of a layer and the number of slots; a pure function.
-    requires: columns of evidence that it reads beyond those of every run. formats: that can express its plans.
+    requires: given its settings, columns of evidence that it reads beyond those of every run. formats: that can express its
+    plans.
     reads_merging: whether it reads the section `merging`. linkage: the dendrogram that its plans are cuts of, as scipy's matrix
     [E-1, 4], where there is one. presets: named settings for variants.
     """
@@ -53,7 +54,7 @@ class Method(Generic[S]):
     limits: str
     settings: type[S]
     plan: Callable[[LayerEvidence, int, PlanSettings[S]], LayerPlan]
-    requires: frozenset[str] = frozenset()
+    requires: Callable[[S], frozenset[str]] = lambda settings: frozenset()
     formats: tuple[str, ...] = ("tied", "stock")
     reads_merging: bool = True
     linkage: Callable[[LayerEvidence, S], Array] | None = None

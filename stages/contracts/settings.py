@@ -128,8 +128,8 @@ class Clustering(Section):
 class Merging(Section):
     """How a cluster becomes one expert."""
 
-    method: Literal["frequency", "average"] = "frequency"
-    """Weights of the members: how often each is used, or equal."""
+    method: Literal["frequency", "average", "saliency", "dominant"] = "frequency"
+    """Weights of the members: how often each is used, equal, REAP's saliency, or the most used member alone."""
 
 
 class Export(Section):
@@ -139,7 +139,7 @@ class Export(Section):
         "tied",
         "stock",
     )
-    router: Literal["frequency", "average", "dominant"] = "frequency"
+    router: Literal["frequency", "average", "saliency", "dominant"] = "frequency"
     """How `stock` combines the router rows of a cluster."""
     max_file_bytes: Bytes = 5 * 10**9
     """A weight file larger than this is split."""

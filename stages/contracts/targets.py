@@ -22,6 +22,11 @@ class Variant:
     merging: Merging
     export: Export
 
+    @property
+    def requires(self) -> frozenset[str]:
+        """Columns of evidence that its method reads beyond those of every run."""
+        return self.method.requires(self.clustering)
+
 
 @dataclass(frozen=True)
 class Target:

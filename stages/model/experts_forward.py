@@ -94,10 +94,15 @@ class RoutedPairs:
         return torch.tensor(self.sizes, device=self.gates_R.device)
 
     @cached_property
+    def output_norms_R(self) -> Tensor:
+        """Norm, float32, of each pair's output: ||E_e(x)||, or ||E_e(gate x)||."""
+        norms_R: Tensor = torch.linalg.vector_norm(self.output_RD, dim=-1, dtype=torch.float32)
+        return norms_R
+
+    @cached_property
     def added_norms_R(self) -> Tensor:
         """Norm, float32, of what each pair adds to the layer's output: gate * ||E_e(x)||, or ||E_e(gate x)||."""
-        norms_R: Tensor = torch.linalg.vector_norm(self.output_RD, dim=-1, dtype=torch.float32)
-        return norms_R if self.gates_input else self.gates_R.float() * norms_R
+        return self.output_norms_R if self.gates_input else self.gates_R.float() * self.output_norms_R
 
     def sum_by_expert(self, values_R: Tensor) -> Tensor:
         """Sum of one value a pair for each expert, float64 [S]."""

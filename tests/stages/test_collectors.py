@@ -37,6 +37,7 @@ from tests.stages.test_statistics import Layer, close
 from tests.tiny import FAMILIES, logits, random_ids
 
 NUM_SEQUENCES, LENGTH = random_ids().shape
+GATHERED = ("output_norms", "output_norm", "gated_output")
 
 
 class OutputNorms(Collector):
@@ -45,7 +46,7 @@ class OutputNorms(Collector):
     name = "output_norms"
     columns = (
         Column("largest_output_norm", "largest ||E_e(x)||_2 over routed tokens"),
-        Column("output_norm_sum", "sum over routed tokens of each cell of ||E_e(x)||_2", "[C]"),
+        Column("cell_norm_sum", "sum over routed tokens of each cell of ||E_e(x)||_2", "[C]"),
     )
 
     def observe_routed(self, sums: Sums, routed: RoutedView) -> None:
@@ -54,12 +55,12 @@ class OutputNorms(Collector):
         for expert, some_R in enumerate(norms_R.split(pairs.sizes), pairs.first):
             if len(some_R):
                 sums["largest_output_norm"][expert].clamp_(min=some_R.max())
-        sums["output_norm_sum"][pairs.experts] += routed.sum_by_cell(norms_R)
+        sums["cell_norm_sum"][pairs.experts] += routed.sum_by_cell(norms_R)
 
     def add(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
         return {
             "largest_output_norm": np.maximum(one["largest_output_norm"], other["largest_output_norm"]),
-            "output_norm_sum": one["output_norm_sum"] + other["output_norm_sum"],
+            "cell_norm_sum": one["cell_norm_sum"] + other["cell_norm_sum"],
         }
 
 
@@ -77,7 +78,7 @@ def layer(tiny_checkpoint: Callable[[str], Path]) -> Layer:
 
 def watched(layer: Layer, ids_ST: np.ndarray, cells: Cells) -> PartialSums:
     weights = ExpertWeights(layer.experts)
-    with Watcher(layer.index, weights, layer.router, Family(), cells, collectors(["output_norms"])) as watcher:
+    with Watcher(layer.index, weights, layer.router, Family(), cells, collectors(GATHERED)) as watcher:
         logits(layer.model, ids_ST)
     return watcher.result()
 
@@ -94,7 +95,7 @@ def sampled(first: int) -> Cells:
 def test_sums_of_every_collector_over_shards_are_those_of_the_whole(
     layer: Layer, cells_from: Callable[[int], Cells], tmp_path: Path
 ) -> None:
-    gathered = collectors(["output_norms"])
+    gathered = collectors(GATHERED)
     whole = watched(layer, layer.ids_ST, cells_from(0))
     parts = []
     for first, stop in ((0, 3), (3, 5), (5, NUM_SEQUENCES)):
@@ -117,8 +118,8 @@ def test_sums_of_every_collector_over_shards_are_those_of_the_whole(
 
 def test_sums_by_cell_are_those_of_the_sequences_of_each_cell(layer: Layer) -> None:
     cells = sampled(0)
-    found = watched(layer, layer.ids_ST, cells).sums["output_norms"]["output_norm_sum"]
-    total = watched(layer, layer.ids_ST, ALL_TOKENS).sums["output_norms"]["output_norm_sum"]
+    found = watched(layer, layer.ids_ST, cells).sums["output_norms"]["cell_norm_sum"]
+    total = watched(layer, layer.ids_ST, ALL_TOKENS).sums["output_norms"]["cell_norm_sum"]
     assert (found.shape, total.shape) == ((layer.num_experts, 3), (layer.num_experts, 1))
     close(found.sum(1, keepdims=True), total)
     cell_T = cells.of_tokens(0, layer.ids_ST.size)
@@ -127,10 +128,18 @@ def test_sums_by_cell_are_those_of_the_sequences_of_each_cell(layer: Layer) -> N
         close(found[expert], [norms_T[cell_T == cell].sum() for cell in range(3)])
 
 
+def test_further_sums_are_what_their_columns_say(layer: Layer) -> None:
+    evidence = evidence_of(watched(layer, layer.ids_ST, ALL_TOKENS), collectors(GATHERED), ExpertWeights(layer.experts), False)
+    for expert in range(layer.num_experts):
+        gates_T, outputs_TD = layer.gates_of(expert), layer.outputs_of(expert)
+        close(evidence["output_norm_sum"][expert], outputs_TD[gates_T > 0].norm(dim=1).sum())
+        close(evidence["gated_output_sum"][expert], (gates_T[:, None] * outputs_TD).sum(0))
+
+
 def test_output_sums_by_cell_run_over_the_sampled_tokens_of_each_cell(layer: Layer) -> None:
     cells = sampled(0)
     part = watched(layer, layer.ids_ST, cells)
-    groups = evidence_of(part, collectors(["output_norms"]), ExpertWeights(layer.experts), is_sampled=True).groups
+    groups = evidence_of(part, collectors(GATHERED), ExpertWeights(layer.experts), is_sampled=True).groups
     assert groups is not None
     chosen = dict(cells.unrouted(0, layer.ids_ST.size))
     assert groups.num_tokens_G.tolist() == [len(chosen[cell]) for cell in range(3)]
@@ -154,21 +163,21 @@ def evidence_dir(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path
         reduced = ReduceArgs(layer, 2, is_sampled=False, collectors=("output_norms",))
         result = reduce_unit(HeldJob(tmp_path, tmp_path / "calibrate", reduced, held))
         assert [file.path.name for file in result.files] == [
-            f"layer-{layer:04d}.{name}.arrow" for name in ("statistics", "largest_output_norm", "output_norm_sum")
+            f"layer-{layer:04d}.{name}.arrow" for name in ("statistics", "largest_output_norm", "cell_norm_sum")
         ]  # fmt: skip
     return tmp_path / "calibrate"
 
 
 def test_a_further_column_has_a_file_that_says_what_it_means(layer: Layer, evidence_dir: Path) -> None:
-    evidence = read_evidence(evidence_dir, layer.index, ["largest_output_norm", "output_norm_sum", "gate_sum"])
+    evidence = read_evidence(evidence_dir, layer.index, ["largest_output_norm", "cell_norm_sum", "gate_sum"])
     norms_ET = np.stack([layer.outputs_of(expert).norm(dim=1).numpy() for expert in range(layer.num_experts)])
     is_routed_ET = np.stack([layer.gates_of(expert).numpy() > 0 for expert in range(layer.num_experts)])
     close(evidence["largest_output_norm"], np.where(is_routed_ET, norms_ET, 0).max(1))
-    assert evidence["output_norm_sum"].shape == (layer.num_experts, 1)
-    schema = read_table(column_file(evidence_dir, layer.index, "output_norm_sum")).schema
-    assert schema.names == ["layer", "expert", "num_tokens", "output_norm_sum"]
-    assert schema.field("output_norm_sum").type == pa.list_(pa.float64(), 1)
-    assert schema.metadata[b"output_norm_sum"].decode() == f"[C] {OutputNorms.columns[1].meaning}"
+    assert evidence["cell_norm_sum"].shape == (layer.num_experts, 1)
+    schema = read_table(column_file(evidence_dir, layer.index, "cell_norm_sum")).schema
+    assert schema.names == ["layer", "expert", "num_tokens", "cell_norm_sum"]
+    assert schema.field("cell_norm_sum").type == pa.list_(pa.float64(), 1)
+    assert schema.metadata[b"cell_norm_sum"].decode() == f"[C] {OutputNorms.columns[1].meaning}"
 
 
 def test_a_column_that_was_not_gathered_is_named_with_the_remedy(layer: Layer, evidence_dir: Path) -> None:
@@ -184,15 +193,15 @@ def test_statistics_do_not_depend_on_what_else_is_gathered(layer: Layer, evidenc
     alone = evidence_of(total, DEFAULT, ExpertWeights(layer.experts), is_sampled=False)
     table = read_table(statistics_file(evidence_dir, layer.index))
     found = read_evidence(evidence_dir, layer.index)
-    assert "output_norm_sum" not in table.column_names
+    assert "cell_norm_sum" not in table.column_names
     for name, values in alone.columns.items():
         np.testing.assert_array_equal(found[name], values)
 
 
 def test_required_columns_choose_the_collectors() -> None:
     assert gathering([]) == gathering(["gate_sum", "output_sum"]) == ()
-    assert gathering(["output_norm_sum", "largest_output_norm", "gate_sum"]) == ("output_norms",)
-    with pytest.raises(InputError, match=r"no collector gathers colour; there are gate_sum, .*output_norm_sum"):
+    assert gathering(["cell_norm_sum", "largest_output_norm", "gate_sum"]) == ("output_norms",)
+    with pytest.raises(InputError, match=r"no collector gathers colour; there are cell_norm_sum, gate_sum, .*output_sum"):
         gathering(["colour"])
 
 
@@ -208,7 +217,7 @@ def test_names_of_collectors_and_columns_are_taken_once() -> None:
     for wrong in (OutputNorms(), Twin(), Statistics()):
         with pytest.raises(AssertionError, match="taken"):
             register(wrong)
-    assert set(FURTHER) == {"output_norms"}
+    assert set(FURTHER) == set(GATHERED)
 
 
 def test_what_collectors_declare_is_read_without_torch() -> None:

@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 
 from stages.calibrate.collectors.base import Collector
+from stages.calibrate.collectors.gated_output import GatedOutput
 from stages.calibrate.collectors.gated_output_norm import GatedOutputNorm
+from stages.calibrate.collectors.output_norm import OutputNorm
 from stages.calibrate.collectors.output_sum import OutputSum
 from stages.calibrate.collectors.router_scores import RouterScores
 from stages.calibrate.collectors.usage import Usage
@@ -12,7 +14,7 @@ from stages.contracts.evidence import Column
 
 DEFAULT: tuple[Collector, ...] = (Usage(), GatedOutputNorm(), RouterScores(), OutputSum())
 """Gathered by every run, in one file; in the order of the file's metadata."""
-FURTHER: dict[str, Collector] = {}
+FURTHER: dict[str, Collector] = {collector.name: collector for collector in (OutputNorm(), GatedOutput())}
 """Gathered where a method requires one of their columns; each column has a file of its own."""
 
 DEFAULT_COLUMNS: tuple[Column, ...] = tuple(column for collector in DEFAULT for column in collector.columns)

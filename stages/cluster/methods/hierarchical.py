@@ -5,7 +5,9 @@ Dimensions: E experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import model_validator
 
 from stages.contracts.evidence import LayerEvidence
 from stages.contracts.layer_plan import LayerPlan
@@ -20,9 +22,16 @@ class Hierarchical(Clustering):
     """How experts are grouped."""
 
     method: Literal["hierarchical"] = "hierarchical"
-    feature: Literal["expert_output"] = "expert_output"
-    distance: Literal["euclidean"] = "euclidean"
+    feature: Literal["expert_output", "router_logits", "gated_output"] = "expert_output"
+    """Mean output over all tokens, router logits over all tokens, or mean of the outputs times gates over routed tokens."""
+    distance: Literal["euclidean", "cosine"] = "euclidean"
     linkage: Literal["average", "single", "complete", "ward"] = "average"
+
+    @model_validator(mode="after")
+    def _check_ward(self) -> Self:
+        if self.linkage == "ward" and self.distance != "euclidean":
+            raise ValueError("linkage is ward, which is defined on euclidean distances alone; set distance to euclidean")
+        return self
 
 
 def linkage(evidence: LayerEvidence, settings: Hierarchical) -> Array:
@@ -48,6 +57,7 @@ METHOD = Method(
     limits="Averages the weights of different experts, which loses more than pruning does where few experts are kept.",
     settings=Hierarchical,
     plan=plan,
+    requires=lambda settings: frozenset({"gated_output_sum"} if settings.feature == "gated_output" else ()),
     linkage=linkage,
     presets={
         "hc-smoe": {

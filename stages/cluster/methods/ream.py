@@ -1,0 +1,44 @@
+"""REAM's grouping: the most salient experts are centres, and each takes in its nearest neighbours in turn."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.contracts.evidence import LayerEvidence
+from stages.contracts.layer_plan import LayerPlan
+from stages.contracts.method import Method, PlanSettings
+from stages.contracts.settings import Clustering
+
+
+class Ream(Clustering):
+    """How experts are grouped."""
+
+    method: Literal["ream"] = "ream"
+    feature: Literal["expert_output", "router_logits", "gated_output"] = "gated_output"
+    max_absorbed: Annotated[int, Field(ge=1, strict=True)] = 16
+    """Experts that a centre takes in at most. Where that leaves some over, they join the nearest centre."""
+
+
+def plan(evidence: LayerEvidence, num_slots: int, settings: PlanSettings[Ream]) -> LayerPlan:
+    """Clusters around the `num_slots` experts with the largest REAP saliency, which choose in that order."""
+    from stages.cluster.groups import absorbed, cosines
+    from stages.cluster.linkage import FEATURES, check_finite
+    from stages.cluster.plans import merged
+    from stages.cluster.saliency import largest, reap
+
+    feature_ED = FEATURES[settings.clustering.feature](evidence)
+    check_finite(feature_ED, f"layer {evidence.layer}")
+    centers = largest(reap(evidence), num_slots)
+    return merged(evidence, absorbed(centers, cosines(feature_ED), settings.clustering.max_absorbed), settings)
+
+
+METHOD = Method(
+    name="ream",
+    title="REAM",
+    source="arXiv:2604.04356",
+    limits="Experts are merged as they are; the authors align their neurons first and recompute the layers that follow.",
+    settings=Ream,
+    plan=plan,
+    requires=lambda settings: frozenset({"gated_output_sum"} if settings.feature == "gated_output" else ()),
+    presets={"ream": {"merging": {"method": "saliency"}}},
+)

@@ -1,0 +1,216 @@
+"""Every method against a slow reference written from its formula, and what holds for all of them.
+
+Dimensions: D hidden size, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages.cluster.registry import methods
+from stages.contracts.evidence import LayerEvidence
+from stages.contracts.layer_plan import LayerPlan, Member
+from stages.contracts.method import PlanSettings
+from stages.contracts.settings import Merging
+from tests.conftest import REPOSITORY
+
+NUM_EXPERTS, HIDDEN, TOKENS = 12, 5, 300
+METHODS = sorted(methods())
+PRUNING = sorted(name for name, method in methods().items() if not method.reads_merging)
+CLUSTERING = sorted(set(METHODS) - set(PRUNING))
+FEATURES = ["expert_output", "router_logits", "gated_output"]
+VARIANTS = [
+    *((name, {}) for name in METHODS),
+    *(("hierarchical", {"feature": feature, "distance": "cosine"}) for feature in FEATURES),
+    *(("hierarchical", {"feature": feature, "linkage": "complete"}) for feature in FEATURES[1:]),
+    *((name, {"feature": feature}) for name in ("kmeans", "ream") for feature in FEATURES),
+    ("ean", {"statistic": "sum"}),
+    ("ream", {"max_absorbed": 2}),
+]
+
+
+def evidence_of(seed: int = 0, num_experts: int = NUM_EXPERTS) -> LayerEvidence:
+    """Evidence of random router logits and outputs."""
+    random = np.random.default_rng(seed)
+    logits_TE = random.normal(size=(TOKENS, num_experts))
+    scores_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(1, keepdims=True)
+    routed_TE = logits_TE >= np.sort(logits_TE, 1)[:, [-2]]
+    scale_E, mean_ED = random.uniform(0.5, 2, num_experts), random.normal(size=(num_experts, HIDDEN))
+    output_TED = mean_ED + random.normal(size=(TOKENS, num_experts, HIDDEN)) * scale_E[:, None]
+    norm_TE = np.linalg.norm(output_TED, axis=2)
+    gate_TE = scores_TE * routed_TE
+    columns = {
+        "num_routed_tokens": routed_TE.sum(0) * 100 + np.arange(num_experts),  # no two alike: those are chosen by number
+        "gate_sum": gate_TE.sum(0),
+        "gated_output_norm_sum": (gate_TE * norm_TE).sum(0),
+        "output_norm_sum": (routed_TE * norm_TE).sum(0),
+        "router_probability_sum": scores_TE.sum(0),
+        "router_logit_gram": logits_TE.T @ logits_TE,
+        "output_sum": output_TED.sum(0),
+        "gated_output_sum": (gate_TE[..., None] * output_TED).sum(0),
+    }
+    return LayerEvidence(3, TOKENS, TOKENS, num_experts, columns)
+
+
+def renumbered(evidence: LayerEvidence, order: list[int]) -> LayerEvidence:
+    """Expert i of the new numbering is expert order[i] of the old one."""
+    columns = {name: values[order] for name, values in evidence.columns.items()}
+    columns["router_logit_gram"] = columns["router_logit_gram"][:, order]
+    return LayerEvidence(evidence.layer, evidence.num_tokens, evidence.num_output_tokens, len(order), columns)
+
+
+def plan_of(name: str, evidence: LayerEvidence, num_slots: int, settings: dict[str, Any] | None = None) -> LayerPlan:
+    method = methods()[name]
+    chosen = method.settings.model_validate({"num_experts": [num_slots], "method": name, **(settings or {})})
+    assert method.requires(chosen) <= set(evidence.columns)
+    return method.plan(evidence, num_slots, PlanSettings(chosen, Merging(), "frequency"))
+
+
+def groups(plan: LayerPlan) -> set[frozenset[int]]:
+    return {frozenset(slot.experts) for slot in plan.slots}
+
+
+@pytest.mark.parametrize(("name", "settings"), VARIANTS)
+@pytest.mark.parametrize("seed", range(3))
+def test_another_numbering_of_the_experts_gives_the_same_plan(name: str, settings: dict[str, Any], seed: int) -> None:
+    evidence = evidence_of(seed)
+    order = np.random.default_rng(seed + 100).permutation(NUM_EXPERTS).tolist()
+    for num_slots in (2, 5, 9):
+        found = plan_of(name, renumbered(evidence, order), num_slots, settings)
+        due = plan_of(name, evidence, num_slots, settings)
+        assert {frozenset(order[expert] for expert in group) for group in groups(found)} == groups(due)
+        weights = {order[one.expert]: one.weight for slot in found.slots for one in slot.members}
+        assert weights == pytest.approx({one.expert: one.weight for slot in due.slots for one in slot.members})
+
+
+@pytest.mark.parametrize(("name", "settings"), VARIANTS)
+def test_with_all_experts_every_one_stays_as_it_is(name: str, settings: dict[str, Any]) -> None:
+    plan = plan_of(name, evidence_of(), NUM_EXPERTS, settings)
+    for expert, slot in enumerate(plan.slots):
+        assert slot.experts == (expert,) and slot.members == (Member(expert),)
+        assert slot.row is not None and slot.row.parts == ((expert, 1.0),)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_as_many_slots_as_were_asked_for_and_every_expert_in_one_or_dropped(name: str) -> None:
+    for num_slots in range(1, NUM_EXPERTS + 1):
+        plan = plan_of(name, evidence_of(7), num_slots)
+        assert len(plan.slots) == num_slots
+        placed = sorted(expert for slot in plan.slots for expert in slot.experts)
+        assert len(placed) == num_slots if name in PRUNING else placed == list(range(NUM_EXPERTS))
+
+
+@pytest.mark.parametrize(("name", "settings"), [one for one in VARIANTS if one[0] in CLUSTERING and one[0] != "random"])
+def test_experts_that_are_copies_of_each_other_share_a_slot(name: str, settings: dict[str, Any]) -> None:
+    """Six pairs of equal experts into six slots."""
+    half = evidence_of(3, NUM_EXPERTS // 2)
+    twins = renumbered(half, [*range(NUM_EXPERTS // 2), *range(NUM_EXPERTS // 2)])
+    if name in ("dominant", "ream"):  # their centres are the most used or salient, so a copy must be less so
+        twins.columns["num_routed_tokens"][NUM_EXPERTS // 2 :] = 1  # type: ignore[index]
+        twins.columns["gated_output_norm_sum"][NUM_EXPERTS // 2 :] = 0  # type: ignore[index]
+    if name == "ream":
+        settings = {**settings, "max_absorbed": 1}
+    found = groups(plan_of(name, twins, NUM_EXPERTS // 2, settings))
+    assert found == {frozenset({expert, expert + NUM_EXPERTS // 2}) for expert in range(NUM_EXPERTS // 2)}
+
+
+@pytest.mark.parametrize("name", ["f_prune", "reap", "ean"])
+def test_an_expert_that_is_never_routed_to_is_the_first_to_go(name: str) -> None:
+    evidence = evidence_of(4)
+    for column in ("num_routed_tokens", "gate_sum", "gated_output_norm_sum", "output_norm_sum"):
+        evidence.columns[column][6] = 0
+    assert groups(plan_of(name, evidence, NUM_EXPERTS - 1)) == {frozenset({e}) for e in range(NUM_EXPERTS) if e != 6}
+
+
+SCORES: dict[str, Callable[[LayerEvidence, int], float]] = {
+    "f_prune": lambda e, i: e["num_routed_tokens"][i],
+    "s_prune": lambda e, i: e["router_probability_sum"][i] / e.num_tokens,
+    "reap": lambda e, i: e["gated_output_norm_sum"][i] / e["num_routed_tokens"][i],
+    "ean": lambda e, i: e["output_norm_sum"][i] / e["num_routed_tokens"][i],
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pruning_rule_keeps_the_experts_with_the_largest_scores(name: str, seed: int) -> None:
+    evidence = evidence_of(seed)
+    ranked = sorted(range(NUM_EXPERTS), key=lambda expert: -SCORES[name](evidence, expert))
+    plan = plan_of(name, evidence, 5)
+    assert [slot.experts[0] for slot in plan.slots] == sorted(ranked[:5])
+    assert plan.slot_E[ranked[5:]].tolist() == [-1] * 7
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_m_smoe_joins_each_expert_to_the_most_similar_of_the_most_used(seed: int) -> None:
+    evidence = evidence_of(seed)
+    gram = evidence["router_logit_gram"]
+    centers = sorted(range(NUM_EXPERTS), key=lambda expert: -evidence["num_routed_tokens"][expert])[:4]
+    due: dict[int, set[int]] = {center: {center} for center in centers}
+    for expert in set(range(NUM_EXPERTS)) - set(centers):
+        cosine = {center: gram[expert, center] / np.sqrt(gram[expert, expert] * gram[center, center]) for center in centers}
+        due[max(cosine, key=lambda center: cosine[center])].add(expert)
+    assert groups(plan_of("dominant", evidence, 4)) == {frozenset(group) for group in due.values()}
+
+
+def test_ream_lets_the_most_salient_choose_first_and_only_so_many() -> None:
+    evidence = evidence_of(5)
+    feature = evidence["gated_output_sum"] / evidence["gate_sum"][:, None]
+    unit = feature / np.linalg.norm(feature, axis=1, keepdims=True)
+    scores = evidence["gated_output_norm_sum"] / evidence["num_routed_tokens"]
+    centers = np.argsort(-scores)[:4].tolist()
+    free, due = set(range(NUM_EXPERTS)) - set(centers), {center: {center} for center in centers}
+    for center in centers:
+        for expert in sorted(free, key=lambda one: -unit[one] @ unit[center])[:3]:
+            due[center].add(expert)
+            free.remove(expert)
+    assert not free
+    assert groups(plan_of("ream", evidence, 4, {"max_absorbed": 3})) == {frozenset(group) for group in due.values()}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_k_means_ends_where_no_expert_is_nearer_to_another_centre(feature: str) -> None:
+    evidence = evidence_of(6)
+    vectors = {
+        "expert_output": evidence["output_sum"] / TOKENS,
+        "router_logits": np.linalg.cholesky(evidence["router_logit_gram"]),
+        "gated_output": evidence["gated_output_sum"] / evidence["gate_sum"][:, None],
+    }[feature]
+    slot_E = plan_of("kmeans", evidence, 4, {"feature": feature}).slot_E
+    centers = np.stack([vectors[slot_E == slot].mean(0) for slot in range(4)])
+    distance = np.linalg.norm(vectors[:, None] - centers[None], axis=2)
+    assert (distance[np.arange(NUM_EXPERTS), slot_E] <= distance.min(1) + 1e-9).all()
+
+
+def test_k_means_fills_clusters_that_equal_experts_leave_empty() -> None:
+    evidence = evidence_of(1, 3)
+    same = renumbered(evidence, [0] * 6 + [1, 2])
+    plan = plan_of("kmeans", same, 5)
+    assert len(plan.slots) == 5 and all(slot.experts for slot in plan.slots)
+
+
+@pytest.mark.parametrize("name", ["random", "random_prune", "kmeans"])
+def test_a_seed_gives_the_same_plan_again_and_another_one_gives_others(name: str) -> None:
+    evidence = evidence_of()
+    plans = [plan_of(name, evidence, 4, {"seed": seed}) for seed in range(8)]
+    assert plans[0] == plan_of(name, evidence, 4, {"seed": 0})
+    assert len({frozenset(groups(plan)) for plan in plans}) > 1
+
+
+def test_random_groups_are_equally_large() -> None:
+    assert sorted(len(slot.experts) for slot in plan_of("random", evidence_of(), 5).slots) == [2, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_where_it_is_from_and_what_it_cannot_do(name: str) -> None:
+    method = methods()[name]
+    assert method.source and method.limits.endswith(".") and method.title
+    assert method.presets and all(preset.keys() <= {"clustering", "merging", "export"} for preset in method.presets.values())
+
+
+def test_the_page_of_methods_lists_all_presets_with_their_methods_and_formats() -> None:
+    rows = [line.split("|") for line in (REPOSITORY / "docs" / "methods.md").read_text().splitlines() if line.startswith("| `")]
+    listed = {preset.strip(" `"): (method.strip(" `"), formats.strip()) for _, preset, method, _, _, formats, _ in rows}
+    known = {name: (method.name, ", ".join(method.formats)) for method in methods().values() for name in method.presets}
+    assert listed == known
