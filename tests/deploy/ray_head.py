@@ -25,8 +25,8 @@ START_TIMEOUT_S = 120
 JOB_TIMEOUT_S = 200
 END_TIMEOUT_S = 15
 GRACE_S = 3
-# Below the range from which the kernel takes ports of its own choice (other Ray processes get theirs there), and above the ports
-# that `ray start` gives its workers.
+# Below the range from which the kernel takes ports of its own choice, as other Ray processes do, and above the ports that
+# `ray start` gives its workers.
 _FIRST_PORT = 20_000
 _PORTS_PER_PROCESS = 1_500
 _MAX_PROCESSES = 8
