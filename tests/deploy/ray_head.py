@@ -23,7 +23,7 @@ from ray.util import get_node_ip_address
 BIN_DIR = Path(sys.executable).parent
 START_TIMEOUT_S = 120
 JOB_TIMEOUT_S = 200
-END_TIMEOUT_S = 15
+END_TIMEOUT_S = 60
 GRACE_S = 3
 # Below the range from which the kernel takes ports of its own choice, as other Ray processes do, and above the ports that
 # `ray start` gives its workers.
