@@ -40,7 +40,7 @@ def wait_for_units(run_file: Path, num_units: int, process: subprocess.Popen[str
     while time.monotonic() < deadline and process.poll() is None:
         if num_sealed(run_file) >= num_units:
             return
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 def num_sealed(run_file: Path, stage: str = "") -> int:
@@ -51,7 +51,7 @@ def wait_for_stage(run_file: Path, stage: str, process: subprocess.Popen[str]) -
     """Wait until one more unit of a stage is sealed, or the driver has ended."""
     already, deadline = num_sealed(run_file, stage), time.monotonic() + _LIMIT_S
     while time.monotonic() < deadline and process.poll() is None and num_sealed(run_file, stage) <= already:
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 def test_a_driver_killed_in_every_stage_repeats_no_sealed_unit(
