@@ -115,7 +115,7 @@ def test_a_driver_of_a_cluster_that_was_replaced_ends_its_workers(
         assert time.monotonic() < until
         time.sleep(0.03)
     os.kill(first.pid, signal.SIGCONT)
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=_LIMIT_S)
     rest, _ = second.communicate(timeout=_LIMIT_S)
     assert first.returncode == 1, output
     assert f"lost the lock of {path.parent / 'run'} to host {socket.gethostname()}, pid {second.pid}, since" in output
