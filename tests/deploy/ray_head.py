@@ -22,7 +22,7 @@ from ray.util import get_node_ip_address
 
 BIN_DIR = Path(sys.executable).parent
 START_TIMEOUT_S = 120
-JOB_TIMEOUT_S = 200
+JOB_TIMEOUT_S = 400
 END_TIMEOUT_S = 60
 GRACE_S = 3
 # Below the range from which the kernel takes ports of its own choice, as other Ray processes do, and above the ports that
@@ -118,14 +118,16 @@ def ray_head(
     token: str | None = None,
     node_types: Mapping[str, Any] | None = None,
     more_env: Mapping[str, str] | None = None,
+    num_cpus: int = 2,
     num_gpus: int = 0,
     start_with: Sequence[str] = (),
 ) -> Iterator[RayHead]:
     """Start `ray start --head --block` on free ports, wait until it takes jobs, and end all its processes.
 
     token: turns token authentication on. node_types: starts a head without CPUs, and the autoscaler with Ray's fake provider,
-    which adds nodes of these types on this machine. more_env: on top of its environment. num_gpus: that it pretends
-    to have. start_with: a command that runs the rest of its command line as the head.
+    which adds nodes of these types on this machine. more_env: on top of its environment. num_cpus: a run starts a process for
+    each, which takes seconds. num_gpus: that it pretends to have. start_with: a command that runs the rest of its command line
+    as the head.
     """
     temp_dir = Path(tempfile.mkdtemp(prefix="ray-head-", dir="/tmp"))  # short: sockets lie in it
     head_port, dashboard_port, agent_port, agent_grpc_port, metrics_port, client_port = free_ports(6)
@@ -139,7 +141,7 @@ def ray_head(
     if token:
         env["RAY_AUTH_TOKEN"] = token
     env |= more_env or {}
-    size = ["--num-cpus=2", f"--num-gpus={num_gpus}"]
+    size = [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"]
     if node_types is not None:
         config_path = temp_dir / "autoscaling.json"
         config_path.write_text(json.dumps(_fake_cluster(node_types, f"{get_node_ip_address()}:{head_port}")))

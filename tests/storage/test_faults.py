@@ -22,14 +22,12 @@ pytestmark = pytest.mark.slow
 RunFile = Callable[[dict[str, Any]], Path]
 _LIMIT_S = 300
 STRUCK_STAGES = ("calibrate", "cluster", "merge", "assemble", "evaluate")
+# Between the last write and the seal: what the store then holds is what tests/cluster cannot show.
 KILLS = {
-    "calibrate/layers-0000-0002/tokens-0001": "kill before",
     "calibrate/layers-0002-0004/tokens-0002": "kill before seal",
     "calibrate/layer-0003": "kill before seal",
-    "cluster/layer-0001": "kill before",
     "merge/model-00002-of-*": "kill before seal",
     "assemble/checkpoint": "kill before seal",
-    "evaluate/layers-0000-0002/tokens-0000": "kill before",
 }
 
 
