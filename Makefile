@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # Where there is no NVIDIA GPU, torch's CPU build (a tenth of the size) is offered beside PyPI's.
 TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--retries 2 --extra-index-url https://download.pytorch.org/whl/cpu")
 
+# Files one by one, in the order of tests/conftest.py.
+BY_FILE := --dist loadfile --no-loadscope-reorder
+
 .PHONY: demo test test-fast test-cluster lint bench chaos install clean
 
 demo: install  ## compress the example model on a local Ray cluster and print the result table
@@ -14,10 +17,10 @@ demo: install  ## compress the example model on a local Ray cluster and print th
 test: test-fast test-cluster  ## everything: what .ci/run calls
 
 test-fast: install lint  ## lint, types, and the tests that need no cluster of several nodes
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15
+	$(BIN)/python -m pytest -m "not slow" $(BY_FILE) --numprocesses auto --maxprocesses 4 --durations 15
 
 test-cluster: install  ## real clusters of several nodes, killed workers, nodes and drivers, submitted jobs
-	$(BIN)/python -m pytest -m slow --durations 15
+	$(BIN)/python -m pytest -m slow $(BY_FILE) --numprocesses 3 --durations 15
 
 lint: install
 	$(BIN)/ruff check .

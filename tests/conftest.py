@@ -13,6 +13,21 @@ from tests.runs import FinishedRun, write_run_file
 from tests.tiny import FAMILIES, save_checkpoint, save_token_ids
 
 REPOSITORY = Path(__file__).parents[1]
+# Processes of pytest-xdist take whole files, in this order: a long file that comes last keeps one of them busy alone.
+LONGEST_FIRST = (
+    "cluster/test_workers.py", "cluster/test_fencing.py", "cluster/test_driver.py", "deploy/test_job_submit.py",
+    "storage/test_faults.py", "ray/test_scale.py", "deploy/test_job_stop.py", "cluster/test_partition.py",
+    "cluster/test_nodes.py", "cluster/test_memory.py", "ray/test_executors.py", "storage/test_runs.py",
+    "stages/test_families.py", "hostile/test_corpus.py", "deploy/test_metrics.py", "deploy/test_autoscaling.py",
+    "pipeline/test_process.py", "pipeline/test_secrets.py", "cluster/test_storage.py", "ray/test_driver_imports.py",
+    "pipeline/test_memory.py", "stages/test_mapped.py", "pipeline/test_hub.py", "pipeline/test_hub_data.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    folder = REPOSITORY / "tests"
+    items.sort(key=lambda item: places.get(item.path.relative_to(folder).as_posix(), len(places)))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -16,14 +16,15 @@ from pipeline.imports import resolve
 from stages.contracts.settings import Resources
 from stages.contracts.units import Call, Job, Unit
 
-EATEN_BYTES = 4 * 2**30
+EATEN_VARIABLE = "HCSMOE_TESTS_EATEN_BYTES"
+"""The environment variable of a worker that says how much the fault `eat memory` takes."""
 _BITE_BYTES = 2**27
 
 
 def _eat_memory() -> None:
     """Take memory until somebody puts an end to it. Raises RuntimeError when nobody does."""
     eaten = []
-    while len(eaten) * _BITE_BYTES < EATEN_BYTES:
+    while len(eaten) * _BITE_BYTES < int(os.environ[EATEN_VARIABLE]):
         eaten.append(b"\1" * _BITE_BYTES)
         time.sleep(0.05)
     time.sleep(10)

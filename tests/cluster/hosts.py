@@ -17,8 +17,8 @@ RAY = Path(sys.executable).with_name("ray")
 NETWORK = "10.77.0"  # reached from nowhere else: the bridge has no address
 HEAD_PORT = 6379
 _COMMAND_S = 30
-_START_S = 90
-_END_S = 15
+_START_S = 200
+_END_S = 60
 # A node counts as dead after about three seconds without an answer, where Ray's own setting is about half a minute.
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",

@@ -58,7 +58,7 @@ def test_a_driver_that_was_replaced_while_it_slept_stops_and_leaves_its_successo
     until = time.monotonic() + _LIMIT_S
     while number_of(path, "run begins") < 2 and second.poll() is None:
         assert time.monotonic() < until
-        time.sleep(0.01)
+        time.sleep(0.03)
     os.kill(first.pid, signal.SIGCONT)
     output, _ = first.communicate(timeout=_LIMIT_S)
     rest, _ = second.communicate(timeout=_LIMIT_S)
@@ -113,9 +113,9 @@ def test_a_driver_of_a_cluster_that_was_replaced_ends_its_workers(
     until = time.monotonic() + _LIMIT_S
     while number_of(path, "run begins") < 2 and second.poll() is None:
         assert time.monotonic() < until
-        time.sleep(0.01)
+        time.sleep(0.03)
     os.kill(first.pid, signal.SIGCONT)
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=_LIMIT_S)
     rest, _ = second.communicate(timeout=_LIMIT_S)
     assert first.returncode == 1, output
     assert f"lost the lock of {path.parent / 'run'} to host {socket.gethostname()}, pid {second.pid}, since" in output

@@ -1,56 +1,57 @@
-"""A worker that Ray's own memory monitor kills: the real thing, with the limit set a little above what is in use now."""
+"""A worker that Ray's own memory monitor kills: the real thing, whatever else takes memory on this machine."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.config import load_config
-from pipeline.executors.ray import connect
-from tests.cluster.conftest import REPOSITORY
-from tests.cluster.faults import EATEN_BYTES, FaultyExecutor
+from tests.cluster.conftest import REPOSITORY, results_of
+from tests.cluster.faults import EATEN_VARIABLE
+from tests.cluster.memory_room import available_memory, own_room, shared_room
+from tests.cluster.test_driver import events_of
 from tests.deploy.ray_head import RayHead, ray_head
-from tests.runs import FinishedRun, execute
 
 pytestmark = pytest.mark.slow
-_ROOM_BYTES = EATEN_BYTES // 2
-
-
-def _memory_bytes() -> tuple[int, int]:
-    """What this machine has in all, and what of it is available."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    fields = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
-    return fields["MemTotal"], fields["MemAvailable"]
+STRUCK = "calibrate/layers-0002-0004/tokens-0001"
+_KILLED_AT_BYTES, _EATEN_BYTES = 4 * 2**30, 6 * 2**30  # a head and its workers take about 1.5 GiB
+_LIMIT_S = 300
 
 
 @pytest.fixture
 def tight_head() -> Iterator[RayHead]:
-    """A head with a fake GPU, whose monitor kills workers once half of what the fault eats is in use beyond what is now."""
-    total, available = _memory_bytes()
-    if available < 2 * EATEN_BYTES:
-        pytest.skip(f"{available:,} bytes of memory are available; the test wants {2 * EATEN_BYTES:,}")
-    limits = {
-        "RAY_memory_usage_threshold": f"{(total - available + _ROOM_BYTES) / total:.4f}",
-        "RAY_memory_monitor_refresh_ms": "50",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    with ray_head(more_env=limits, num_gpus=1) as head:
-        yield head
+    """A head with a fake GPU, whose monitor kills workers before the fault has eaten what it wants."""
+    _, available = available_memory()
+    if available < _EATEN_BYTES:
+        pytest.skip(f"{available:,} bytes of memory are available; the test wants {_EATEN_BYTES:,}")
+    with own_room(_KILLED_AT_BYTES, _EATEN_BYTES) as own:
+        room = own or shared_room()
+        more_env = {
+            "RAY_memory_usage_threshold": f"{room.threshold:.4f}",
+            "RAY_memory_monitor_refresh_ms": "50",
+            "PYTHONPATH": str(REPOSITORY),
+            EATEN_VARIABLE: str(room.eaten_bytes),
+        }
+        with ray_head(more_env=more_env, num_gpus=1, start_with=room.start_with) as head:
+            yield head
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(_LIMIT_S + 200)
 def test_a_worker_killed_for_memory_is_tried_alone(
     tight_head: RayHead, run_file: Callable[[dict[str, Any]], Path], undisturbed: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
+    """The driver has a process of its own: this one may have known other clusters."""
     path = run_file({})
-    config = load_config(path, [])
-
-    def make_executor() -> FaultyExecutor:
-        connect(tight_head.gcs_address)
-        return FaultyExecutor(config.resources, {"calibrate/layers-0002-0004/tokens-0001": "eat memory"}, tmp_path)
-
-    result, _ = execute(config, make_executor)
-    assert FinishedRun.found(path, config, result.report).results() == undisturbed
-    events = (Path(config.run_dir) / "events.jsonl").read_text()
-    assert "its worker was killed, since the node ran out of memory" in events
+    command = [
+        sys.executable, "-m", "tests.cluster.struck_driver", str(path), "--address", tight_head.gcs_address,
+        "--marker-dir", str(tmp_path), "--fault", STRUCK, "eat memory",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+    assert done.returncode == 0, done.stderr + tight_head.log_path.read_text()
+    assert len(list(tmp_path.iterdir())) == 1, "the fault struck"
+    assert results_of(path) == undisturbed
+    lost = [event for event in events_of(path) if event["event"] == "lost"]
+    assert any("its worker was killed, since the node ran out of memory" in json.dumps(event) for event in lost), lost

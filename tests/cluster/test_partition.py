@@ -14,7 +14,7 @@ from tests.cluster.hosts import HEAD_PORT, Host, hosts, wait_for_nodes
 from tests.cluster.test_driver import events_of
 
 pytestmark = pytest.mark.slow
-_LIMIT_S = 120
+_LIMIT_S = 300
 
 
 @pytest.fixture

@@ -95,7 +95,17 @@ def test_verify_finds_damage_and_redoes_what_is_needed(
     assert isinstance(again, Recorder) and not again.units
 
 
-@pytest.fixture
-def finished(run_file: RunFile) -> FinishedRun:
-    """A finished run, to be damaged and mended."""
+@pytest.fixture(scope="module")
+def original(run_file: RunFile) -> FinishedRun:
+    """A finished run. Not to be written to."""
     return FinishedRun.of(run_file(LOCAL))
+
+
+@pytest.fixture
+def finished(original: FinishedRun, run_file: RunFile) -> FinishedRun:
+    """A copy of it, to be damaged and mended; with its hard links, since both names of a file are damaged at once."""
+    path = run_file(LOCAL)
+    subprocess.run(["cp", "--archive", str(original.run_dir), str(path.parent)], check=True)
+    copy = FinishedRun.of(path)
+    assert copy.recorder.stages == {"report"}, "the run directory itself is a setting of the report"
+    return copy

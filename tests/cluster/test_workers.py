@@ -64,27 +64,26 @@ def test_a_unit_that_fails_each_time_ends_the_run_and_nothing_else(
     assert FinishedRun.of(path).results() == undisturbed
 
 
-def test_a_unit_that_hangs_is_given_to_another_worker(
+def test_units_that_hang_or_lack_memory_once_are_given_to_another_worker(
     struck: Struck, run_file: RunFile, undisturbed: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     path = run_file({"resources.unit_timeout_s": 25})
     config = load_config(path, [])
-    faults = {"calibrate/layers-0002-0004/tokens-0001": "hang"}
+    faults = {"calibrate/layers-0002-0004/tokens-0001": "hang", "calibrate/layers-0004-0006/tokens-0002": "memory"}
     result, _ = execute(config, lambda: struck(config, faults, tmp_path))
+    assert len(list(tmp_path.iterdir())) == len(faults), "every fault struck"
     assert FinishedRun.found(path, config, result.report).results() == undisturbed
-    assert "no result after 25 s" in (Path(config.run_dir) / "events.jsonl").read_text()
+    events = (Path(config.run_dir) / "events.jsonl").read_text()
+    assert "no result after 25 s" in events
+    assert "cannot allocate what the unit needs" in events
 
 
-def test_a_unit_out_of_memory_is_tried_alone_and_then_tells_what_it_needs(
-    struck: Struck, run_file: RunFile, undisturbed: dict[str, dict[str, str]], tmp_path: Path
+def test_a_unit_that_never_has_enough_memory_is_tried_alone_and_tells_what_it_needs(
+    struck: Struck, run_file: RunFile, tmp_path: Path
 ) -> None:
-    path = run_file({})
-    config = load_config(path, [])
-    pattern = "calibrate/layers-0002-0004/tokens-0001"
-    (tmp_path / "always").mkdir()
+    config = load_config(run_file({}), [])
+    faults = {"calibrate/layers-0002-0004/tokens-0001": "always memory"}
     with pytest.raises(
         RunFailed, match=r"(?s)layers 2-3, tokens 2/4.*tried 2 times.*it needs about .*resources\.layers_per_shard"
     ):
-        execute(config, lambda: struck(config, {pattern: "always memory"}, tmp_path / "always"))
-    result, _ = execute(config, lambda: struck(config, {pattern: "memory"}, tmp_path))
-    assert FinishedRun.found(path, config, result.report).results() == undisturbed
+        execute(config, lambda: struck(config, faults, tmp_path))

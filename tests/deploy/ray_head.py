@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,15 @@ from typing import Any
 from ray.util import get_node_ip_address
 
 BIN_DIR = Path(sys.executable).parent
-START_TIMEOUT_S = 60
-JOB_TIMEOUT_S = 200
-END_TIMEOUT_S = 15
+START_TIMEOUT_S = 120
+JOB_TIMEOUT_S = 400
+END_TIMEOUT_S = 60
 GRACE_S = 3
+# Below the range from which the kernel takes ports of its own choice, as other Ray processes do, and above the ports that
+# `ray start` gives its workers.
+_FIRST_PORT = 20_000
+_PORTS_PER_PROCESS = 1_500
+_MAX_PROCESSES = 8
 _OF_RAY_ITSELF = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::JobSupervisor")
 
 
@@ -47,6 +53,11 @@ class RayHead:
     temp_dir: Path
     env: Mapping[str, str]
 
+    @property
+    def log_path(self) -> Path:
+        """What `ray start` printed."""
+        return self.temp_dir / "head.log"
+
     def ray(self, *args: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a `ray` command; its output and errors come as one text."""
         return subprocess.run(
@@ -68,13 +79,17 @@ class RayHead:
         assert job, done.stdout
         return Submission(done.returncode, done.stdout, self.status(job[0]))
 
-    def status(self, job: str) -> str:
-        """Status of a job, from the head's own interface."""
-        request = urllib.request.Request(f"{self.address}/api/jobs/{job}")
+    def get(self, path: str) -> Any:
+        """What the head's own interface answers."""
+        request = urllib.request.Request(f"{self.address}/{path}")
         if "RAY_AUTH_TOKEN" in self.env:
             request.add_header("Authorization", f"Bearer {self.env['RAY_AUTH_TOKEN']}")
         with urllib.request.urlopen(request, timeout=10) as response:
-            return str(json.load(response)["status"])
+            return json.load(response)
+
+    def status(self, job: str) -> str:
+        """Status of a job."""
+        return str(self.get(f"api/jobs/{job}")["status"])
 
     def worker_titles(self) -> list[str]:
         """Titles of the processes in which units run, or may: workers of a driver, not Ray's own idle ones."""
@@ -86,10 +101,16 @@ class RayHead:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
+    """Ports that nobody listens on now. Processes of pytest-xdist choose from ranges of their own."""
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _MAX_PROCESSES
+    first = _FIRST_PORT + process * _PORTS_PER_PROCESS
+    found: list[int] = []
+    for port in random.Random().sample(range(first, first + _PORTS_PER_PROCESS), _PORTS_PER_PROCESS):
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"fewer than {count} ports from {first} on are free")
 
 
 @contextlib.contextmanager
@@ -97,13 +118,16 @@ def ray_head(
     token: str | None = None,
     node_types: Mapping[str, Any] | None = None,
     more_env: Mapping[str, str] | None = None,
+    num_cpus: int = 2,
     num_gpus: int = 0,
+    start_with: Sequence[str] = (),
 ) -> Iterator[RayHead]:
     """Start `ray start --head --block` on free ports, wait until it takes jobs, and end all its processes.
 
     token: turns token authentication on. node_types: starts a head without CPUs, and the autoscaler with Ray's fake provider,
-    which adds nodes of these types on this machine. more_env: on top of its environment. num_gpus: that it pretends
-    to have.
+    which adds nodes of these types on this machine. more_env: on top of its environment. num_cpus: a run starts a process for
+    each, which takes seconds. num_gpus: that it pretends to have. start_with: a command that runs the rest of its command line
+    as the head.
     """
     temp_dir = Path(tempfile.mkdtemp(prefix="ray-head-", dir="/tmp"))  # short: sockets lie in it
     head_port, dashboard_port, agent_port, agent_grpc_port, metrics_port, client_port = free_ports(6)
@@ -117,34 +141,34 @@ def ray_head(
     if token:
         env["RAY_AUTH_TOKEN"] = token
     env |= more_env or {}
-    size = ["--num-cpus=2", f"--num-gpus={num_gpus}"]
+    size = [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"]
     if node_types is not None:
         config_path = temp_dir / "autoscaling.json"
         config_path.write_text(json.dumps(_fake_cluster(node_types, f"{get_node_ip_address()}:{head_port}")))
         size = ["--num-cpus=0", "--num-gpus=0", f"--autoscaling-config={config_path}"]
         env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     command = [
-        str(BIN_DIR / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+        *start_with, str(BIN_DIR / "ray"), "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={head_port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
         f"--dashboard-agent-listen-port={agent_port}", f"--dashboard-agent-grpc-port={agent_grpc_port}",
         f"--metrics-export-port={metrics_port}", f"--ray-client-server-port={client_port}",
+        "--min-worker-port=0", "--max-worker-port=0",  # any: heads beside each other would hand out the same ones
         *size, "--object-store-memory=100000000", f"--temp-dir={temp_dir / 'ray'}",
     ]  # fmt: skip
-    log_path = temp_dir / "head.log"
-    with log_path.open("w") as log:
+    head = RayHead(
+        f"http://127.0.0.1:{dashboard_port}",
+        f"127.0.0.1:{head_port}",
+        f"http://127.0.0.1:{metrics_port}/metrics",
+        temp_dir,
+        env,
+    )
+    with head.log_path.open("w") as log:
         process = subprocess.Popen(
             command, env=env, cwd=temp_dir, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
     try:
-        head = RayHead(
-            f"http://127.0.0.1:{dashboard_port}",
-            f"127.0.0.1:{head_port}",
-            f"http://127.0.0.1:{metrics_port}/metrics",
-            temp_dir,
-            env,
-        )
-        _wait_until_up(head, process, log_path)
+        _wait_until_up(head, process)
         yield head
     finally:
         _end(process, temp_dir)
@@ -177,17 +201,18 @@ def _fake_cluster(node_types: Mapping[str, Any], gcs_address: str) -> dict[str, 
     }
 
 
-def _wait_until_up(head: RayHead, process: subprocess.Popen[bytes], log_path: Path) -> None:
+def _wait_until_up(head: RayHead, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the head takes jobs and its raylet, which comes seconds later, takes drivers."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        assert process.poll() is None, f"the head ended:\n{log_path.read_text()}"
-        request = urllib.request.Request(f"{head.address}/api/jobs/")
-        if "RAY_AUTH_TOKEN" in head.env:
-            request.add_header("Authorization", f"Bearer {head.env['RAY_AUTH_TOKEN']}")
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5):
-            return
+        assert process.poll() is None, f"the head ended:\n{head.log_path.read_text()}"
+        with contextlib.suppress(OSError):
+            head.get("api/jobs/")
+            nodes = head.get("nodes?view=summary")["data"]["summary"]
+            if any(node.get("raylet", {}).get("state") == "ALIVE" for node in nodes):
+                return
         time.sleep(0.2)
-    raise TimeoutError(f"no head at {head.address} after {START_TIMEOUT_S} s:\n{log_path.read_text()}")
+    raise TimeoutError(f"no head at {head.address} after {START_TIMEOUT_S} s:\n{head.log_path.read_text()}")
 
 
 def _descendants(temp_dir: Path) -> list[int]:

@@ -13,7 +13,6 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_an_empty_cluster_grows_what_a_run_needs(clone: Path, tmp_path: Path) -> None:
     """The node types of cluster.yaml, each of the size that this machine can play, with a GPU that is none."""
     node_types = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())["available_node_types"]

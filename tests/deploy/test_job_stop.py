@@ -12,7 +12,7 @@ import pytest
 from tests.deploy.example_run import RUN, SMALL, assert_complete
 from tests.deploy.ray_head import RayHead, ray_head
 
-_LIMIT_S = 90
+_LIMIT_S = 200
 # Hundreds of short units: `ray job stop` takes seconds to start, and is to strike in the middle of them.
 MANY_UNITS = (
     "--set", "calibration.num_sequences=512", "--set", "calibration.sequence_length=32",
@@ -43,7 +43,6 @@ def _sealed(run_dir: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_stopped_job_leaves_no_worker_and_no_lock_and_is_continued(head: RayHead, clone: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     entrypoint = (*RUN, *SMALL, *MANY_UNITS, "--set", f"run_dir={run_dir}")

@@ -16,7 +16,7 @@ TOKEN = "5f3a9c0e7b1d48a2965e0c7f31b8d46a"
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
-    with ray_head() as running:
+    with ray_head(num_cpus=1) as running:
         yield running
 
 
@@ -27,7 +27,6 @@ def finished(head: RayHead, clone: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_job_leaves_complete_models(finished: tuple[Submission, Path]) -> None:
     submission, run_dir = finished
     assert (submission.exit_code, submission.status) == (0, "SUCCEEDED"), submission.log
@@ -35,7 +34,6 @@ def test_job_leaves_complete_models(finished: tuple[Submission, Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_job_log_is_readable(finished: tuple[Submission, Path]) -> None:
     submission, run_dir = finished
     log = submission.log
@@ -48,7 +46,6 @@ def test_job_log_is_readable(finished: tuple[Submission, Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_upload_holds_the_code_only(head: RayHead, finished: tuple[Submission, Path]) -> None:
     copies = list(head.temp_dir.glob("ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
     assert len(copies) == 1, copies
@@ -60,7 +57,6 @@ def test_upload_holds_the_code_only(head: RayHead, finished: tuple[Submission, P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_bad_setting_makes_a_failed_job(head: RayHead, clone: Path, tmp_path: Path) -> None:
     submission = head.submit(
         *RUN, "--set", f"run_dir={tmp_path / 'run'}", "--set", "clustering.num_experts=[9]", working_dir=clone
@@ -73,9 +69,8 @@ def test_bad_setting_makes_a_failed_job(head: RayHead, clone: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_token_authentication(clone: Path, tmp_path: Path) -> None:
-    with ray_head(TOKEN) as head:
+    with ray_head(TOKEN, num_cpus=1) as head:
         refused = head.ray("job", "list", "--address", head.address, cwd=tmp_path, env={"RAY_AUTH_TOKEN": TOKEN[::-1]})
         assert refused.returncode != 0
         assert "token" in refused.stdout.lower()

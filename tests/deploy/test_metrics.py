@@ -13,7 +13,7 @@ import pytest
 from tests.deploy.example_run import RUN, SMALL
 from tests.deploy.ray_head import ray_head
 
-_LIMIT_S = 120
+_LIMIT_S = 300
 SAMPLE = re.compile(r"^ray_(hcsmoe_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -33,9 +33,8 @@ def scrape(address: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_scrape_of_ray_shows_units_seconds_and_bytes_by_stage(clone: Path, tmp_path: Path) -> None:
-    with ray_head(more_env={"RAY_metrics_report_interval_ms": "500"}) as head:
+    with ray_head(more_env={"RAY_metrics_report_interval_ms": "500"}, num_cpus=1) as head:
         command = [sys.executable, *RUN[1:], *SMALL, "--set", f"run_dir={tmp_path / 'run'}", "--address", head.gcs_address]
         driver = subprocess.Popen(
             command, cwd=clone, env=dict(head.env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

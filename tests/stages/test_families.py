@@ -24,7 +24,16 @@ from tests.stages.tiny import FAMILIES, NUM_EXPERTS, build, save
 
 MERGED = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CASES = [pytest.param(family, dtype, id=f"{family}-{dtype}") for family in sorted(SUPPORTED) for dtype in DTYPES]
+# At least one family a code path, as `code_path` tells them apart; where there is a choice, families with a trait of their own:
+# convolution, linear attention, state space, latent attention with an index, sparse mixer, a scale for each expert.
+IN_BFLOAT16 = (
+    "aria_text", "deepseek_v2", "deepseek_v32", "ernie4_5_moe", "gemma4_text", "gpt_oss", "granitemoehybrid", "kimi_linear",
+    "laguna", "lfm2_moe", "llama4_text", "minimax_m3_vl_text", "mixtral", "nemotron_h", "phimoe", "qwen3_next",
+)  # fmt: skip
+CASES = [
+    *(pytest.param(family, "float32", id=f"{family}-float32") for family in sorted(SUPPORTED)),
+    *(pytest.param(family, "bfloat16", id=f"{family}-bfloat16") for family in IN_BFLOAT16),
+]
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
@@ -288,6 +297,26 @@ def check_layout(case: Case, folder: Path) -> None:
     assert reduced >= len(case.plan["moe_layers"])
     assert MERGED in stock_targets(source.config, "source")
     assert text_config(target.config)["model_type"] == case.family
+
+
+def code_path(family: str, folder: Path) -> tuple[Any, ...]:
+    """What decides which of our code a family takes: how transformers computes its experts and how their weights lie on disk, a
+    tensor each or fused, beside tensors of which dtypes; and how its router scores."""
+    model = build(family, torch.bfloat16)
+    source = Checkpoint(save(model, folder))
+    module = next(module for name, module in model.named_modules() if name.endswith(".experts"))
+    traits = [getattr(module, name, None) for name in ("is_transposed", "is_concatenated", "has_bias", "has_gate")]
+    tails = [name.split(".experts.")[1] for name in source.tensors if ".experts." in name]
+    is_one_by_one = any(part.isdecimal() for tail in tails for part in tail.split("."))
+    dtypes = sorted({entry.dtype for entry in source.tensors.values()})
+    facts = SUPPORTED[family]
+    return (*traits, is_one_by_one, *dtypes, facts.score, facts.group_scores, facts.gates_input)
+
+
+def test_every_code_path_has_a_case_in_bfloat16(tmp_path: Path) -> None:
+    paths = {family: code_path(family, tmp_path / family) for family in SUPPORTED}
+    covered = {paths[family] for family in IN_BFLOAT16}
+    assert {family: path for family, path in paths.items() if path not in covered} == {}
 
 
 def test_every_tiny_config_is_of_a_supported_family() -> None:

@@ -89,15 +89,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, local_model: tuple[Pat
     return FinishedRun.of(write_run_file(tmp_path_factory.mktemp("undisturbed"), *local_model, SETTINGS))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def remote_run_file(
-    tmp_path: Path, s3: str, model_url: str, local_model: tuple[Path, Path]
+    tmp_path_factory: pytest.TempPathFactory, s3: str, model_url: str, local_model: tuple[Path, Path]
 ) -> Callable[[dict[str, Any]], Path]:
     """Make a run file whose model and run directory are URLs."""
 
     def make(settings: dict[str, Any]) -> Path:
         remote = {"model": model_url, "run_dir": f"{s3}/runs/{uuid.uuid4().hex[:8]}"}
-        return write_run_file(tmp_path, *local_model, {**SETTINGS, **remote, **settings})
+        return write_run_file(tmp_path_factory.mktemp("remote"), *local_model, {**SETTINGS, **remote, **settings})
 
     return make
 

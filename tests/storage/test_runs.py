@@ -1,6 +1,7 @@
 """A whole run on object storage gives the bytes of a local one, reads by ranges and is resumed."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,19 @@ from tests.storage.conftest import results_of
 RunFile = Callable[[dict[str, Any]], Path]
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None, int | None]]:
-    """What is read of objects: name, first byte, byte after the last; None where no range is asked for."""
+@dataclass(frozen=True)
+class RemoteRun:
+    """A finished run on object storage. reads: what was read of objects: name, first byte, byte after the last; None where no
+    range was asked for."""
+
+    path: Path
+    done: FinishedRun
+    reads: list[tuple[str, int | None, int | None]]
+
+
+@pytest.fixture(scope="module")
+def remote_run(remote_run_file: RunFile) -> RemoteRun:
+    """What a test damages in it, the same test mends."""
     found: list[tuple[str, int | None, int | None]] = []
     whole = s3fs.S3FileSystem._cat_file
 
@@ -28,17 +39,16 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None, int | 
         found.append((path, start, end))
         return bytes(await whole(self, path, version_id=version_id, start=start, end=end))
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", cat_file)
-    return found
-
-
-def test_a_run_on_object_storage_gives_the_bytes_of_a_local_one_and_is_resumed(
-    remote_run_file: RunFile, undisturbed: FinishedRun, reads: list[tuple[str, int | None, int | None]]
-) -> None:
     path = remote_run_file({})
-    done = FinishedRun.of(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3fs.S3FileSystem, "_cat_file", cat_file)
+        return RemoteRun(path, FinishedRun.of(path), found)
+
+
+def test_a_run_on_object_storage_gives_the_bytes_of_a_local_one(remote_run: RemoteRun, undisturbed: FinishedRun) -> None:
+    done = remote_run.done
     assert results_of(done) == results_of(undisturbed)
-    weights = [read for read in reads if read[0].endswith(".safetensors") and "/models/tiny-mixtral/" in read[0]]
+    weights = [read for read in remote_run.reads if read[0].endswith(".safetensors") and "/models/tiny-mixtral/" in read[0]]
     assert weights
     assert all(start is not None and end is not None for _, start, end in weights), "weights are read by ranges"
     for model in done.report["models"][1:]:
@@ -47,16 +57,12 @@ def test_a_run_on_object_storage_gives_the_bytes_of_a_local_one_and_is_resumed(
         assert {"config.json", "model.safetensors.index.json", "README.md"} <= names
     assert not [path for path in done.run_dir.rglob("*") if {"hidden", "partial"} & set(path.parts)]
     assert not (done.run_dir / "driver.lock").exists()
-    result, recorder = execute(done.config, verify=True)
-    assert (result.num_run, recorder.units) == (0, [])
-    other = FinishedRun.of(path, ["clustering.linkage=single"])
-    assert other.recorder.stages == {"cluster", "merge", "assemble", "evaluate", "report"}
 
 
-def test_a_published_checkpoint_is_loaded_by_transformers(remote_run_file: RunFile, tmp_path: Path) -> None:
+def test_a_published_checkpoint_is_loaded_by_transformers(remote_run: RemoteRun, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    done = FinishedRun.of(remote_run_file({"export.formats": ["stock"]}))
+    done = remote_run.done
     (name,) = [model["name"] for model in done.report["models"] if model["format"] == "stock"]
     for path in (done.run_dir / "models" / name).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -84,8 +90,8 @@ def _damage(path: Path, how: str) -> None:
         path.write_bytes(bytes(data))
 
 
-def test_verify_finds_damage(remote_run_file: RunFile, undisturbed: FinishedRun) -> None:
-    done = FinishedRun.of(remote_run_file({}))
+def test_verify_finds_damage(remote_run: RemoteRun, undisturbed: FinishedRun) -> None:
+    done = remote_run.done
     for how, pattern, redone in (
         ("deleted", "calibrate-*/layer-0002.statistics.arrow", {"calibrate"}),
         ("truncated", "cluster-*/layer-0001.labels.arrow", {"cluster"}),
@@ -95,6 +101,14 @@ def test_verify_finds_damage(remote_run_file: RunFile, undisturbed: FinishedRun)
         _, recorder = execute(done.config, verify=True)
         assert recorder.stages == redone
         assert results_of(done) == results_of(undisturbed)
+
+
+def test_a_run_on_object_storage_is_resumed(remote_run: RemoteRun) -> None:
+    """The last test of this run: it changes it."""
+    result, recorder = execute(remote_run.done.config, verify=True)
+    assert (result.num_run, recorder.units) == (0, [])
+    other = FinishedRun.of(remote_run.path, ["clustering.linkage=single"])
+    assert other.recorder.stages == {"cluster", "merge", "assemble", "evaluate", "report"}
 
 
 def test_status_and_clean_read_the_store(remote_run_file: RunFile) -> None:
