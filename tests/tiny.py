@@ -56,7 +56,7 @@ def random_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0,
     """
     config = getattr(transformers, FAMILIES[family].config_class)(**{**_COMMON, **FAMILIES[family].settings, **settings})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.data[:, 0, 0] = -0.0
@@ -90,10 +90,13 @@ def save_token_ids(path: Path, num_sequences: int = 8, sequence_length: int = 32
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:
     """The checkpoint as any user loads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval().requires_grad_(False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def logits(model: PreTrainedModel, ids_ST: np.ndarray) -> torch.Tensor:
     """Logits [S, T, V] of a whole-model forward."""
     with torch.inference_mode():
-        return model(input_ids=torch.from_numpy(ids_ST), use_cache=False).logits
+        found: torch.Tensor = model(input_ids=torch.from_numpy(ids_ST), use_cache=False).logits
+    return found

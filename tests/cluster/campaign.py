@@ -61,6 +61,7 @@ class RunRecord:
 
 def worker_pids(cluster: Cluster) -> list[int]:
     """Processes in which units of this cluster run (or will): children of its raylets."""
+    assert cluster.head_node is not None
     session = str(cluster.head_node.get_session_dir_path()).encode()
     found = []
     for entry in Path("/proc").iterdir():

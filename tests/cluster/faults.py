@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -23,7 +24,7 @@ _BITE_BYTES = 2**27
 
 def _eat_memory() -> None:
     """Take memory until somebody puts an end to it. Raises RuntimeError when nobody does."""
-    eaten = []
+    eaten: list[bytes] = []
     while len(eaten) * _BITE_BYTES < int(os.environ[EATEN_VARIABLE]):
         eaten.append(b"\1" * _BITE_BYTES)
         time.sleep(0.05)
@@ -48,9 +49,10 @@ class FaultArgs:
     marker: str
 
 
-def faulty_unit(job: Job[FaultArgs]) -> object:
+def faulty_unit(job: Job[Any]) -> object:
     """Run the unit's own function, with a fault before it or after its last write (before the seal)."""
-    fault, marker = job.args.fault, Path(job.args.marker)
+    args: FaultArgs = job.args
+    fault, marker = args.fault, Path(args.marker)
     strikes = fault.startswith("always") or _is_first(marker)
     if strikes and fault == "kill before":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -65,7 +67,7 @@ def faulty_unit(job: Job[FaultArgs]) -> object:
     if strikes and fault == "on a node to be killed":
         marker.write_text(ray.get_runtime_context().get_node_id())
         time.sleep(60)
-    result = resolve(job.args.call.function)(replace(job, args=job.args.call.args))
+    result = resolve(args.call.function)(replace(job, args=args.call.args))
     if strikes and fault == "kill before seal":
         os.kill(os.getpid(), signal.SIGKILL)
     return result

@@ -93,7 +93,7 @@ def _fold(path: Path, value: Any, folder: Path) -> None:
     path.mkdir()
 
 
-MAKERS: dict[str, Callable[[Path, Any, Path], None]] = {
+MAKERS: dict[str, Callable[[Path, Any, Path], object]] = {
     "text": lambda path, value, folder: path.write_bytes(value.encode()),
     "bytes": _bytes(lambda value: value.encode("latin-1")),
     "encoded": _bytes(lambda value: value[1].encode(value[0])),
@@ -110,7 +110,7 @@ MAKERS: dict[str, Callable[[Path, Any, Path], None]] = {
     "fifo": lambda path, value, folder: os.mkfifo(path),
     "folder": _fold,
     "link": lambda path, value, folder: path.symlink_to(value.replace("FOLDER", str(folder))),
-    "copy": lambda path, value, folder: Path(shutil.copy(folder / value, path)) and None,
+    "copy": lambda path, value, folder: shutil.copy(folder / value, path),
     "cut": _cut,
 }
 

@@ -1,5 +1,6 @@
 """One Ray cluster for the session: two CPUs, two pretended GPUs, which schedule like real ones."""
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ def cluster() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="hr-")  # short: the paths of Ray's sockets may have 107 bytes
     ray.init(
         address="local", num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=100_000_000, _temp_dir=folder,
-        log_to_driver=False, logging_level="error",
+        log_to_driver=False, logging_level=logging.ERROR,
     )  # fmt: skip
     yield
     ray.shutdown()

@@ -61,7 +61,9 @@ def run_all(
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:
     """The checkpoint as any user loads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    model.eval()
+    return model
 
 
 def aligned(model: PreTrainedModel) -> PreTrainedModel:
@@ -78,7 +80,8 @@ def aligned(model: PreTrainedModel) -> PreTrainedModel:
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [B, T, V] of the whole model."""
     with torch.inference_mode():
-        return model(ids, use_cache=False).logits
+        found: Tensor = model(ids, use_cache=False).logits
+    return found
 
 
 def streamed_logits(checkpoint: Any, num_layers: int, ids: Tensor, step: int = 2) -> Tensor:
@@ -89,6 +92,7 @@ def streamed_logits(checkpoint: Any, num_layers: int, ids: Tensor, step: int = 2
         hidden = shard.embed(ids) if hidden is None else hidden
         for layer in range(shard.first, shard.stop):
             hidden = shard.run_layer(layer, hidden)
+    assert hidden is not None
     return shard.logits(hidden)
 
 
@@ -120,4 +124,4 @@ def rewrite(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | N
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The raw `config.json`."""
-    return json.loads((folder / "config.json").read_text())
+    return dict(json.loads((folder / "config.json").read_text()))

@@ -45,7 +45,7 @@ def drawn(data: Path | str | Sequence[Path], model: Path = EXAMPLE, **settings: 
 def words(data: Path | str | Sequence[Path], **settings: Any) -> set[str]:
     """The words of what is drawn."""
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
-    return set(" ".join(tokenizer.decode(row) for row in drawn(data, **settings)).split())
+    return set(" ".join(str(tokenizer.decode(row)) for row in drawn(data, **settings)).split())
 
 
 def json_line(word: str, **more: Any) -> str:

@@ -131,7 +131,9 @@ def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def build(family: str, dtype: torch.dtype, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny model with random weights."""
     config = tiny_config(family, **changes)
-    return fill(AutoModelForCausalLM.from_config(config, dtype=dtype), seed).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    fill(model, seed).eval()
+    return model
 
 
 def save(model: PreTrainedModel, folder: Path, max_shard_size: str = "100KB", save_original_format: bool = True) -> Path:
