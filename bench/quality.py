@@ -6,7 +6,7 @@ text is evaluated.
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from bench.measure import REPOSITORY, machine
 from pipeline.commands.run import run
 from pipeline.config import load_config
+from pipeline.display.comparison import Comparison
 from pipeline.display.progress import Reporter
 from pipeline.driver.run_state import RunOptions
 from pipeline.executors.local import LocalExecutor
@@ -25,7 +26,7 @@ from stages.model.families import num_experts_in
 
 PAGE = REPOSITORY / "docs" / "quality.md"
 SEEDS = 3
-"""Of presets that draw random groups or experts: their mean is shown, with smallest and largest."""
+"""Of presets that draw random groups or experts."""
 RANDOM = ("random", "random-prune")
 LENGTH = 256
 """Tokens of a sequence, as the models were trained."""
@@ -58,37 +59,6 @@ def run_model(model: Path, text: Path, work_dir: Path, num_sequences: int) -> Ma
     return run(load_config(path, []), LocalExecutor, Reporter(Console(stderr=True)), RunOptions()).report
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """Rows of Markdown: presets down, targets and formats across, the best of a column in bold."""
-    source, *models = report["models"]
-    counts = sorted({model["num_experts"] for model in models}, reverse=True)
-    columns = [(count, name) for count in counts for name in ("tied", "stock")]
-    found: dict[str, dict[tuple[int, str], list[float]]] = {}
-    for model in models:
-        cells = found.setdefault(model["variant"].partition(".")[0], {})
-        cells.setdefault((model["num_experts"], model["format"]), []).append(model["perplexity"])
-    best = {column: min(_mean(cells[column]) for cells in found.values() if column in cells) for column in columns}
-    head = [f"{count} experts, {name}" for count, name in columns]
-    lines = ["| preset | " + " | ".join(head) + " |", "|---" * (len(columns) + 1) + "|"]
-    for preset in sorted(found, key=lambda name: _mean(found[name][counts[-1], "stock"])):
-        shown = [_cell(found[preset].get(column), best[column]) for column in columns]
-        lines.append(f"| `{preset}` | " + " | ".join(shown) + " |")
-    return [f"Source: {source['num_experts']} experts, perplexity {source['perplexity']:.2f}.", "", *lines]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _cell(values: Sequence[float] | None, best: float) -> str:
-    if values is None:
-        return ""
-    shown = f"{_mean(values):.2f}"
-    if len(values) > 1:
-        return f"{shown} ({min(values):.2f}-{max(values):.2f})"
-    return f"**{shown}**" if values[0] == best else shown
-
-
 def write_page(reports: Mapping[str, Mapping[str, Any]], text: Path, num_sequences: int) -> None:
     """Write docs/quality.md."""
     here = machine()
@@ -104,7 +74,8 @@ def write_page(reports: Mapping[str, Mapping[str, Any]], text: Path, num_sequenc
         f"{here['date']}, commit {here['commit']}, {here['cpu']}, torch {here['torch']}, transformers {here['transformers']}.",
     ]
     for name, report in reports.items():
-        lines += ["", f"## {name}", "", *table(report)]
+        found = Comparison.of(report)
+        lines += ["", f"## {name}", "", f"Source: perplexity {found.source:.2f}. A star marks the best.", "", *found.markdown()]
     PAGE.write_text("\n".join(lines) + "\n")
 
 

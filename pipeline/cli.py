@@ -41,6 +41,14 @@ class ExecutorName(StrEnum):
     LOCAL = "local"
 
 
+class TableFormat(StrEnum):
+    """How a comparison is written."""
+
+    TABLE = "table"
+    MARKDOWN = "markdown"
+    JSON = "json"
+
+
 RunFile = Annotated[Path, typer.Argument(help="Run file (YAML); see examples/tiny-mixtral.yaml.", metavar="RUN.yaml")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting, for example clustering.linkage=single. Repeatable.")
@@ -92,6 +100,7 @@ def run(
     """Run every stage that is not finished; the same command resumes."""
     from pipeline.commands.run import run as run_pipeline
     from pipeline.config import load_config
+    from pipeline.display.comparison import Comparison
     from pipeline.display.progress import Reporter
     from pipeline.display.tables import certainty_lines, result_table
     from pipeline.driver.run_state import RunOptions
@@ -105,6 +114,8 @@ def run(
     console = _output()
     if result.report["models"]:
         show(console, result_table(result.report))
+        if config.variants is not None:
+            show(console, Comparison.of(result.report).table())
         for line in certainty_lines(result.report):
             show(console, line)
         for warning in result.report["warnings"]:
@@ -156,6 +167,29 @@ def plan(run_file: RunFile, settings: Settings = None) -> None:
 
     for item in describe_plan(load_config(run_file, settings or [])):
         show(_output(), item)
+
+
+@app.command()
+def compare(
+    run_file: RunFile,
+    settings: Settings = None,
+    output_format: Annotated[TableFormat, typer.Option("--format", help="table, markdown or json.")] = TableFormat.TABLE,
+) -> None:
+    """Show a finished run's variants side by side: perplexity of every target and format; a star marks the best."""
+    from pipeline.commands.compare import comparison
+    from pipeline.config import load_config
+
+    found = comparison(load_config(run_file, settings or []))
+    console = _output()
+    if output_format is TableFormat.JSON:
+        console.print_json(data=found.values(), ensure_ascii=True)
+        return
+    show(console, found.source_line)
+    if output_format is TableFormat.TABLE:
+        show(console, found.table())
+        return
+    for line in found.markdown():
+        show(console, line)
 
 
 @app.command()
