@@ -1,7 +1,7 @@
-"""Text at the edge to a terminal or a log: names, messages and paths may come from anybody.
+"""Makes text safe to print in a terminal or a log: names, messages and paths may come from anybody.
 
-Control characters and terminal escapes, direction marks and the like are shown as Python writes them (`\\x1b`), and rich never
-sees such text as markup or emoji codes.
+Control characters, terminal escapes, direction marks and similar characters are printed as Python writes them (`\\x1b`). rich
+never interprets such text as markup or emoji codes.
 """
 
 import unicodedata
