@@ -27,7 +27,7 @@ def apply_setting(values: dict[str, Any], setting: str) -> None:
 
 
 def set_value(values: dict[str, Any], key: str, value: Any, place: str) -> None:
-    """Set the value at a dotted key. Raises InputError that names `place` when the key is malformed or leads through a
+    """Set the value at a dotted key. Raises InputError that names `place` for a malformed key, or one that leads through a
     value."""
     *parents, last = key.split(".")
     if not all((*parents, last)) or len(parents) > _MAX_DEPTH:
@@ -53,8 +53,8 @@ def read_config(values: Mapping[str, Any]) -> RunConfig:
 
 @cache
 def _class_with(clustering: type[Clustering], further: tuple[tuple[str, type[Section]], ...]) -> type[RunConfig]:
-    """Run file class with the section of a method and the sections of stages. Equal sections give the same class, so that
-    configs compare equal."""
+    """Run file class with the section of a method and the sections of stages.
+    Equal sections give the same class, so that configs compare equal."""
     sections: dict[str, Any] = {name: (kind, kind()) for name, kind in further}
     return create_model("RunConfig", __base__=RunConfig, **sections, clustering=(clustering, ...))
 

@@ -167,8 +167,8 @@ def _download(model: str, revision: str | None, cache_dir: Path, place: str) -> 
 
 
 def _weight_files(folder: Path, place: str, present: Collection[str]) -> list[str]:
-    """Names of the weight files. present: names of all files. As in transformers, a single file takes precedence over an
-    index."""
+    """Names of the weight files. present: names of all files.
+    As in transformers, a single file takes precedence over an index."""
     if SINGLE_FILE in present or INDEX_FILE not in present:
         return [SINGLE_FILE]
     index = read_json(folder / INDEX_FILE)

@@ -108,8 +108,8 @@ def choose_files(name: str, revision: str | None, seed: int, cache_dir: Path, pl
 
 
 def fetch_files(dataset: Dataset, revision: str | None, cache_dir: Path, place: str) -> None:
-    """Download the chosen files to cache_dir, on storage that every node reaches. Raises InputError when the hub does not send
-    one."""
+    """Download the chosen files to cache_dir, on storage that every node reaches.
+    Raises InputError when the hub does not send one."""
     disable_progress_bars()
     where = f"{place}.data: {dataset.repo}"
     try:

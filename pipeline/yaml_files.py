@@ -13,8 +13,8 @@ from stages.io.untrusted import read_small
 
 MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 50_000
-"""Bound for the number of values in a file. The target of an alias counts at every use, because a few hundred bytes of aliases
-can expand to any number of values."""
+"""Bound for the number of values in a file.
+The target of an alias counts at every use, because a few hundred bytes of aliases can expand to any number of values."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -43,8 +43,8 @@ def remove_unused(where: str | Path) -> Iterator[str]:
 
 
 def unused(run_dir: Path, record: RunRecord) -> list[Path]:
-    """Stage folders of other settings, except folders that the last run reads: its model may be a result of an earlier run in
-    the same run directory."""
+    """Stage folders of other settings. Folders that the last run reads are excluded: its model may be an earlier run's
+    result."""
     texts = [record.config.calibration, record.config.evaluation]
     inputs = [record.model, *(name for text in texts if text is not None for name in text.data)]
     used = {*record.stage_dirs, *(_top(run_dir, name) for name in inputs)}

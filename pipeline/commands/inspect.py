@@ -13,8 +13,8 @@ from stages.contracts.survey import unread_lines
 
 
 def inspect_model(model: str, revision: str | None) -> dict[str, Any]:
-    """Facts of a folder or a hub model, as in `stages.model.inspect`. Only headers and small files of a hub model are
-    downloaded."""
+    """Facts of a folder or a hub model, as in `stages.model.inspect`.
+    Only headers and small files of a hub model are downloaded."""
     describe = resolve("stages.model.inspect:inspect_checkpoint")
     with headers_of(model, revision) as folder:
         return cast(dict[str, Any], describe(str(folder)))

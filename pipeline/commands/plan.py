@@ -1,5 +1,5 @@
-"""`plan`: what a run would do and need, from config, headers and texts alone. Starts no process and writes nothing to the
-run."""
+"""`plan`: what a run would do and need, from config, headers and texts alone.
+Starts no process and writes nothing to the run."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

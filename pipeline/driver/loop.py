@@ -1,4 +1,4 @@
-"""Drives any number of runs on one executor: gives ready units to free slots, retries lost units, and ends when all runs are
+"""Drives any number of runs on one executor: gives ready units to free slots, retries lost units, ends when all runs are
 over."""
 
 import contextlib
@@ -67,8 +67,8 @@ class Driver:
 
     @contextlib.contextmanager
     def _holding(self, run: RunState) -> Iterator[None]:
-        """Run the body on behalf of a run that holds its lock. If the lock is lost, skip the rest of the body and stop the
-        run."""
+        """Run the body on behalf of a run that holds its lock.
+        If the lock is lost, skip the rest of the body and stop the run."""
         try:
             yield
         except LockLost as e:
@@ -142,8 +142,8 @@ class Driver:
         return idle
 
     def _assign_alone(self, unit: Unit) -> None:
-        """Run a unit alone; nothing else runs now. Free all memory once, then give the unit to the first worker that is up
-        again."""
+        """Run a unit alone; nothing else runs now.
+        Free all memory once, then give the unit to the first worker that is up again."""
         if not self._has_made_room:
             self._executor.make_room()
             self._schedule.release_all()

@@ -25,8 +25,8 @@ large experts."""
 
 
 def prepare_to_compute() -> None:
-    """Set the variables of COMPUTING that the user has not set. Call it before torch is imported: libraries read them on
-    loading."""
+    """Set the variables of COMPUTING that the user has not set.
+    Call it before torch is imported: libraries read them on loading."""
     for name, value in COMPUTING.items():
         os.environ.setdefault(name, value)
 

@@ -22,8 +22,7 @@ def how_again(num_failed: int, max_attempts: int) -> str:
 
 
 def persist(act: Callable[[], T], max_attempts: int, say: Callable[[str], None]) -> T:
-    """Return the result of `act`. It is called again, after a pause, when it raises an error that may pass, so it must be safe
-    to repeat."""
+    """Return the result of `act`. It is called again after a pause if its error may pass, so it must be safe to repeat."""
     for num_failed in range(1, max_attempts):
         try:
             return act()

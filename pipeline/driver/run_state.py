@@ -173,8 +173,7 @@ class RunState:
         return units
 
     def _next(self) -> StageSpec | None:
-        """The first stage that may begin: all stages in its `after` have finished, and the units of those in `beside` are
-        listed."""
+        """The first stage that may begin: stages in its `after` have finished, and units of those in `beside` are listed."""
         waiting = {spec.name for spec in self._waiting}
         for spec in self._waiting:
             if self._finished.issuperset(spec.after) and waiting.isdisjoint(spec.beside):

@@ -114,8 +114,7 @@ class Schedule:
         return self._pop(self._claims[slot_id])
 
     def _is_free(self, key: str, slot_id: str) -> bool:
-        """Whether a worker may open a hold: no worker has claimed it, or it is the next hold of this worker or of a busy
-        one."""
+        """Whether a worker may open a hold: it is unclaimed, or it is the next hold of this worker or of a busy one."""
         other = self._groups[key].claimed_by
         return other is None or (self._next.get(other) == key and (other == slot_id or other in self._claims))
 

@@ -69,8 +69,8 @@ class Worker:
             self._has_failed_open = False
 
     def open_ahead(self, hold: Hold) -> None:
-        """Open the hold of the next units in advance. An error is not reported here: the first unit opens the hold again and
-        meets it."""
+        """Open the hold of the next units in advance.
+        An error is not reported here: the first unit opens the hold again and meets it."""
         self._open(hold)
 
     def read_ahead(self, hold: Hold) -> None:

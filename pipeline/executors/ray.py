@@ -138,8 +138,8 @@ class RayExecutor:
             self._running[handle.__ray_ready__.remote()] = (slot, None)
 
     def free_slots(self) -> Iterator[Slot]:
-        """Idle workers, then CPU tasks for the CPUs that workers leave free. A generator: each slot is made when it is
-        taken."""
+        """Idle workers, then CPU tasks for the CPUs that workers leave free.
+        A generator: each slot is made when it is taken."""
         self._start_workers()
         yield from [actor.slot for actor in self._actors.values() if actor.is_ready and actor.slot.id not in self._busy]
         room = int(self._total("CPU")) - len(self._actors) * self._resources.num_cpus

@@ -13,8 +13,7 @@ from stages.io.texts import TextFile, list_files
 
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, JsonValue]:
-    """Identity of a checkpoint: content of config, index and side files, and a digest for each weight file
-    (`weights_identity`)."""
+    """Content of config, index and side files of a checkpoint, and a digest for each weight file (`weights_identity`)."""
     small = [CONFIG_FILE, *checkpoint.side_files.kept]
     if checkpoint.index:
         small.append(INDEX_FILE)

@@ -50,8 +50,7 @@ def recorded_key(folder: Path) -> str | None:
 
 
 def stage_folders(run_dir: Path) -> Iterator[Path]:
-    """The folders that stages have made in a run directory: no symbolic links, and each name ends with the key of its
-    identity."""
+    """The folders that stages have made in a run directory: no symbolic links, and each name ends with its identity's key."""
     for path in sorted(run_dir.iterdir(), key=str):
         key = _key_in(path.name)
         if key is not None and is_unlinked_folder(path) and recorded_key(path) == key:

@@ -1,5 +1,5 @@
-"""Publishes results by name: finished models and the report. A name appears only when its result is whole, and is replaced in
-one step."""
+"""Publishes results by name: finished models and the report.
+A name appears only when its result is whole, and is replaced in one step."""
 
 import os
 import uuid
@@ -74,8 +74,8 @@ def _published_from(published: Path) -> str | None:
 
 
 def unpublish_lost(run_dir: Path, keep: str | None = None) -> None:
-    """Remove names under `models/` whose stage folder in this run directory no longer exists. keep: a name to leave in
-    place."""
+    """Remove names under `models/` whose stage folder in this run directory no longer exists.
+    keep: a name to leave in place."""
     models = run_dir / MODELS_DIR
     if not is_unlinked_folder(models):
         return

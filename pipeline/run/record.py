@@ -68,8 +68,8 @@ def _check_format(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def check_no_older_run(run_dir: Path) -> None:
-    """Raise InputError for a run directory of another format version. An unreadable record raises nothing: the run replaces
-    it."""
+    """Raise InputError for a run directory of another format version.
+    An unreadable record raises nothing: the run replaces it."""
     path = run_dir / RUN_FILE
     try:
         value = read_json(path)

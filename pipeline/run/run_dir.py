@@ -58,8 +58,7 @@ def _check_apart(run_dir: Path, model: Path, stage_dirs: list[str]) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """Raise unless the path is free or a regular file: a link may lead out of the run directory, and opening a pipe may
-    block."""
+    """Raise unless the path is free or a regular file: a link may lead elsewhere, and opening a pipe may block."""
     if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
         raise InputError(f"{path} is no regular file; remove it, a file of the run goes there")
 

@@ -80,8 +80,8 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
 
 
 def _check_fits(method: Method[Any], has_merging: bool, export: Export, place: str) -> None:
-    """Raise InputError for settings that a method does not support. place: where the section `export` stands, for the
-    message."""
+    """Raise InputError for settings that a method does not support.
+    place: where the section `export` stands, for the message."""
     if has_merging and not method.reads_merging:
         at = place.removesuffix("export")
         raise InputError(f"{at}merging is set, but method {method.name} does not read that section; leave it out")

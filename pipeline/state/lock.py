@@ -131,8 +131,8 @@ class RunLock:
             self._refresh()
 
     def _refresh(self) -> None:
-        """Refresh the lock, or find that it is lost. After a failure that may pass, the next beats retry until STALE_S is
-        over."""
+        """Refresh the lock, or find that it is lost.
+        After a failure that may pass, the next beats retry until STALE_S is over."""
         if not self._refreshing.acquire(timeout=STALE_S):
             self._lost = f": it could not be refreshed for {STALE_S:.0f} s (the storage does not answer)"
             return

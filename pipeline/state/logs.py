@@ -53,8 +53,7 @@ def prune(run_dir: Path) -> None:
 
 
 def _open(path: str, flags: int) -> int:
-    """Open a file without following links and without blocking on a pipe, since anybody with write access may have put either
-    there."""
+    """Open a file without following links or blocking on a pipe. Anybody with write access may have put either there."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 

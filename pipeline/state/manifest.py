@@ -1,5 +1,5 @@
-"""Manifests: the seal of a unit, written last by the process that ran it. Whether a unit is done is read from manifests
-only."""
+"""Manifests: the seal of a unit, written last by the process that ran it.
+Whether a unit is done is read from manifests only."""
 
 import os
 import socket
@@ -99,8 +99,8 @@ def seal(unit: Unit, result: UnitResult[object], started: float) -> Facts:
 
 
 def read_manifest(unit: Unit) -> Manifest | None:
-    """A unit's manifest, or None if the unit is not sealed. A damaged manifest counts as none, because seals are written
-    whole."""
+    """A unit's manifest, or None if the unit is not sealed.
+    A damaged manifest counts as none, because seals are written whole."""
     try:
         manifest = _MANIFEST.validate_json(read_small(manifest_path(unit)))
     except (FileNotFoundError, NotADirectoryError, InputError, ValidationError):

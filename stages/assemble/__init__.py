@@ -1,2 +1,1 @@
-"""assemble: writes index, config, tokenizer files and model card beside the merged weights, then checks that the result
-loads."""
+"""assemble: writes index, config, tokenizer files and model card beside the merged weights, then checks that they load."""

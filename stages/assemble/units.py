@@ -60,8 +60,8 @@ def _write_config(source: Checkpoint, folder: Path, args: AssembleArgs) -> Seque
 
 
 def _copy(source: Path, name: str, folder: Path) -> WrittenFile:
-    """Copy a side file. It is read with the bounds under which it was found and checked. The source's card gets another
-    name."""
+    """Copy a side file. It is read with the bounds under which it was found and checked.
+    The source's card gets another name."""
     return write_bytes(folder / (SOURCE_CARD_FILE if name == CARD_FILE else name), read_small(source / name))
 
 

@@ -17,8 +17,7 @@ from stages.calibrate.spec import SampleArgs
 
 
 class Cells(Protocol):
-    """Assignment of tokens to cells. Tokens arrive in whole sequences; num_seen counts earlier tokens of the same token
-    shard."""
+    """Assigns tokens to cells. Tokens arrive in whole sequences; num_seen counts earlier tokens of the same token shard."""
 
     @property
     def num_cells(self) -> int:
@@ -29,8 +28,7 @@ class Cells(Protocol):
         """Whether there is a single cell whose un-routed sums cover all tokens."""
 
     def unrouted(self, num_seen: int, num_tokens: int) -> Sequence[tuple[int, Tensor]]:
-        """For the next num_tokens tokens (whole sequences): each cell, and the indices [S] of its tokens that un-routed sums
-        cover."""
+        """For the next num_tokens tokens (whole sequences): each cell, and the indices [S] of its tokens in un-routed sums."""
 
     def of_tokens(self, num_seen: int, num_tokens: int) -> Tensor:
         """Cell of each of the next num_tokens tokens, int64 [T]."""

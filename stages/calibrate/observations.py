@@ -23,8 +23,7 @@ class RouterView:
 
 @dataclass(frozen=True)
 class UnroutedView:
-    """Activations of a stack of experts on the tokens of one cell (only sampled tokens under sampling), routed to them or
-    not."""
+    """Activations of a stack of experts on one cell's tokens (under sampling only the sampled ones), routed to them or not."""
 
     activations: Activations
     cell: int

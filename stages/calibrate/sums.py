@@ -122,8 +122,8 @@ class LayerSums:
 
 
 def evidence_of(total: PartialSums, collectors: Sequence[Collector], weights: ExpertWeights, is_sampled: bool) -> LayerEvidence:
-    """Compute the evidence of a layer from its sums. Raises InputError, naming layer and expert, for a value that is not
-    finite."""
+    """Compute the evidence of a layer from its sums.
+    Raises InputError, naming layer and expert, for a value that is not finite."""
     summed = LayerSums(total.num_tokens, total.num_unrouted_C, weights)
     columns: dict[str, Array] = {}
     for collector in collectors:

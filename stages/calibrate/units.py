@@ -1,5 +1,4 @@
-"""Units of calibrate: pass a token shard through a layer shard, and compute a layer's evidence from the sums of all token
-shards."""
+"""Units of calibrate: pass a token shard through a layer shard; compute a layer's evidence from the sums of all shards."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -82,8 +81,8 @@ def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[
 
 
 def reduce_unit(job: HeldJob[ReduceArgs, CalibrationShard]) -> UnitResult[ReduceFacts]:
-    """Add the sums of one layer over the token shards, in their order, and write its evidence. Needs the layer shard for
-    W_down."""
+    """Add the sums of one layer over the token shards, in their order, and write its evidence.
+    Needs the layer shard for W_down."""
     args, layer = job.args, job.args.layer
     gathered = collectors(args.collectors)
     paths = [partial_evidence_file(job.part_dir, layer, shard) for shard in range(args.num_shards)]

@@ -199,8 +199,8 @@ def _entry(path: Path, name: str, value: Any, data_begin: int, file_bytes: int) 
 
 
 def _num_elements(shape: Sequence[int]) -> int:
-    """Product of sizes, computed only as far as needed to reject it. Like the library, rejects a partial product beyond 64 bits
-    even if a later size is 0."""
+    """Product of sizes, computed only as far as needed to reject it.
+    Like the library, rejects a partial product beyond 64 bits even if a later size is 0."""
     product = 1
     for size in shape:
         product *= size

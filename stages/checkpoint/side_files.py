@@ -43,8 +43,8 @@ class SideFiles:
 
 
 def is_kept(name: str) -> bool:
-    """Whether an export includes a file of this name (relative to the model folder). Code files are found by `auto_map`
-    instead."""
+    """Whether an export includes a file of this name (relative to the model folder).
+    Code files are found by `auto_map` instead."""
     folder, slash, rest = name.partition("/")
     if not name.isprintable():  # line breaks, and bytes that are not text
         return False
@@ -117,7 +117,7 @@ def _code(folder: Path, config: Mapping[str, Any], kept: set[str], candidates: s
 
 
 def _modules(auto_map: Any) -> Iterator[str]:
-    """Modules in an `auto_map`. Its values are "module.Class" or lists of these; `org/name--module.Class` is in another
+    """Modules in an `auto_map`: values are "module.Class" or lists of these. `org/name--module.Class` is in another
     repository."""
     if isinstance(auto_map, str) and "--" not in auto_map:
         yield auto_map.partition(".")[0]
@@ -138,8 +138,7 @@ def _imports(code: bytes) -> Iterator[str]:
 
 
 def _check(folder: Path, name: str) -> None:
-    """Raise InputError unless a file is regular, not too large, and inside the folder or the hub cache to which the folder
-    belongs."""
+    """Raise InputError unless a file is regular, not too large, and inside the folder or the folder's hub cache."""
     path = folder / name
     if not is_remote(path):
         real = Path(os.path.realpath(path))
@@ -161,8 +160,7 @@ def _check(folder: Path, name: str) -> None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Folders in which a model's files may lie: the model folder, and for a snapshot in the hub's cache also the cache's
-    blobs."""
+    """Folders in which a model's files may lie: its own folder; for a snapshot in the hub's cache also the cache's blobs."""
     real = Path(os.path.realpath(folder))
     repository = real.parent.parent
     if real.parent.name == "snapshots" and repository.name.startswith("models--"):

@@ -22,8 +22,8 @@ def key_of(identity: Identity) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a stage with its own key and directory, such as a text or a target. name: empty if the stage has only one
-    part."""
+    """A part of a stage with its own key and directory, such as a text or a target.
+    name: empty if the stage has only one part."""
 
     stage: str
     name: str

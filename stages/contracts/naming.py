@@ -55,7 +55,7 @@ def check_name(name: str) -> None:
 
 
 def _absolute(model: str) -> Path:
-    """Absolute folder without `~`, `.` and `..`. Symbolic links keep their names, which were chosen by the user, unless `..`
-    leads out of one."""
+    """Absolute folder without `~`, `.` and `..`.
+    Symbolic links keep their names, which were chosen by the user, unless `..` leads out of one."""
     path = expanded(model).absolute()
     return path.resolve() if ".." in path.parts else path

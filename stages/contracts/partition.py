@@ -1,5 +1,5 @@
-"""Partition of a model into layer shards. A worker holds one shard at a time. The partition affects who computes, not the
-result."""
+"""Partition of a model into layer shards. A worker holds one shard at a time.
+The partition affects who computes, not the result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,8 +65,7 @@ def _activation_bytes(survey: Survey, layer: int, data: TextData) -> int:
 
 
 def _sum_bytes(survey: Survey, layers: LayerRange, data: TextData) -> int:
-    """Bytes of activation sums in float64: of all layers of the shard for one token shard, or of one layer for all token
-    shards."""
+    """Bytes of float64 activation sums: of the shard's layers for one token shard, or of one layer for all token shards."""
     sampling = data.sampling if isinstance(data, Calibration) else None
     values = max(survey.layer_expert_bytes) // (3 * survey.itemsize * survey.hidden_size)  # experts times intermediate size
     copies = max(layers[1] - layers[0], data.num_shards) + 2
@@ -105,8 +104,8 @@ _PARTITION = TypeAdapter(Partition)
 
 
 def read_partition(path: Path, num_layers: int) -> Partition | None:
-    """A stored partition; None if it is missing, unreadable or does not cover every layer once. The caller then computes a new
-    one."""
+    """A stored partition; None if it is missing, unreadable or does not cover every layer once.
+    The caller then computes a new one."""
     try:
         kept = _PARTITION.validate_json(read_small(path))
     except (FileNotFoundError, InputError, ValidationError):

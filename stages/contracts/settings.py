@@ -64,8 +64,8 @@ class TextData(Section):
     tokens_per_shard: Count = 2048
     """Tokens per token shard. The number of shards bounds parallelism; each shard adds a few milliseconds."""
     tokens_per_micro_batch: Count = 2048
-    """Tokens that run through a layer at once. Bounds a worker's activations. Changing it can change results in the last
-    bits."""
+    """Tokens that run through a layer at once. Bounds a worker's activations.
+    Changing it can change results in the last bits."""
 
     @property
     def micro_batch(self) -> int:
@@ -84,8 +84,8 @@ class TextData(Section):
 
 
 class Sampling(Section):
-    """Settings for computing un-routed means from a sample of tokens. The report then states their uncertainty. Routing stays
-    exact."""
+    """Settings for computing un-routed means from a sample of tokens. The report then states their uncertainty.
+    Routing stays exact."""
 
     fraction: Annotated[float, Field(gt=0, le=1)]
     """Share of each sequence's tokens, evenly spaced. 1 takes all tokens and still reports the uncertainty of the means."""
@@ -167,8 +167,8 @@ class Resources(Section):
     """Layers per layer shard. Default: as many as fit in `worker_memory`, but at most a quarter of a worker's share of the
     layers. A worker reads its next layer shard while it computes, and short shards let all workers start sooner."""
     max_attempts: Count = 3
-    """Maximum number of attempts per unit. Deaths of workers count, and so do errors of a file server or store that may
-    pass."""
+    """Maximum number of attempts per unit.
+    Deaths of workers count, and so do errors of a file server or store that may pass."""
     unit_timeout_s: Annotated[float, Field(gt=0)] | None = None
     """Seconds after which a unit counts as hung and is given to another worker. Default: 20 times the median of its kind in
     this run, at least ten minutes; two hours for the first of its kind. Loading a layer shard has a separate limit: 20 times
@@ -186,8 +186,7 @@ class VariantEntry(Section):
     """A variant as a run file lists it: sections of settings that override those of a preset."""
 
     name: str
-    """Part of the names of exports. A hyphen must be followed by a letter, because a hyphen and a digit begin the number of
-    experts."""
+    """Part of the names of exports. A hyphen must precede a letter: a hyphen and a digit begin the number of experts."""
     preset: str | None = None
     """Name of a preset, a predefined set of settings."""
     clustering: dict[str, JsonValue] = {}

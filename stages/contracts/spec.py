@@ -117,8 +117,7 @@ class Run(Protocol):
         """Commit of a text that is a hub dataset; None for files."""
 
     def new_part(self, spec: "StageSpec", name: str, settings: Mapping[str, JsonValue], upstream: Mapping[str, Part]) -> Part:
-        """A new part of a stage. Its key depends on the stage's version and libraries, and on the settings and parts that it
-        reads."""
+        """A new part of a stage. Its key depends on the stage's version and libraries, and the settings and parts it reads."""
 
     def part(self, stage: str, name: str = "") -> Part:
         """A part that this or an earlier stage has declared."""
@@ -183,8 +182,8 @@ class StageSpec(ABC):
         return {}
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
-        """Raise InputError for settings that the run file and config.json show to be impossible. This is the first check of
-        all."""
+        """Raise InputError for settings that the run file and config.json show to be impossible.
+        This is the first check of all."""
         return
 
     def check_surveyed(self, run: Run) -> None:

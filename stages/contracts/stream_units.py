@@ -77,8 +77,8 @@ def partition(run: Run, part: Part, data: TextData) -> list[LayerRange]:
 
 
 def stream_units(run: Run, stream: Stream) -> list[Unit]:
-    """Units (layer shard, token shard), ordered by layer shard. Each reads the hidden states that the unit of the previous
-    layer shard wrote."""
+    """Units (layer shard, token shard), ordered by layer shard.
+    Each reads the hidden states that the unit of the previous layer shard wrote."""
     part, data, part_dir = stream.part, stream.data, Path(stream.part.dir)
     units = []
     for first, stop in partition(run, part, data):

@@ -68,8 +68,8 @@ class DigestingFile:
         return view.nbytes
 
     def _send(self) -> None:
-        """Ask the kernel to start writing pages that are only in memory. On this advice the kernel writes them and keeps them
-        cached."""
+        """Ask the kernel to start writing pages that are only in memory.
+        On this advice the kernel writes them and keeps them cached."""
         if self._is_local and hasattr(os, "posix_fadvise"):  # macOS has no such advice, and flushes at the end
             unsent = self.num_bytes - self._num_sent
             os.posix_fadvise(self._raw.fileno(), self._num_sent, unsent, os.POSIX_FADV_DONTNEED)
@@ -177,8 +177,8 @@ def copy_file(source: Path, path: Path) -> WrittenFile:
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """Give a finished file a second name by a hard link. Without hard links the file is copied, on a remote store by the store
-    itself."""
+    """Give a finished file a second name by a hard link.
+    Without hard links the file is copied, on a remote store by the store itself."""
     if storage.is_remote(path):
         system, name = storage.file_system(path)
         system.cp_file(storage.file_system(source)[1], name)

@@ -120,8 +120,8 @@ def file_system(path: Path) -> tuple[Any, str]:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Exceptions that a file system or a store may raise. A separate list, because a connection error of a store is not an
-    OSError."""
+    """Exceptions that a file system or a store may raise.
+    A separate list, because a connection error of a store is not an OSError."""
     if "botocore" not in sys.modules:  # no store has been used
         return (OSError,)
     from botocore.exceptions import BotoCoreError, ClientError

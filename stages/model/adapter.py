@@ -212,8 +212,7 @@ class AdaptedModel:
 
     @property
     def head_fills_embedding(self) -> bool:
-        """Whether the input embedding is filled from the output embedding because it has no tensor, instead of the other way
-        round."""
+        """Whether the input embedding has no tensor and is filled from the output embedding, not the other way round."""
         missing = self.tied_without_tensor
         return any(one in missing and other not in missing for other, one in self.model.all_tied_weights_keys.items())
 

@@ -25,8 +25,7 @@ def check_complete(adapted: AdaptedModel) -> None:
 
 
 def _check_kinds(adapted: AdaptedModel) -> None:
-    """Check shapes of tensors that are loaded without conversion, and that floating-point parameters get floating-point
-    tensors."""
+    """Check shapes of tensors loaded without conversion, and that floating-point parameters get floating-point tensors."""
     state = adapted.model.state_dict()
     for name, target in adapted.targets.items():
         if not target.parameter:
@@ -84,8 +83,8 @@ def _check_counts(adapted: AdaptedModel) -> None:
 
 
 def _made_together(adapted: AdaptedModel) -> dict[str, tuple[str, ...]]:
-    """Parameters that one converter makes from the same tensors, such as a tensor split into several. Maps each to its
-    group."""
+    """Parameters that one converter makes from the same tensors, such as a tensor split into several.
+    Maps each to its group."""
     state = adapted.model.state_dict()
     groups: dict[str, tuple[str, ...]] = {}
     for converter in adapted.weight_mapping:

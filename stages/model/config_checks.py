@@ -23,8 +23,7 @@ from stages.model.families import (
 )
 
 MAX_COUNT = 1 << 20
-"""Bound for layers, heads, labels, sizes and similar counts: transformers makes lists of that length before it reads a
-tensor."""
+"""Bound for layers, heads, labels, sizes and similar counts: transformers makes lists that long before reading a tensor."""
 _MAX_DEPTH = 100
 _COUNTS = re.compile(r"^(num|n)_|_(layers?|heads|experts|groups|labels|sizes?|dims?|rank|replace|interval|step|period)$|top_?k")
 _NO_COUNTS = re.compile(r"window|chunk|position|length|token|block_size|vocab")
@@ -40,8 +39,8 @@ _ELSEWHERE = {
 
 
 def _check_layers(configs: Any, place: str) -> None:
-    """Layers may differ in attention, as in dots3_note. A number or size of experts that differs between layers is not
-    supported."""
+    """Layers may differ in attention, as in dots3_note.
+    A number or size of experts that differs between layers is not supported."""
     if not configs:
         return
     if not isinstance(configs, dict) or not all(isinstance(settings, dict) for settings in configs.values()):

@@ -37,14 +37,13 @@ _READ_BYTES = 1 << 20
 _REMOTE_READ_BYTES = 1 << 28
 """The same for object storage, where each request has a latency and ranges are read in parallel."""
 MAPPED_BYTES = 8 << 20
-"""Least size in bytes of an expert's matrix that is mapped. Smaller matrices are stored side by side, to be multiplied
-together."""
+"""Least size in bytes of an expert's matrix that is mapped.
+Smaller matrices are stored side by side, to be multiplied together."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor on disk and its place in a parameter: rows from `row` on of expert `index`, or the whole parameter (index
-    None)."""
+    """A tensor on disk and its place in a parameter: rows from `row` on of expert `index`, or all of it (index None)."""
 
     entry: TensorEntry
     index: int | None = None

@@ -26,8 +26,8 @@ class ExpertsLayout:
 
     @classmethod
     def of(cls, experts: Any) -> "ExpertsLayout":
-        """Read the flags. Llama 4's module has none and multiplies from the right. Raises InputError for any other module
-        without flags."""
+        """Read the flags. Llama 4's module has none and multiplies from the right.
+        Raises InputError for any other module without flags."""
         if all(isinstance(getattr(experts, flag, None), bool) for flag in ("is_transposed", "has_bias", "has_gate")):
             return cls(experts.is_transposed, experts.has_bias, experts.has_gate)
         if is_llama4(experts):
@@ -73,8 +73,8 @@ class ExpertWeights:
         return not self.layout.is_transposed and name not in self._mapped
 
     def matrices(self, name: str, first: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Matrices of experts [first, stop). Yields the column at which a matrix begins in the joint product, and the
-        matrix."""
+        """Matrices of experts [first, stop).
+        Yields the column at which a matrix begins in the joint product, and the matrix."""
         if name not in self._mapped:
             weight = getattr(self.experts, name)[first:stop]
             if self.can_join(name):

@@ -23,8 +23,8 @@ from stages.model.products import can_group, gates_by_halves, grouped_down, padd
 from stages.model.routing import Routing
 
 _BLOCK_BYTES = defaultdict(lambda: 1 << 28, cpu=1 << 21)
-"""Bytes of first products computed at a time, by kind of device: the size of a core's cache. Fixed, because result bits depend
-on it."""
+"""Bytes of first products computed at a time, by kind of device: the size of a core's cache.
+Fixed, because result bits depend on it."""
 _LEAST_BLOCK = 512
 _STACK_COLUMNS = 2048
 """Approximate number of columns of a product. Small experts are multiplied together, because every call has a fixed cost."""
@@ -34,8 +34,8 @@ _SUMMED_TOKENS = defaultdict(lambda: 1 << 20, cpu=128)
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of token blocks and expert stacks into which a layer's work is cut. They follow from shapes and the kind of
-    device."""
+    """Sizes of token blocks and expert stacks into which a layer's work is cut.
+    They follow from shapes and the kind of device."""
 
     num_tokens: int
     num_experts: int
@@ -58,8 +58,8 @@ class Activations:
     a_BSF: Tensor
 
     def add_to(self, total_SF: Tensor) -> None:
-        """Add the sum over tokens to float64 totals. A few tokens at a time are summed in float32, and these sums in
-        float64."""
+        """Add the sum over tokens to float64 totals.
+        A few tokens at a time are summed in float32, and these sums in float64."""
         for part in self.a_BSF.split(_SUMMED_TOKENS[self.a_BSF.device.type]):
             total_SF += part.sum(0, dtype=torch.float32)
 
@@ -198,8 +198,8 @@ class ExpertsForward:
         return self._product(x, name, first, stop, out[: len(x)])
 
     def activate(self, products: Tensor) -> Tensor:
-        """Activations [..., F] of first products [..., P] by the module's own gate, which differs between families. Overwrites
-        its input."""
+        """Activations [..., F] of first products [..., P] by the module's own gate, which differs between families.
+        Overwrites its input."""
         if not self.weights.layout.has_gate:
             return self.experts.act_fn(products)  # type: ignore[no-any-return]
         if self._halves_gate:  # same result as the module's method, in less memory
@@ -208,8 +208,8 @@ class ExpertsForward:
         return self.experts._apply_gate(products)  # type: ignore[no-any-return]
 
     def _activations(self, hidden_TD: Tensor, first: int, stop: int) -> Iterator[Activations]:
-        """Activations of a stack of experts on all tokens, block by block. The next block reuses the memory of the previous
-        one."""
+        """Activations of a stack of experts on all tokens, block by block.
+        The next block reuses the memory of the previous one."""
         blocks = hidden_TD.split(self.blocks.num_tokens)
         products = self._first_product(blocks[0], first, stop)
         for number, hidden_BD in enumerate(blocks):

@@ -192,8 +192,8 @@ def num_experts_in(config: Mapping[str, Any], place: str) -> int:
 
 
 def top_k_in(config: Mapping[str, Any], place: str) -> int:
-    """Number of experts that the router picks for a token. Raises InputError when the config does not state it, or it is too
-    large."""
+    """Number of experts that the router picks for a token.
+    Raises InputError when the config does not state it, or it is too large."""
     text = text_config(config)
     for name in TOP_K_FIELDS:
         top_k = number_in(text, name, place, most=num_experts_in(config, place))

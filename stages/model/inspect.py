@@ -80,8 +80,7 @@ def _layout(roles: list[TensorRole]) -> str:
 
 
 def bytes_by_role(roles: list[TensorRole]) -> dict[str, int]:
-    """Bytes of values by role: experts, router, attention, embeddings, MTP layers, and the rest (norms, dense and shared
-    experts)."""
+    """Bytes of values by role: experts, router, attention, embeddings, MTP layers, rest (norms, dense and shared experts)."""
     sizes = dict.fromkeys(("experts", "router", "attention", "embeddings", "mtp", "other"), 0)
     for role in roles:
         name = role.parameter or role.entry.name

@@ -121,8 +121,8 @@ class LayerShard:
             read_ahead(self.adapted.checkpoint.folder, stretches)
 
     def close(self) -> None:
-        """Free all weights immediately. Models contain reference cycles, so they would otherwise live until the garbage
-        collector runs."""
+        """Free all weights immediately.
+        Models contain reference cycles, so they would otherwise live until the garbage collector runs."""
         for module in self.model.modules():
             module._parameters.clear()
             module._buffers.clear()

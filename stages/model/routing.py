@@ -26,8 +26,8 @@ class Routing:
         self._begins: list[int] = [0, *ends.tolist()]
 
     def begin(self, expert: int, block: int = 0) -> int:
-        """First pair of an expert whose token is in this block or a later one. The last pair ends where the next expert's first
-        begins."""
+        """First pair of an expert whose token is in this block or a later one.
+        The last pair ends where the next expert's first begins."""
         return self._begins[expert * self.num_blocks + block]
 
     def bounds(self, first: int, stop: int) -> list[int]:

@@ -49,8 +49,8 @@ def check_forward(checkpoint: Checkpoint) -> None:
 
 
 def _needs_numbers(reason: BaseException | None) -> bool:
-    """Whether the trial failed because it needs values, for example if rotary frequencies depend on positions. Then only a run
-    can tell."""
+    """Whether the trial failed because it needs values, for example if rotary frequencies depend on positions.
+    Then only a run can tell."""
     frames = traceback.extract_tb(reason.__traceback__) if reason is not None else []
     return bool(frames) and Path(fake_tensor.__file__).parent in Path(frames[-1].filename).parents
 

@@ -49,8 +49,8 @@ class PinnedCopies:
 
 
 class Upload:
-    """Fills tensors on a device through a few blocks of host memory. A context manager: all copies are finished when it
-    exits."""
+    """Fills tensors on a device through a few blocks of host memory.
+    A context manager: all copies are finished when it exits."""
 
     def __init__(self, copies: Copies) -> None:
         self._copies = copies
@@ -66,8 +66,7 @@ class Upload:
             self._copies.wait(started)
 
     def fill(self, flat: Tensor, read: Callable[[int, Tensor], None]) -> None:
-        """Fill a flat tensor on the device. read(index, block): fills a host block of the same dtype with values from `index`
-        on."""
+        """Fill a flat tensor on the device. read(index, block): fills a host block, same dtype, with values from `index` on."""
         per_block = BLOCK_BYTES // flat.element_size()
         for index, to in enumerate(flat.split(per_block)):
             source = self._free_block()[: to.nbytes].view(flat.dtype)

@@ -17,8 +17,8 @@ from stages.prepare.reading import Reader, failing
 from stages.prepare.rows import ParquetReader
 
 MAX_ORDERED = 1 << 24
-"""Maximum number of documents in the permutation, which then takes 128 MiB. Of more documents, this many are used, evenly
-spaced."""
+"""Maximum number of documents in the permutation, which then takes 128 MiB.
+Of more documents, this many are used, evenly spaced."""
 _CHARACTERS_A_TOKEN = 6
 """More characters per token than in most texts with most tokenizers, so that one pass usually picks enough documents."""
 

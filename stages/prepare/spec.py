@@ -106,8 +106,8 @@ class Prepare(StageSpec):
 
 
 def _settings(run: Run, place: str, data: TextData) -> dict[str, JsonValue]:
-    """Settings that determine the token shards. `data` and `revision` are left out: they only locate a text, whose content is
-    in its identity."""
+    """Settings that determine the token shards.
+    `data` and `revision` are left out: they only locate a text, whose content is in its identity."""
     include = {"text_field", "num_sequences", "sequence_length", "seed"}
     settings: dict[str, JsonValue] = data.model_dump(include=include)
     settings |= {

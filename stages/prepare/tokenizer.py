@@ -55,8 +55,7 @@ class Tokenizer:
 
     @contextmanager
     def _reported(self, what: str) -> Iterator[None]:
-        """Context only for calls of the libraries: `tokenizers` raises bare Exception or panics, and transformers raises
-        anything."""
+        """Context only for calls of libraries: `tokenizers` raises bare Exception or panics, and transformers any exception."""
         try:
             yield
         except (MemoryError, KeyboardInterrupt, SystemExit):
@@ -74,8 +73,8 @@ class Tokenizer:
 
 
 def _check_file(path: Path) -> None:
-    """Raise InputError for a file that is not regular, and for settings that are not a JSON object. A missing file is no
-    error."""
+    """Raise InputError for a file that is not regular, and for settings that are not a JSON object.
+    A missing file is no error."""
     if not path.exists() and not path.is_symlink():
         return
     try:

@@ -22,8 +22,7 @@ def of_scores(models: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def of_certainty(certainty: Mapping[str, Any] | None) -> Iterator[str]:
-    """Warnings for experts whose relative standard error is null: with finite outputs, this happens only if their mean is
-    zero."""
+    """Warnings for experts whose relative standard error is null: with finite outputs, this means that their mean is zero."""
     errors = certainty["relative_standard_errors"] if certainty else {}
     for layer, values in errors.items():
         for expert, error in enumerate(values):

@@ -59,8 +59,8 @@ class Collector:
 
     @property
     def sums(self) -> tuple[Sum, ...]:
-        """Sums kept for a token shard: by default the columns themselves. A collector that overrides `finish` may keep other
-        sums."""
+        """Sums kept for a token shard: by default the columns themselves.
+        A collector that overrides `finish` may keep other sums."""
         return tuple(Sum(column.name, column.shape) for column in self.columns)
 
     def observe_router(self, sums: Sums, router: RouterView) -> None:
@@ -73,8 +73,8 @@ class Collector:
         """Add routed pairs with their gates and outputs."""
 
     def add(self, one: Mapping[str, Array], other: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Combine sums over two successive token shards. A collector that keeps something else, such as a maximum, must
-        override this."""
+        """Combine sums over two successive token shards.
+        A collector that keeps something else, such as a maximum, must override this."""
         return {name: values + other[name] for name, values in one.items()}
 
     def finish(self, sums: Mapping[str, Array], summed: Summed) -> Mapping[str, Array]:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class GatedOutputNorm(Collector):
-    """Sum of the norms of gated outputs: the numerator of REAP's saliency (arXiv:2510.13999). Its denominator is the number of
-    routed tokens."""
+    """Sum of the norms of gated outputs: the numerator of REAP's saliency (arXiv:2510.13999).
+    Its denominator is the number of routed tokens."""
 
     name = "gated_output_norm"
     columns = (Column("gated_output_norm_sum", "sum over routed tokens of gate * ||E_e(x)||_2"),)

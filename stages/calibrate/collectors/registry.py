@@ -35,8 +35,8 @@ def collectors(further: Iterable[str]) -> tuple[Collector, ...]:
 
 
 def gathering(required: Iterable[str]) -> tuple[str, ...]:
-    """Sorted names of the further collectors that gather the required columns. Raises InputError for a column of no
-    collector."""
+    """Sorted names of the further collectors that gather the required columns.
+    Raises InputError for a column of no collector."""
     by_column = {column.name: collector.name for collector in FURTHER.values() for column in collector.columns}
     default = {column.name for column in DEFAULT_COLUMNS}
     names = set()
