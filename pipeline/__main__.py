@@ -1,4 +1,4 @@
-"""`python -m pipeline`, and the command `hcsmoe`."""
+"""Entry point of `python -m pipeline` and of the command `hcsmoe`."""
 
 import gc
 
@@ -8,7 +8,7 @@ from pipeline.driver.process import prepare_to_compute, run_and_leave
 def entry() -> None:
     """Entry point. Exit codes: see `pipeline.cli.main`."""
     prepare_to_compute()
-    gc.disable()  # until all is imported: the command line turns it on again before a run begins
+    gc.disable()  # imports allocate much and free little; the command line turns collection on again before a run
     from pipeline.cli import main
 
     run_and_leave(main)

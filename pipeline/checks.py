@@ -1,4 +1,4 @@
-"""Everything that can be checked before a process is started: run file against checkpoint, files, bounds."""
+"""All checks that run before any process starts: the run file against the checkpoint, files, and bounds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,14 +23,16 @@ from stages.registry import stage_specs
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that may start. datasets: those of the hub, by the section that names them."""
+    """A run that has passed all checks. datasets: the hub datasets it reads, by the run file section that names each."""
 
     inputs: Inputs
     datasets: Mapping[str, Dataset]
 
 
 def check(config: RunConfig, folder: Path | None = None) -> Checked:
-    """Check a run. folder: of the checkpoint, to look only; without it a hub model is fetched now, and datasets of the hub.
+    """Check a run.
+
+    folder: the checkpoint folder, for commands that only inspect. Without it, a hub model and hub datasets are downloaded now.
 
     Raises InputError for a checkpoint that is missing, damaged or not MoE, for a target out of bounds, for a missing text.
     """
@@ -70,7 +72,7 @@ def _dataset(config: RunConfig, place: str, data: TextData, is_run: bool) -> Dat
 
 
 def _model_folder(config: RunConfig) -> Path:
-    """The checkpoint folder, fetched if it is a hub model's. Raises InputError when a store does not answer."""
+    """The checkpoint folder. A hub model is downloaded first. Raises InputError when a store does not answer."""
     run_dir = absolute(config.run_dir)
     check_writable(run_dir)
     if is_url(config.model):

@@ -68,7 +68,7 @@ def _output() -> Console:
 
 
 def _executor_maker(name: ExecutorName, address: str, resources: "Resources", reporter: "Reporter") -> "MakeExecutor":
-    """Make the executor only once the input is checked: connecting takes seconds."""
+    """Return a function that makes the executor. It is called after the input is checked, because connecting takes seconds."""
 
     def make() -> "Executor":
         if name is ExecutorName.LOCAL:
@@ -81,7 +81,7 @@ def _executor_maker(name: ExecutorName, address: str, resources: "Resources", re
         gc.enable()
 
         reporter.line(connect(address))
-        signal.signal(signal.SIGTERM, _on_terminate)  # connecting has put Ray's own handler there
+        signal.signal(signal.SIGTERM, _on_terminate)  # connecting has installed Ray's own handler for SIGTERM
         return RayExecutor(resources)
 
     return make
@@ -227,7 +227,7 @@ def _on_terminate(signum: int, _frame: FrameType | None) -> NoReturn:
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
 
-    A fault of our own keeps its traceback, also where it is an OSError.
+    A bug of this program prints its traceback, even when the bug raises an OSError.
     """
     from pipeline.errors import RunFailed
 

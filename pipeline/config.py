@@ -1,4 +1,4 @@
-"""Reads run files: YAML, `--set`, and one line for every mistake."""
+"""Reads run files: YAML, `--set`, and one error line for every mistake."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -19,7 +19,7 @@ _MAX_DEPTH = 8
 
 
 def apply_setting(values: dict[str, Any], setting: str) -> None:
-    """Apply one `--set KEY=VALUE` in place; KEY is dotted, VALUE is YAML. Raises InputError for anything else."""
+    """Apply one `--set KEY=VALUE` in place. KEY is dotted, VALUE is YAML. Raises InputError for any other form."""
     key, equals, text = setting.partition("=")
     if not equals or not key:
         raise InputError(f"--set {setting}: write KEY=VALUE, for example --set clustering.linkage=single")
@@ -27,7 +27,8 @@ def apply_setting(values: dict[str, Any], setting: str) -> None:
 
 
 def set_value(values: dict[str, Any], key: str, value: Any, place: str) -> None:
-    """Put a value at a dotted key. Raises InputError, naming the place, for a key that cannot be one."""
+    """Set the value at a dotted key. Raises InputError that names `place` for a malformed key, or one that leads through a
+    value."""
     *parents, last = key.split(".")
     if not all((*parents, last)) or len(parents) > _MAX_DEPTH:
         raise InputError(f"{place}: {key} is no setting; write names with a dot between them, such as clustering.linkage")
@@ -41,9 +42,9 @@ def set_value(values: dict[str, Any], key: str, value: Any, place: str) -> None:
 
 
 def read_config(values: Mapping[str, Any]) -> RunConfig:
-    """A run file's values with those of the sections that its stages and its method declare, checked.
+    """Parse and check the values of a run file, with the sections that its stages and its method declare.
 
-    Raises InputError for a method that there is not, and pydantic.ValidationError for any other mistake.
+    Raises InputError for an unknown method, and pydantic.ValidationError for any other mistake.
     """
     further = tuple((name, kind) for spec in stage_specs() for name, kind in spec.sections.items())
     clustering: type[Clustering] = method_of(values.get("clustering"), "clustering").settings
@@ -52,15 +53,16 @@ def read_config(values: Mapping[str, Any]) -> RunConfig:
 
 @cache
 def _class_with(clustering: type[Clustering], further: tuple[tuple[str, type[Section]], ...]) -> type[RunConfig]:
-    """A run file with a method's section and those that stages add. One class for equal sections, so that configs compare."""
+    """Run file class with the section of a method and the sections of stages.
+    Equal sections give the same class, so that configs compare equal."""
     sections: dict[str, Any] = {name: (kind, kind()) for name, kind in further}
     return create_model("RunConfig", __base__=RunConfig, **sections, clustering=(clustering, ...))
 
 
 def load_config(path: Path, settings: Sequence[str], values_on_top: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
-    """Read a run file and apply `--set`, and values by their dotted keys, on top.
+    """Read a run file, then apply `--set` settings, then override values by their dotted keys.
 
-    Raises InputError naming the file, the key and what is allowed.
+    Raises InputError that names the file, the key and the allowed values.
     """
     values = read_yaml(path, "run file")
     if not isinstance(values, dict):
@@ -81,7 +83,7 @@ def load_config(path: Path, settings: Sequence[str], values_on_top: Mapping[str,
 
 
 def _check_variant_sections(values: Mapping[str, Any]) -> None:
-    """Raise InputError for settings of a method beside variants, which each have their own."""
+    """Raise InputError when a run file with variants also sets method sections: each variant has its own."""
     if values.get("variants") is None:
         return
     beside = [f"clustering.{name}" for name in values["clustering"] if name != "num_experts"]

@@ -6,4 +6,4 @@ class RunFailed(Exception):
 
 
 class LockLost(RunFailed):
-    """The run directory belongs to another driver by now, or may do so: this one writes nothing more to it."""
+    """Another driver has, or may have, taken over the run directory. This driver writes nothing more to it."""

@@ -1,4 +1,4 @@
-"""Models of the hub: which commit a name means, and its files in a folder. Called by the driver alone, so once per cluster."""
+"""Models of the hub: resolves a name to a commit and downloads its files. Only the driver calls this, once per cluster."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,13 +27,13 @@ from stages.io.untrusted import read_json
 from stages.model.families import family_of, num_experts_in
 
 _SMALL = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*", "README.md")
-_NOT_NEEDED = ("*/*", "*.index.json")  # other formats live in folders; the index of the weights is asked for by name
+_NOT_NEEDED = ("*/*", "*.index.json")  # files in subfolders are other formats; the index of the weights is fetched by name
 
 
 def model_folder(model: str) -> Path:
-    """The folder that a model names, here or on object storage; whether it is there is seen when it is read.
+    """The folder that a model names, local or on object storage. Whether the folder exists is checked when it is read.
 
-    Raises InputError for the home of an unknown user.
+    Raises InputError for the home (`~name`) of an unknown user.
     """
     if is_url(model):
         return as_path(model)
@@ -44,11 +44,12 @@ def model_folder(model: str) -> Path:
 
 
 def resolve_model(model: str, revision: str | None, cache_dir: Path) -> Path:
-    """The folder of a model: itself, or a snapshot of the hub's in cache_dir (storage that every node reaches).
+    """The folder of a model: a given folder itself, or a snapshot of a hub model in cache_dir (storage that every node
+    reaches).
 
-    Only what a run needs is fetched: config, tokenizer and texts first, and the weights that the index names once the family
-    is known to be supported. The token comes from where huggingface_hub looks for it. Raises InputError for a model that does
-    not exist, may not be read, cannot be reached, has only pickled weights or is not supported.
+    Only the files that a run needs are downloaded: first config, tokenizer and texts; then, if the family is supported, the
+    weights that the index names. huggingface_hub finds the token. Raises InputError for a model that does not exist, may not be
+    read, cannot be reached, has only pickled weights or is not supported.
     """
     if not is_hub_name(model):
         return model_folder(model)
@@ -61,7 +62,7 @@ def resolve_model(model: str, revision: str | None, cache_dir: Path) -> Path:
             f"model: {place} cannot be read from the hub: {_one_line(e)}; check the name, log in with `hf auth login` or "
             f"HF_TOKEN, or give a checkpoint folder"
         ) from e
-    except (TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError) as e:  # no answer from the hub
+    except (TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError) as e:  # the hub did not answer
         return _cached(model, revision, cache_dir, place, e)
 
 
@@ -71,7 +72,7 @@ def _one_line(error: Exception) -> str:
 
 @contextmanager
 def headers_of(model: str, revision: str | None) -> Iterator[Path]:
-    """The folder of a model to look at: itself, or a temporary one as `fetch_headers` makes for a hub model."""
+    """The folder of a model, to inspect: a given folder itself, or a temporary one with the headers of a hub model."""
     if not is_hub_name(model):
         yield model_folder(model)
         return
@@ -80,8 +81,8 @@ def headers_of(model: str, revision: str | None) -> Iterator[Path]:
 
 
 def fetch_headers(model: str, revision: str | None, folder: Path) -> Path:
-    """A folder that has config, tokenizer and headers of a hub model: its weight files are holes of the right size, which take
-    no room.
+    """A folder with the config, tokenizer and headers of a hub model. Its weight files have the right size but are sparse: they
+    take no disk space.
 
     Raises InputError as `resolve_model` does.
     """
@@ -116,7 +117,7 @@ def _write_hole(path: Path, header: SafetensorsFileMetadata) -> None:
 
 
 def _files(info: ModelInfo, place: str) -> set[str]:
-    """Names of the files of a commit. Raises InputError when none of them is a safetensors file that we read."""
+    """File names of a commit. Raises InputError when no safetensors file that this program reads is among them."""
     present = {sibling.rfilename for sibling in info.siblings or ()}
     if not present & {INDEX_FILE, SINGLE_FILE}:
         pickles = sorted(name for name in present if name.endswith(PICKLE_SUFFIXES))
@@ -146,7 +147,7 @@ def _fetch(
 
 
 def _download(model: str, revision: str | None, cache_dir: Path, place: str) -> Path:
-    folder = _fetch(model, revision, cache_dir, _SMALL, _NOT_NEEDED)  # by name: the cache then knows what commit it means
+    folder = _fetch(model, revision, cache_dir, _SMALL, _NOT_NEEDED)  # by name: the cache records its commit
     commit = folder.name
     present = _files(HfApi().model_info(model, revision=commit), place)
     rest = sorted(name for name in present if is_kept(name) and not (folder / name).exists())
@@ -166,7 +167,8 @@ def _download(model: str, revision: str | None, cache_dir: Path, place: str) -> 
 
 
 def _weight_files(folder: Path, place: str, present: Collection[str]) -> list[str]:
-    """Names of the weight files; present: of all files. As in transformers, a single file comes before an index."""
+    """Names of the weight files. present: names of all files.
+    As in transformers, a single file takes precedence over an index."""
     if SINGLE_FILE in present or INDEX_FILE not in present:
         return [SINGLE_FILE]
     index = read_json(folder / INDEX_FILE)
@@ -178,7 +180,7 @@ def _weight_files(folder: Path, place: str, present: Collection[str]) -> list[st
 
 
 def _cached(model: str, revision: str | None, cache_dir: Path, place: str, reason: Exception) -> Path:
-    """The snapshot that an earlier run has fetched, when the hub cannot be reached."""
+    """The snapshot that an earlier run has downloaded, for the case that the hub cannot be reached."""
     try:
         folder = _fetch(model, revision, cache_dir, _SMALL, _NOT_NEEDED, is_offline=True)
         present = {path.name for path in folder.iterdir()}

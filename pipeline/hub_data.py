@@ -1,6 +1,6 @@
-"""Datasets of the hub: which commit a name means, which of its files are read, and those files in a folder.
+"""Datasets of the hub: resolves a name to a commit, chooses files of it, and downloads them.
 
-Called by the driver alone, so once per cluster; workers read files.
+Only the driver calls this, once per cluster; workers read the downloaded files.
 """
 
 import hashlib
@@ -26,16 +26,17 @@ from stages.io.texts import KNOWN, kind_of
 from stages.io.untrusted import read_json, read_small
 
 ENOUGH_BYTES = 1 << 30
-"""Files are taken in an order that the seed decides until they have so many bytes: a smaller dataset is taken whole."""
+"""Files are taken in an order given by the seed until they have this many bytes. A smaller dataset is taken whole."""
 _README = "README.md"
 _AWAY = (TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is read of a dataset.
+    """The files of a dataset that a run reads.
 
-    sizes: bytes of each file that is read, by its name; listing: of every file; num_files: of the split; note: what to tell.
+    sizes: bytes of each file that is read, by name. listing: bytes of every file of the commit. num_files: files of the split.
+    note: message for the user.
     """
 
     repo: str
@@ -47,7 +48,7 @@ class Dataset:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the text depends on."""
+        """The facts that determine the text: commit and file names."""
         return {"commit": self.commit, "files": sorted(self.sizes)}
 
     def __str__(self) -> str:
@@ -56,7 +57,7 @@ class Dataset:
 
 
 def is_dataset_name(data: Sequence[str]) -> bool:
-    """Whether a text is named as on the hub, `org/name[:split]`, rather than by files."""
+    """Whether a text names a hub dataset, `org/name[:split]`, and not files."""
     return (
         len(data) == 1
         and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data[0]) is not None
@@ -67,7 +68,7 @@ def is_dataset_name(data: Sequence[str]) -> bool:
 
 
 def is_identity(value: Mapping[str, Any]) -> bool:
-    """Whether a recorded identity of a text is one: digests of files, or commit and files of a dataset of the hub."""
+    """Whether a recorded value is a valid identity of a text: digests of files, or commit and files of a hub dataset."""
     for part in value.values():
         if isinstance(part, dict):
             commit, files = part.get("commit"), part.get("files")
@@ -79,16 +80,17 @@ def is_identity(value: Mapping[str, Any]) -> bool:
 
 
 def dataset_paths(cache_dir: Path, repo: str, identity: Mapping[str, Any]) -> list[Path]:
-    """Where `fetch_files` puts the files that an identity names."""
+    """Paths to which `fetch_files` downloads the files of an identity."""
     snapshot = cache_dir / repo_folder_name(repo_id=repo, repo_type="dataset") / "snapshots" / identity["commit"]
     return [snapshot / file for file in identity["files"]]
 
 
 def choose_files(name: str, revision: str | None, seed: int, cache_dir: Path, place: str) -> Dataset:
-    """Ask the hub which commit a dataset is and decide which of its files are read. Nothing is left on disk.
+    """Ask the hub for the commit of a dataset and choose the files to read. Leaves nothing on disk.
 
-    When the hub does not answer, what an earlier run has put in cache_dir is chosen from, and `note` says so. Raises InputError
-    for a dataset or a split that does not exist, may not be read, cannot be reached or has files of another kind.
+    When the hub does not answer, files are chosen from those that an earlier run has downloaded to cache_dir, and `note` says
+    so. Raises InputError for a dataset or a split that does not exist, may not be read, cannot be reached or has files of
+    another kind.
     """
     repo, _, split = name.partition(":")
     where = f"{place}.data: {repo}{f' (revision {revision})' if revision else ''}"
@@ -106,12 +108,13 @@ def choose_files(name: str, revision: str | None, seed: int, cache_dir: Path, pl
 
 
 def fetch_files(dataset: Dataset, revision: str | None, cache_dir: Path, place: str) -> None:
-    """Download the files chosen to cache_dir, on storage that every node reaches. Raises InputError when the hub sends none."""
+    """Download the chosen files to cache_dir, on storage that every node reaches.
+    Raises InputError when the hub does not send one."""
     disable_progress_bars()
     where = f"{place}.data: {dataset.repo}"
     try:
         with _answered(where):
-            # by its name first: the cache then knows which commit that is, also when the hub is away
+            # first by name, so that the cache records the commit for runs without the hub
             hf_hub_download(
                 dataset.repo, next(iter(dataset.sizes)), repo_type="dataset", revision=revision, cache_dir=cache_dir
             )
@@ -124,7 +127,7 @@ def fetch_files(dataset: Dataset, revision: str | None, cache_dir: Path, place: 
 
 @contextmanager
 def _answered(where: str) -> Iterator[None]:
-    """Tell what the hub answers as one InputError; that it does not answer (_AWAY) is the caller's to handle."""
+    """Raise errors that the hub answers as InputError. Errors of a hub that does not answer (_AWAY) pass on to the caller."""
     try:
         yield
     except (HfHubHTTPError, HFValidationError) as e:
@@ -141,7 +144,7 @@ def _one_line(error: Exception) -> str:
 def _chosen(
     repo: str, split: str, commit: str, sizes: Mapping[str, int], folder: Path, seed: int, where: str, note: str = ""
 ) -> Dataset:
-    """folder: holds README.md, if there is one."""
+    """Choose files of a split. folder: contains README.md, if the dataset has one."""
     readme = read_small(folder / _README) if _README in sizes else None
     found = resolve("stages.io.splits:split_files")(where, sorted(sizes), readme, split or "train")
     names = cast(list[str], found)
@@ -158,7 +161,7 @@ def _chosen(
 def _chosen_offline(
     repo: str, split: str, revision: str | None, seed: int, cache_dir: Path, where: str, reason: Exception
 ) -> Dataset:
-    """From what an earlier run has fetched."""
+    """Choose from the files that an earlier run has downloaded."""
     try:
         snapshot = Path(
             snapshot_download(
@@ -185,5 +188,5 @@ def _chosen_offline(
 
 
 def _listing_file(cache_dir: Path, repo: str, commit: str) -> Path:
-    """Names and sizes of all files of a commit: without them nobody could say, while the hub is away, which make a split."""
+    """File with names and sizes of all files of a commit. Without it, nobody could tell offline which files make up a split."""
     return cache_dir / repo_folder_name(repo_id=repo, repo_type="dataset") / f"files-{commit}.json"

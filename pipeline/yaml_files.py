@@ -1,4 +1,4 @@
-"""YAML that a person wrote, or somebody else: read with bounds, and nothing that stands there twice is dropped."""
+"""Reads untrusted YAML: sizes are bounded, and a key that occurs twice is an error instead of being dropped."""
 
 import math
 from collections.abc import Hashable
@@ -13,11 +13,12 @@ from stages.io.untrusted import read_small
 
 MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 50_000
-"""Values of a file. What an alias stands for counts each time: a few hundred bytes of aliases can stand for any number."""
+"""Bound for the number of values in a file.
+The target of an alias counts at every use, because a few hundred bytes of aliases can expand to any number of values."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses numbers that are not finite: no setting is infinite."""
+    """PyYAML's safe loader, but infinite and NaN numbers are errors, because no setting may be infinite."""
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         value = float(super().construct_yaml_float(node))
@@ -32,7 +33,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 def read_yaml(path: Path, kind: str) -> Any:
     """The content of a YAML file. kind: what the file is, for messages ("run file").
 
-    Raises InputError in one line: for what is no regular file, too large, not YAML, or has a key twice.
+    Raises InputError in one line for a file that is not regular, too large, not YAML, or has a key twice.
     """
     place = f"{kind} {path}"
     try:
@@ -79,7 +80,7 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 
 
 def _count(node: yaml.Node, place: str, counts: dict[int, int], above: set[int]) -> int:
-    """Values in a node with aliases written out; each node is looked at once."""
+    """Number of values in a node with aliases expanded. Each node is visited once."""
     known = counts.get(id(node))
     if known is not None:
         return known
@@ -94,7 +95,7 @@ def _count(node: yaml.Node, place: str, counts: dict[int, int], above: set[int])
 
 
 def _check_keys(node: yaml.Node, place: str, where: str, seen: set[int]) -> None:
-    """Refuse a key that stands twice in one section: the first would be dropped silently."""
+    """Raise InputError for a key that occurs twice in one section, where PyYAML would silently drop the first."""
     if id(node) in seen:
         return
     seen.add(id(node))

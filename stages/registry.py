@@ -1,4 +1,4 @@
-"""The stages, in the order in which their parts and units are listed. Adding one adds one name here."""
+"""The stages, in the order in which their parts and units are listed. To add a stage, add its name here."""
 
 import importlib
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the command line needs the names, and must start quickly
+if TYPE_CHECKING:  # not imported at run time, since the command line must start fast
     from stages.contracts.spec import StageSpec
 
 STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate", "report")
-"""Folders of `stages/` whose `spec.py` declares a stage as SPEC. Names alone, so that the command line lists them quickly."""
+"""Folders of `stages/` whose `spec.py` declares a stage as SPEC. Only names, so that the command line can list stages fast."""
 
 _added: "list[StageSpec]" = []
 
@@ -34,7 +34,7 @@ def stage_names() -> tuple[str, ...]:
 
 @contextmanager
 def added_stage(spec: "StageSpec") -> Iterator[None]:
-    """With a stage of one's own, after all others, as long as the context lasts."""
+    """Append a stage of the caller's own after all others while the context lasts."""
     _added.append(spec)
     try:
         yield

@@ -1,4 +1,4 @@
-"""`batch`: many run files on one cluster in one job. Their units interleave; one run's failure does not stop the others."""
+"""`batch`: many run files on one cluster in one job. Units of all runs interleave; a failed run does not stop the others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ BATCH_FILE = "batch.json"
 
 
 class BatchEntry(BaseModel):
-    """One run of a batch: a run file (relative to where the command is started) and settings on top of it."""
+    """One run of a batch: a run file (path relative to the current directory) and settings that override it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,15 +43,15 @@ class BatchConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch_dir: str
-    """Where `batch.json` is written."""
+    """Folder in which `batch.json` is written."""
     runs: Annotated[tuple[BatchEntry, ...], Field(min_length=1)]
     resources: Resources = Resources()
-    """Of the workers, which all runs share; takes the place of the run files' own."""
+    """Resources of the workers, which all runs share. They replace the `resources` of each run file."""
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a batch leaves. num_failed: runs that were refused or failed."""
+    """Outcome of a batch. num_failed: number of runs that were refused or that failed."""
 
     table: Table
     path: Path
@@ -59,7 +59,7 @@ class BatchResult:
 
 
 def load_batch(path: Path) -> BatchConfig:
-    """Read a batch file. Raises InputError naming the file, the key and what is allowed."""
+    """Read a batch file. Raises InputError that names the file, the key and the allowed values."""
     values = read_yaml(path, "batch file")
     if not isinstance(values, dict):
         raise InputError(f"batch file {path} must hold batch_dir and runs")
@@ -74,7 +74,7 @@ def _config(batch: BatchConfig, entry: BatchEntry) -> RunConfig:
 
 
 def run_batch(batch: BatchConfig, make_executor: MakeExecutor, console: Console, options: RunOptions) -> BatchResult:
-    """Run a batch; what is finished already is reused. Raises InputError when nothing of it can start."""
+    """Run a batch and reuse finished units. Raises InputError when none of its runs can start."""
     refused: dict[int, str] = {}
     states: dict[int, RunState] = {}
     for number, entry in enumerate(batch.runs):

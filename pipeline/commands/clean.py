@@ -1,4 +1,4 @@
-"""`clean`: what no key of the last run uses."""
+"""`clean`: lists or removes stage folders that the last run does not use."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from stages.io.storage import absolute, is_remote
 
 
 def describe_unused(where: str | Path) -> Iterator[str]:
-    """Lines that list the stage folders that the last run does not use. Raises InputError when there was no run."""
+    """Lines that list the stage folders that the last run does not use. Raises InputError when the directory holds no run."""
     run_dir = absolute(where)
     folders = unused(run_dir, read_record(run_dir))
     for folder in folders:
@@ -23,12 +23,12 @@ def describe_unused(where: str | Path) -> Iterator[str]:
 
 
 def remove_unused(where: str | Path) -> Iterator[str]:
-    """Remove them, and the names under `models/` that led to them: a line for each that is gone.
+    """Remove unused stage folders, and the names under `models/` that pointed to them. Yields a line for each removed path.
 
-    Raises InputError when there was no run or a driver is at work, OSError for what cannot be removed.
+    Raises InputError when the directory holds no run or a driver is working in it, OSError for a path that cannot be removed.
     """
     run_dir = absolute(where)
-    read_record(run_dir)  # before a lock is made in what is no run directory
+    read_record(run_dir)  # raises before RunLock would create a lock file in a directory that holds no run
     with RunLock(run_dir) as lock:
         record = read_record(run_dir)
         folders = unused(run_dir, record)
@@ -43,8 +43,8 @@ def remove_unused(where: str | Path) -> Iterator[str]:
 
 
 def unused(run_dir: Path, record: RunRecord) -> list[Path]:
-    """Folders that stages of other settings have made, but for those that the last run reads: its model may be a result of an
-    earlier run in the same run directory."""
+    """Stage folders of other settings. Folders that the last run reads are excluded: its model may be an earlier run's
+    result."""
     texts = [record.config.calibration, record.config.evaluation]
     inputs = [record.model, *(name for text in texts if text is not None for name in text.data)]
     used = {*record.stage_dirs, *(_top(run_dir, name) for name in inputs)}
@@ -52,7 +52,7 @@ def unused(run_dir: Path, record: RunRecord) -> list[Path]:
 
 
 def _top(folder: Path, name: str) -> str | None:
-    """The entry of a folder that a path leads through; None if it leads elsewhere."""
+    """First path component of `name` below a folder; None if `name` points outside the folder."""
     if is_remote(folder):
         inside = name.removeprefix(f"{folder}/")
         return inside.partition("/")[0] if inside != name else None
@@ -61,5 +61,5 @@ def _top(folder: Path, name: str) -> str | None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder; hard links count each time, links not."""
+    """Total bytes of all files below a folder. Each hard link counts; symbolic links do not."""
     return sum(path.stat().st_size for path in folder.rglob("*") if not path.is_symlink() and path.is_file())

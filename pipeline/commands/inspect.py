@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint is and what its merged versions would weigh, from config and headers alone."""
+"""`inspect`: describes a checkpoint and the sizes of its merged versions, from config and headers alone."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -13,7 +13,8 @@ from stages.contracts.survey import unread_lines
 
 
 def inspect_model(model: str, revision: str | None) -> dict[str, Any]:
-    """Facts of a folder or a hub model (`stages.model.inspect`). Of a hub model only headers and small files are fetched."""
+    """Facts of a folder or a hub model, as in `stages.model.inspect`.
+    Only headers and small files of a hub model are downloaded."""
     describe = resolve("stages.model.inspect:inspect_checkpoint")
     with headers_of(model, revision) as folder:
         return cast(dict[str, Any], describe(str(folder)))

@@ -1,4 +1,5 @@
-"""`plan`: what a run would do and need, from config, headers and texts alone. Starts no process and writes nothing."""
+"""`plan`: what a run would do and need, from config, headers and texts alone.
+Starts no process and writes nothing to the run."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,9 @@ from stages.contracts.tensors import TensorRow
 
 
 def describe_plan(config: RunConfig) -> Iterator[Table | str]:
-    """Lines and tables for the terminal; of a hub model only headers and small files are fetched, to a temporary folder.
+    """Lines and tables for the terminal. Only headers and small files of a hub model are downloaded, to a temporary folder.
 
-    Raises InputError for anything that would stop a run.
+    Raises InputError for every problem that would stop a run.
     """
     with headers_of(config.model, config.revision) as folder:
         yield from _describe(config, folder)

@@ -1,4 +1,4 @@
-"""Runs one run file, or a batch of them: checks, locks, drives, publishes."""
+"""Runs one run file, or a batch of them: checks the input, takes the locks, drives the units, publishes the results."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,8 +21,8 @@ MakeExecutor = Callable[[], Executor]
 def run(config: RunConfig, make_executor: MakeExecutor, reporter: Reporter, options: RunOptions) -> RunResult:
     """Run every stage that is not sealed yet.
 
-    Raises InputError for bad input, before anything starts if it can be seen from config, headers and files; RunFailed when
-    units fail (what others sealed is kept).
+    Raises InputError for bad input; problems that are visible in config, headers and files are raised before any unit starts.
+    Raises RunFailed when units fail; units sealed by then are kept.
     """
     state = RunState(config, checks.check(config), reporter, options)
     run_all([state], make_executor, reporter)
@@ -30,7 +30,7 @@ def run(config: RunConfig, make_executor: MakeExecutor, reporter: Reporter, opti
 
 
 def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: Reporter) -> None:
-    """Drive checked runs on one executor, each under the lock of its run directory."""
+    """Run all checked runs on one executor. Each run holds the lock of its run directory."""
     with ExitStack() as connection, ExitStack() as stack:
         lock_checks: dict[Path, Callable[[], None]] = {}
         for state in states:
@@ -60,13 +60,13 @@ def run_all(states: Sequence[RunState], make_executor: MakeExecutor, reporter: R
                 stack.callback(state.close)
         try:
             Driver(active, executor, reporter.line).drive()
-        except KeyboardInterrupt:  # said at once: who interrupts may not wait for processes to end
+        except KeyboardInterrupt:  # print this at once: ending the worker processes takes a while
             reporter.line("interrupted; what was finished is kept, and the same command continues from there")
             raise
 
 
 def transient_run_dir(run_dir: Path) -> str | None:
-    """A warning if a run directory lies in the copy of `--working-dir` that Ray makes for a job, else None."""
+    """A warning if a run directory lies in Ray's temporary copy of `--working-dir`, else None."""
     if ("runtime_resources", "working_dir_files") not in pairwise(run_dir.parts):
         return None
     return (

@@ -1,4 +1,4 @@
-"""`status`: how far a run is, from its files alone."""
+"""`status`: progress of a run, from its files alone."""
 
 import time
 from collections.abc import Iterator
@@ -63,8 +63,8 @@ def describe_status(run_dir: str | Path) -> Iterator[Table | str]:
 
 
 def _running(last: LastRun) -> Iterator[str]:
-    """Units that were started and have not ended, the oldest first; none if the driver ended as it should. Those of a driver
-    that was killed are listed too: the line on the driver says that it is gone."""
+    """Units that were started and have not ended, oldest first. Empty if the driver ended normally. Units of a killed driver
+    are listed too; the line about the driver says that it is gone."""
     if last.is_over:
         return
     now = time.time()
@@ -79,7 +79,7 @@ def _clock(seconds: float) -> str:
 
 
 def _reasons(view: RunView) -> Iterator[str]:
-    """For every stage that starts anew although an older result of it exists: the settings that changed."""
+    """For every stage that has to be redone although it has an older result: the settings that changed."""
     for part in view.all_parts():
         if any((view.run_dir / part.dir / "manifests").rglob("*.json")):
             continue

@@ -1,1 +1,1 @@
-"""What a person sees: progress, tables, sizes."""
+"""Terminal output: progress, tables, sizes."""

@@ -1,7 +1,7 @@
-"""Text at the edge to a terminal or a log: names, messages and paths may come from anybody.
+"""Makes text safe to print in a terminal or a log: names, messages and paths may come from anybody.
 
-Control characters and terminal escapes, direction marks and the like are shown as Python writes them (`\\x1b`), and rich never
-sees such text as markup or emoji codes.
+Control characters, terminal escapes, direction marks and similar characters are printed as Python writes them (`\\x1b`). rich
+never interprets such text as markup or emoji codes.
 """
 
 import unicodedata
@@ -15,7 +15,7 @@ _INDENT = "  "
 
 
 def printable(text: object) -> str:
-    """One line: every character that is not one to see is escaped, line breaks too."""
+    """Text as one line. Every character that is not printable is escaped, line breaks included."""
     return "".join(one if _is_seen(one) else one.encode("unicode_escape").decode() for one in str(text))
 
 
@@ -24,8 +24,8 @@ def _is_seen(character: str) -> bool:
 
 
 def printable_lines(text: object) -> str:
-    """The same for a message that may have several lines. All but the first are indented: none of them passes for another
-    message, whatever name stands in it."""
+    """Text as several printable lines. All lines but the first are indented, so that no file name or message with line breaks
+    can imitate a message of this program."""
     return f"\n{_INDENT}".join(printable(line) for line in str(text).split("\n"))
 
 
@@ -35,7 +35,7 @@ def add_row(table: Table, cells: Iterable[object]) -> None:
 
 
 def show(console: Console, item: Table | object) -> None:
-    """Print a table, or a text as it is: unwrapped and without colours."""
+    """Print a table, or a text without wrapping and without colours."""
     if isinstance(item, Table):
         console.print(item, highlight=False)
     else:

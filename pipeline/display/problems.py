@@ -1,4 +1,4 @@
-"""Mistakes in settings, in one line."""
+"""Formats validation errors of settings as one line."""
 
 from pydantic import ValidationError
 
@@ -8,7 +8,7 @@ _MAX_SHOWN = 200
 
 
 def problems(error: ValidationError) -> str:
-    """One line that names every key that is wrong, with the value."""
+    """One line that names every wrong key and its value."""
     lines = []
     for problem in error.errors():
         parts = [str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "constrained-"))]

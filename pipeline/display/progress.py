@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one bar a stage in a terminal, plain lines elsewhere."""
+"""Progress display of a run: one bar per stage in a terminal, plain lines elsewhere."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ from stages.contracts.units import Unit
 
 @dataclass
 class _Stage:
-    """How far a stage is. bar: where it is shown, in a terminal."""
+    """Progress of one stage. bar: the stage's progress bar in a terminal."""
 
     num_units: int
     started: float
@@ -26,15 +26,15 @@ class Reporter:
     """Writes to standard error, so that standard output holds results only."""
 
     def __init__(self, console: Console, prefix: str = "") -> None:
-        """prefix: of every line, for one of several runs; there are no bars then."""
+        """prefix: put before every line, to tell several runs apart. With a prefix no bars are drawn."""
         self.console, self._prefix = console, prefix
         self.log: logging.LoggerAdapter[logging.Logger] | None = None
-        """Where lines and units go as well, once the run directory is this driver's."""
+        """Log file that also receives lines and sealed units. Set once this driver holds the lock of the run directory."""
         self._bars: Progress | None = None
         self._stages: dict[str, _Stage] = {}
 
     def begin(self, stage: str, num_units: int, num_reused: int) -> None:
-        """A stage begins: units to run, and units that an earlier run has sealed."""
+        """A stage begins. num_units: units to run. num_reused: units that an earlier run has sealed."""
         self._stages[stage] = _Stage(num_units, time.monotonic())
         reused = f", {num_reused} reused" if num_reused else ""
         if not self.console.is_terminal or self._prefix:
@@ -61,7 +61,7 @@ class Reporter:
             self.log.info("%s", printable(line))
 
     def end(self, stage: str) -> None:
-        """A stage is over."""
+        """A stage has finished."""
         ended = self._stages.pop(stage)
         if self._bars is None or ended.bar is None:
             if ended.num_units:
@@ -74,12 +74,12 @@ class Reporter:
             self._bars = None
 
     def end_all(self) -> None:
-        """The run is over, however it ended."""
+        """The run has ended, with success or not."""
         for stage in list(self._stages):
             self.end(stage)
 
     def line(self, text: str) -> None:
-        """A message for a log; lines after its first are indented."""
+        """Print a message. Its lines after the first are indented."""
         if self.log is not None:
             self.log.info("%s", printable_lines(text))
         show(self.console, self._prefix + text)

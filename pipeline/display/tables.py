@@ -9,7 +9,7 @@ from pipeline.display.printing import add_row
 
 
 def perplexity_text(model: Mapping[str, Any]) -> str:
-    """A model's perplexity for people: "-" where it was not evaluated or has no loss, "inf" where no float is so large."""
+    """A model's perplexity as text: "-" without an evaluation or a loss, "inf" when it overflows a float."""
     if model.get("loss") is None:
         return "-"
     return "inf" if model["perplexity"] is None else f"{model['perplexity']:.3f}"
@@ -20,7 +20,7 @@ def _percentage(share: float | None) -> str:
 
 
 def result_table(report: Mapping[str, Any]) -> Table:
-    """One row a model of `report.json`; a model's name is that of its folder. Fits into 80 columns."""
+    """One row per model of `report.json`, named after its folder. Fits into 80 columns."""
     table = Table(title=None)
     table.add_column("model", no_wrap=True)
     for column in ("experts a layer", "parameters", "bytes on disk", "perplexity"):
@@ -33,7 +33,7 @@ def result_table(report: Mapping[str, Any]) -> Table:
 
 
 def certainty_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """How certain the clusterings are, where un-routed means are those of a sample; nothing otherwise."""
+    """Lines on how certain the clusterings are. Empty unless un-routed means come from a sample."""
     certainty = report.get("certainty")
     if certainty is None:
         return

@@ -1,1 +1,1 @@
-"""The loop that gives units to workers, and what a worker does with one."""
+"""The driver loop, which gives units to workers, and the worker code, which runs one unit."""

@@ -1,4 +1,5 @@
-"""Drives any number of runs on one executor: gives ready units to free slots, tries lost ones again, and knows when to stop."""
+"""Drives any number of runs on one executor: gives ready units to free slots, retries lost units, ends when all runs are
+over."""
 
 import contextlib
 import time
@@ -23,7 +24,7 @@ _IDLE_WARNING_S = 60.0
 
 @dataclass
 class _Running:
-    """since: when the worker began to open what the unit needs, and then, the unit itself."""
+    """A running unit. since: when its worker began to open the hold; once the hold is open, when the unit itself began."""
 
     unit: Unit
     since: float
@@ -31,8 +32,8 @@ class _Running:
 
 
 class Driver:
-    """One loop for all runs. A failed unit stops its own run: what runs is let finish and seal, nothing more is started. A run
-    whose lock is lost stops at once: what runs is ended, and nothing is said of it in its directory."""
+    """One loop for all runs. When a unit fails for good, its run starts no more units, and its running units may finish and
+    seal. When a run loses its lock, its running units are cancelled at once, and nothing more is written to its directory."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class Driver:
         self._looked_at = 0.0
 
     def drive(self) -> None:
-        """Until every run is finished or has failed (see `RunState.failures`)."""
+        """Loop until every run has finished or failed. Afterwards `RunState.failures` lists the failed units."""
         while self._advance():
             self._resume_paused()
             self._assign()
@@ -66,7 +67,8 @@ class Driver:
 
     @contextlib.contextmanager
     def _holding(self, run: RunState) -> Iterator[None]:
-        """What is done for a run while its lock is held. When it is lost, the rest is not done, and the run is over."""
+        """Run the body on behalf of a run that holds its lock.
+        If the lock is lost, skip the rest of the body and stop the run."""
         try:
             yield
         except LockLost as e:
@@ -80,7 +82,7 @@ class Driver:
         running = [one.unit for one in self._running.values()]
         self._schedule.drop(run_dir, running if keep_running else [])
         self._paused = [(until, unit) for until, unit in self._paused if unit.run_dir != run_dir]
-        if self._alone is not None and all(unit.id != self._alone for unit in running):  # it was not even started
+        if self._alone is not None and all(unit.id != self._alone for unit in running):  # it never started
             self._alone, self._has_made_room = None, False
 
     def _resume_paused(self) -> None:
@@ -91,13 +93,13 @@ class Driver:
         self._paused = [(until, unit) for until, unit in self._paused if until > now]
 
     def _wait_s(self) -> float:
-        """Not beyond the end of a pause."""
+        """Seconds to wait for outcomes; no longer than until the end of the next pause."""
         if not self._paused:
             return _WAIT_S
         return min(_WAIT_S, max(0.0, min(until for until, _ in self._paused) - self._clock()))
 
     def _advance(self) -> bool:
-        """Let each run begin the stages that may begin now. False when all are over."""
+        """Start every stage that may start. Returns False when all runs are over."""
         is_any_active = False
         for run_dir, run in self._runs.items():
             if run.is_active and run.can_advance:
@@ -124,7 +126,7 @@ class Driver:
             self._executor.open_ahead(slot, hold, is_free)
 
     def _fill_slots(self) -> list[Slot]:
-        """Give free slots units; the workers for which there is none."""
+        """Give units to free slots. Returns the workers that got none."""
         idle: list[Slot] = []
         for slot in self._executor.free_slots():
             taken = self._schedule.take(slot)
@@ -136,11 +138,12 @@ class Driver:
             elif slot.is_worker:
                 idle.append(slot)
             else:
-                break  # the slots that follow would find nothing either
+                break  # the remaining slots are CPU tasks too, and no CPU unit is ready
         return idle
 
     def _assign_alone(self, unit: Unit) -> None:
-        """Nothing runs: free all memory once, then give the unit to the first worker that is up again."""
+        """Run a unit alone; nothing else runs now.
+        Free all memory once, then give the unit to the first worker that is up again."""
         if not self._has_made_room:
             self._executor.make_room()
             self._schedule.release_all()
@@ -157,12 +160,12 @@ class Driver:
             run.started(unit)
             self._attempts[unit.id] += 1
             self._executor.submit(slot, unit)
-            is_opening = unit.hold is not None and self._executor.is_opening(slot)  # a CPU unit may wait for it, too
+            is_opening = unit.hold is not None and self._executor.is_opening(slot)  # a CPU unit may have to wait, too
             self._running[slot.id] = _Running(unit, self._clock(), is_opening)
             self._slots[slot.id] = slot
 
     def _look_after(self) -> None:
-        """End what hangs, and runs whose lock is lost; say what is missing when nothing can run."""
+        """Cancel hung units and units of runs whose lock is lost; warn when ready units find no slot."""
         now = self._clock()
         if now - self._looked_at < _LOOK_S:
             return
@@ -184,7 +187,7 @@ class Driver:
             self._idle_since = now
 
     def _limit(self, running: _Running) -> tuple[float, str]:
-        """Seconds until what runs counts as hung, and what is said then."""
+        """Seconds until a running unit counts as hung, and the message for that case."""
         if running.is_opening:
             limit_s = self._timeouts.opening_s(running.unit)
             return limit_s, f"its layers were not loaded after {limit_s:.0f} s"
@@ -199,7 +202,7 @@ class Driver:
         failure = outcome.failure
         if failure is not None and failure.kind in ("lost", "node", "memory", "passing"):
             self._schedule.release(slot.id)
-        if not self._schedule.knows(unit):  # its run has lost its lock
+        if not self._schedule.knows(unit):  # the unit's run has lost its lock
             return
         with self._holding(run):
             if failure is None:
@@ -211,7 +214,7 @@ class Driver:
                 self._failed(run, unit, outcome, failure)
 
     def _failed(self, run: RunState, unit: Unit, outcome: Outcome, failure: Failure) -> None:
-        """Try a unit again, or give its run up."""
+        """Retry a unit, or fail its run."""
         if failure.kind == "node":
             self._attempts[unit.id] -= 1
         attempts, max_attempts = self._attempts[unit.id], run.config.resources.max_attempts

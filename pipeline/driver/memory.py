@@ -1,4 +1,4 @@
-"""How much memory this process has had at most, since its last reset."""
+"""Peak memory of this process since the last reset."""
 
 import contextlib
 import resource
@@ -12,7 +12,7 @@ _RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
 
 
 def reset_peaks() -> None:
-    """Begin anew. Where the system does not permit that, the process's peak stays the one since its start."""
+    """Reset the peaks. Where the system does not permit a reset, the memory peak counts from the start of the process."""
     with contextlib.suppress(OSError):
         _RESET_FILE.write_text(_RESET_PEAK)
     if (cuda := _cuda()) is not None:
@@ -20,7 +20,7 @@ def reset_peaks() -> None:
 
 
 def peak_bytes() -> int:
-    """Most memory that was resident at once, pages of mapped files included."""
+    """Peak resident memory in bytes, including pages of mapped files."""
     with contextlib.suppress(OSError):
         for line in _STATUS_FILE.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -30,12 +30,12 @@ def peak_bytes() -> int:
 
 
 def gpu_peak_bytes() -> int:
-    """Most that PyTorch's tensors took of the GPU; 0 where no GPU was used."""
+    """Peak GPU memory that PyTorch tensors took, in bytes; 0 if no GPU was used."""
     cuda = _cuda()
     return 0 if cuda is None else int(cuda.max_memory_allocated())
 
 
 def _cuda() -> Any:
-    """`torch.cuda` if a stage has imported torch and used a GPU: nothing here imports it."""
+    """`torch.cuda` if a stage has imported torch and used a GPU, else None. This module itself must not import torch."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

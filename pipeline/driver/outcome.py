@@ -1,4 +1,4 @@
-"""What became of a unit."""
+"""Outcome of a unit: success or failure, place and cost."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,17 @@ from stages.contracts.units import Facts
 class Failure:
     """Why a unit did not finish.
 
-    kind: "input" (the user's to mend), "outside" (a full disk, a missing permission: the user's to mend, and not in the run
-    file), "error" (ours), "passing" (a file server or store that was away; tried again after a pause), "lost" (its worker died
-    or hung; tried again), "node" (its whole node died; tried again, and not held against the unit), "memory" (killed for
-    memory; tried again alone). detail: the traceback of an "error", or what Ray says of a death.
+    kind: one of
+
+    - "input": bad input that the user has to correct.
+    - "outside": a problem outside the run file that the user has to correct, such as a full disk or a missing permission.
+    - "error": a bug of this program.
+    - "passing": a file server or store did not answer. The unit is retried after a pause.
+    - "lost": the unit's worker died or hung. The unit is retried.
+    - "node": the worker's whole node died. The unit is retried, and the attempt does not count against it.
+    - "memory": the worker was killed because memory ran out. The unit is retried alone.
+
+    detail: the traceback of an "error", or Ray's message on a death.
     """
 
     kind: str
@@ -24,12 +31,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a unit, where, and how long it took; `failure` is None for a sealed one.
+    """Outcome of a unit: where it ran, how long it took, and why it failed; `failure` is None for a sealed unit.
 
-    elapsed_s: of the unit alone. open_s: what opening a hold took since the worker's last unit, for this one or ahead of it.
-    peak_bytes, gpu_peak_bytes: most memory that its process, and PyTorch on its GPU, had meanwhile (`pipeline.driver.memory`).
-    bytes_read: of transient files, of the checkpoint, and of the checkpoint for a newly opened hold. bytes_written: of all its
-    files.
+    elapsed_s: seconds of the unit alone. open_s: seconds spent on opening holds since the worker's last unit, whether for this
+    unit or in advance. peak_bytes, gpu_peak_bytes: peak memory of the process and of PyTorch on its GPU during the unit
+    (`pipeline.driver.memory`). bytes_read: bytes of transient files and of the checkpoint, including a newly opened hold.
+    bytes_written: bytes of all files that the unit wrote.
     """
 
     host: str
@@ -44,7 +51,7 @@ class Outcome:
 
 
 def costs(outcome: Outcome) -> str:
-    """What a sealed unit took, for the log: `16,384 tokens, 4.1 s, peak 21 GB`."""
+    """Costs of a sealed unit for the log: `16,384 tokens, 4.1 s, peak 21 GB`."""
     parts = []
     if "num_tokens" in outcome.facts:
         parts.append(f"{outcome.facts['num_tokens']:,} tokens")

@@ -1,6 +1,7 @@
-"""How a process of this package begins and ends: what is set before torch loads, and an end that waits for nothing.
+"""Start and end of a process of this package: settings that must precede the import of torch, and an exit that does not wait
+for torch to shut down.
 
-Nothing here imports what is slow to import.
+Nothing here imports a module that is slow to import.
 """
 
 import atexit
@@ -17,20 +18,22 @@ COMPUTING = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
 }
-"""Environment of a process that computes. The first: threads that have nothing to do sleep instead of spinning, which would
-take the processor from whoever works. The others: kernels that oneDNN, and torch's layer above it, keep. Both would keep 1,024,
-a new one for every number of rows that an expert is routed in evaluate: up to gigabytes for large experts."""
+"""Environment of a process that computes. The first variable makes idle threads sleep: spinning threads would take the
+processor from working threads. The others limit the caches of compiled kernels in oneDNN and in torch's layer above it. Each
+cache would keep 1,024 kernels, and evaluate needs a new one for every number of rows routed to an expert: up to gigabytes for
+large experts."""
 
 
 def prepare_to_compute() -> None:
-    """Set COMPUTING where the user has not set it. Libraries read it while they load, so this comes before torch."""
+    """Set the variables of COMPUTING that the user has not set.
+    Call it before torch is imported: libraries read them on loading."""
     for name, value in COMPUTING.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """No garbage collection: while modules are imported it looks at more and more objects, and frees none."""
+    """Pause garbage collection. While modules are imported it scans more and more objects and frees none."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -41,10 +44,10 @@ def collection_paused() -> Iterator[None]:
 
 
 def run_and_leave(main: Callable[[], None]) -> NoReturn:
-    """Run a program and end the process with its exit code, without the second that Python takes to dismantle torch.
+    """Run a program and end the process with its exit code, without the second that Python takes to unload torch.
 
-    Exit hooks run (temporary folders, logging, Ray), and all output is flushed. Where a thread still runs, or output cannot be
-    written, the process ends as Python ends it.
+    Exit hooks run (temporary folders, logging, Ray), and all output is flushed. If a thread still runs, or output cannot be
+    written, the process ends by Python's normal exit.
     """
     try:
         main()

@@ -1,4 +1,4 @@
-"""Trying again what a file server or a store did not do: how long to wait, and doing so."""
+"""Retries of operations that a file server or a store did not answer, and the pauses between them."""
 
 import time
 from collections.abc import Callable
@@ -12,17 +12,17 @@ T = TypeVar("T")
 
 
 def pause_s(num_failed: int) -> float:
-    """How long to wait after so many tries that failed: 5 s, 30 s, 180 s, then five minutes each."""
+    """Seconds to wait after a number of failed attempts: 5 s, 30 s, 180 s, then five minutes each."""
     return min(_MAX_PAUSE_S, _FIRST_PAUSE_S * _FACTOR ** (num_failed - 1))
 
 
 def how_again(num_failed: int, max_attempts: int) -> str:
-    """For the log: when the next try is, and which one it is."""
+    """For the log: when the next attempt is, and its number."""
     return f"in {pause_s(num_failed):.0f} s ({num_failed + 1} of {max_attempts})"
 
 
 def persist(act: Callable[[], T], max_attempts: int, say: Callable[[str], None]) -> T:
-    """What `act` returns. It is called again, after a pause, when it raises an error that may pass; so it must bear that."""
+    """Return the result of `act`. It is called again after a pause if its error may pass, so it must be safe to repeat."""
     for num_failed in range(1, max_attempts):
         try:
             return act()

@@ -1,4 +1,4 @@
-"""State of one run: hands out units, records what becomes of them, publishes results."""
+"""State of one run: hands out its units, records their outcomes, publishes its results."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class UnitFailure:
-    """A unit that did not finish, and how often it was tried."""
+    """A unit that failed for good, its outcome, and how often it was tried."""
 
     unit: Unit
     outcome: Outcome
@@ -46,9 +46,10 @@ class UnitFailure:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is to be run.
+    """Options of one invocation.
 
-    verify: compare digests of finished files. from_stage: redo this stage and what follows. only_stage: run nothing else.
+    verify: compare the digests of finished files. from_stage: redo this stage and all later ones. only_stage: run only this
+    stage.
     """
 
     verify: bool = False
@@ -58,7 +59,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves: the report (as parsed; no models if it was not written) and how many units it ran."""
+    """Result of a run: the parsed report (without models if none was written) and the number of units that ran."""
 
     report: Mapping[str, Any]
     report_path: Path
@@ -68,10 +69,10 @@ class RunResult:
 
 
 class RunState:
-    """A run in progress. `checked` is what `checks.check` returned for its config.
+    """A run in progress. `checked` is the result of `checks.check` for its config.
 
-    A stage begins once the stages that it waits for are finished; several may run at the same time.
-    Raises InputError or RunFailed for a run directory that it cannot work in.
+    A stage begins once all stages that it waits for have finished; several stages may run at the same time. Raises InputError
+    or RunFailed when the run cannot work in its run directory.
     """
 
     def __init__(self, config: RunConfig, checked: Checked, reporter: Reporter, options: RunOptions) -> None:
@@ -86,7 +87,7 @@ class RunState:
         self._refusal: InputError | LockLost | None = None
         self.is_active = True
         self.can_advance = True
-        """Whether a stage may begin, so that the driver has to call `advance`."""
+        """Whether a stage may begin. If True, the driver must call `advance`."""
         self._waiting = list(self._view.specs)
         self._running: Counter[str] = Counter()
         self._ended: list[StageSpec] = []
@@ -99,10 +100,11 @@ class RunState:
         self._num_run = self._num_reused = 0
 
     def begin(self, num_workers: int, check_lock: Callable[[], None]) -> None:
-        """The lock is held and the executor is up: record what is run, clear what killed workers have left.
+        """Begin the run once the lock is held and the executor is up: record its settings and remove files that killed workers
+        left.
 
-        check_lock: raises LockLost when the lock is somebody else's. It is called before each thing that this run does to its
-        directory, and so this and all methods that follow may raise it, `close` and `result` aside.
+        check_lock: raises LockLost when another driver holds the lock. It is called before every change to the run directory,
+        so this method and all later ones may raise LockLost, except `close` and `result`.
         """
         self._started = time.monotonic()
         self._check = check_lock
@@ -128,7 +130,7 @@ class RunState:
         self._remove_seals()
 
     def _persist(self, act: Callable[[], T]) -> T:
-        """What `act` returns, however often it has to be tried; the driver waits meanwhile."""
+        """Return the result of `act`, retrying it after pauses. The driver does nothing else meanwhile."""
         return persist(act, self.config.resources.max_attempts, self._reporter.line)
 
     def check_lock(self) -> None:
@@ -137,7 +139,7 @@ class RunState:
         self._check()
 
     def _remove_seals(self) -> None:
-        """Under --from, unseal the stages to be redone; what they wrote is replaced file by file."""
+        """Under --from, delete the seals of the stages to be redone. Their output files stay until units replace them."""
         if self.options.from_stage is None:
             return
         names = [spec.name for spec in self._view.specs]
@@ -149,9 +151,9 @@ class RunState:
                     manifest.unlink(missing_ok=True)
 
     def advance(self) -> list[Unit]:
-        """Units of the stages that may begin now; the run is over when there are none and none runs.
+        """Units of the stages that may begin now. The run is over when no units are returned and none are running.
 
-        Raises InputError when the survey shows that a target cannot be, or when --only lacks what it reads.
+        Raises InputError when the survey shows that a target is impossible, or when --only lacks the input of its stage.
         """
         self.can_advance = False
         while self._ended:
@@ -171,7 +173,7 @@ class RunState:
         return units
 
     def _next(self) -> StageSpec | None:
-        """The first stage that may begin: what it waits for is finished, and what it runs beside is listed."""
+        """The first stage that may begin: stages in its `after` have finished, and units of those in `beside` are listed."""
         waiting = {spec.name for spec in self._waiting}
         for spec in self._waiting:
             if self._finished.issuperset(spec.after) and waiting.isdisjoint(spec.beside):
@@ -182,7 +184,7 @@ class RunState:
         only = self.options.only_stage
         names = [one.name for one in self._view.specs]
         if only is not None and names.index(spec.name) > names.index(only):
-            return []  # its units are not even known where a stage before is not done
+            return []  # an earlier stage is unfinished, so the units of this stage cannot be listed yet
         self.check_lock()
         units = self._persist(lambda: self._view.units(spec.name))
         selected = self._persist(lambda: select(units, self.options.verify))
@@ -206,7 +208,7 @@ class RunState:
         self._persist(lambda: delete(self.run_dir, files))
 
     def _finish(self, spec: StageSpec) -> None:
-        """All units of a stage are sealed: publish what it names, and check what the survey shows."""
+        """All units of a stage are sealed: publish its results, and check the survey if the stage made it."""
         self._finished.add(spec.name)
         if self.options.only_stage in (None, spec.name):
             self._reporter.end(spec.name)
@@ -229,11 +231,11 @@ class RunState:
             self._is_reported |= publication.name == REPORT_FILE
 
     def started(self, unit: Unit) -> None:
-        """A unit is given to a worker."""
+        """A unit has been given to a worker."""
         self._write(STARTED, unit=f"{unit.part_dir}/{unit.name}")
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
-        """A unit is sealed: what it alone read is deleted, and what it wrote (again) for units that are sealed."""
+        """A unit is sealed: delete the transient files it read, and those it wrote that no unit of this run reads."""
         self._delete([*unit.reads, *(set(unit.writes) - self._wanted)])
         self._reporter.done(unit, outcome)
         self._write_event(SEALED, unit, outcome)
@@ -244,14 +246,14 @@ class RunState:
             self.can_advance = True
 
     def retried(self, unit: Unit, outcome: Outcome, how: str) -> None:
-        """A unit is to be tried again."""
+        """A unit failed and will be tried again."""
         assert outcome.failure is not None
         self.check_lock()
         self._reporter.line(f"{unit.stage} {unit.label}: {outcome.failure.message}; trying again {how}")
         self._write_event(LOST, unit, outcome)
 
     def failed(self, failure: UnitFailure) -> None:
-        """A unit failed for good: the run stops once its other running units have ended."""
+        """A unit failed for good: the run ends once its other running units have ended."""
         self.check_lock()
         if not self.failures:
             self._reporter.line(f"{failure.unit.stage} {failure.unit.label} failed; waiting for what still runs")
@@ -275,25 +277,25 @@ class RunState:
         self._persist(lambda: events.write(event, **fields))
 
     def refuse(self, error: InputError) -> None:
-        """The run cannot go on for what the user has to mend."""
+        """Stop the run because of a mistake in the user's input."""
         self._refusal = error
         self.is_active = False
 
     def lose(self, error: LockLost) -> None:
-        """Another driver has taken over: nothing more is written, not even to a log."""
+        """Another driver has taken over: stop the run and write nothing more, not even a log line."""
         self._reporter.log = None
         self._refusal = error
         self.is_active = False
 
     def close(self) -> None:
-        """End bars and the event log, however the run ended."""
+        """End the progress bars and the event log, with or without success."""
         self._reporter.end_all()
         if self._events is not None:
-            with contextlib.suppress(LockLost):  # then it is another driver's to say how the run ended
+            with contextlib.suppress(LockLost):  # then the other driver logs how the run ended
                 self._events.write(RUN_ENDS, num_failed=len(self.failures))
 
     def result(self) -> RunResult:
-        """What the run leaves. Raises InputError or RunFailed (LockLost among them) if it failed."""
+        """The result of the run. Raises InputError or RunFailed (also its subclass LockLost) if the run failed."""
         if self._refusal is not None:
             raise self._refusal
         if self.failures:
@@ -303,12 +305,12 @@ class RunState:
         return RunResult(report, path, self._num_run, self._num_reused, time.monotonic() - self._started)
 
     def _error(self) -> InputError | RunFailed:
-        """What stopped the run: InputError if there is nothing but the user's input to mend, else RunFailed."""
+        """The error that stopped the run: InputError if only the user's input is wrong, else RunFailed."""
         lines = [_describe(failure) for failure in self.failures]
         kinds = {failed.outcome.failure.kind for failed in self.failures if failed.outcome.failure}
         if kinds == {"input"}:
             return InputError("\n".join(dict.fromkeys(lines)))
-        if kinds == {"outside"}:  # one cause, met by all units that were writing
+        if kinds == {"outside"}:  # one cause, such as a full disk, fails every unit that writes
             others = f" (and {len(lines) - 1} more units)" if len(lines) > 1 else ""
             return RunFailed(f"{lines[0]}{others}; what was finished is kept, and the same command continues from there")
         lines.append(f"What was finished is kept in {self.run_dir}; the same command continues from there.")

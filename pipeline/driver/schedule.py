@@ -1,4 +1,4 @@
-"""Which unit a free slot runs next."""
+"""Decides which unit a free slot runs next."""
 
 import heapq
 from collections import defaultdict, deque
@@ -13,7 +13,7 @@ _WORKER, _TASK = "worker", "task"
 
 @dataclass
 class _Group:
-    """Ready units that share a hold (or have none), and how many are still to be finished.
+    """The unfinished units that share a hold, or those without a hold. ready: units that can start now.
 
     claimed_by: the worker that has opened the hold, or will open it next.
     """
@@ -28,10 +28,10 @@ class _Group:
 class Schedule:
     """Units of any number of runs, in order of their dependencies.
 
-    A worker that has opened a hold keeps it until its units are done, so that each layer shard is loaded once. It gives a
-    hold up only for an earlier one that nobody works on: all later ones wait for that. The hold that it will open next is
-    chosen ahead (`ahead`), so that it can be read in the meantime; always one after its own, and a worker with nothing to do
-    may take it first.
+    A worker keeps an opened hold until all its units are done, so that each layer shard is loaded once. It switches only to an
+    earlier hold that no worker has, because all later holds wait for the earlier one. The next hold of a busy worker is chosen
+    in advance (`ahead`), so that its files can be read meanwhile. It always comes later than the current hold, and an idle
+    worker may take it over.
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class Schedule:
         self._next: dict[str, str] = {}
         self._num_unfinished: dict[str, int] = defaultdict(int)
         self.alone: deque[Unit] = deque()
-        """Units to be run with nothing beside them."""
+        """Units that must run while nothing else does."""
 
     def add(self, units: Sequence[Unit]) -> None:
-        """Add units of one run; what they follow is among them, or done."""
+        """Add units of one run. The units that they wait for must be among them or be done."""
         for unit in units:
             self._units[unit.id] = unit
             self._order[unit.id] = self._next_order
@@ -68,11 +68,11 @@ class Schedule:
                 self._push(unit)
 
     def num_unfinished(self, run_dir: str) -> int:
-        """Units of a run that are not done."""
+        """Number of units of a run that are not done."""
         return self._num_unfinished[run_dir]
 
     def knows(self, unit: Unit) -> bool:
-        """Whether a unit is to be finished: not done, and its run not dropped."""
+        """Whether a unit still has to be finished: it is not done, and its run was not dropped."""
         return unit.id in self._units
 
     def unfinished(self) -> Iterable[Unit]:
@@ -91,7 +91,7 @@ class Schedule:
         return None
 
     def take(self, slot: Slot) -> Unit | None:
-        """The next unit for a free slot, or None. A worker with nothing of its own to do helps with CPU units."""
+        """The next unit for a free slot, or None. A worker without a unit of its own takes a CPU unit."""
         if not slot.is_worker:
             return self._pop(_TASK)
         unit = self._take_held(slot.id)
@@ -114,7 +114,7 @@ class Schedule:
         return self._pop(self._claims[slot_id])
 
     def _is_free(self, key: str, slot_id: str) -> bool:
-        """Whether a worker may open a hold: nobody has it, or it is its own next, or the next of one that is not done yet."""
+        """Whether a worker may open a hold: it is unclaimed, or it is the next hold of this worker or of a busy one."""
         other = self._groups[key].claimed_by
         return other is None or (self._next.get(other) == key and (other == slot_id or other in self._claims))
 
@@ -130,10 +130,11 @@ class Schedule:
         self._groups[key].claimed_by = slot_id
 
     def ahead(self, slots: Iterable[Slot]) -> Iterator[tuple[Slot, Hold, bool]]:
-        """The workers for which it has just been settled what they open next; the hold; whether they are done with theirs.
+        """Choose next holds for workers. Yields each worker with a new choice, its next hold, and whether it is free to open it
+        now.
 
-        A worker that is done claims the next at once, before any unit is ready, so as to have it open by then. The others
-        get theirs in the order in which they will be done: that of what they hold.
+        A free worker claims its next hold at once, before any of its units is ready, so that the hold is open by then. Busy
+        workers choose in the order of their current holds, which is the order in which they become free.
         """
         for slot in sorted(slots, key=self._own_order):
             own = self._claims.get(slot.id)
@@ -168,7 +169,7 @@ class Schedule:
         return group.hold
 
     def release(self, slot_id: str) -> None:
-        """Forget what a slot holds and is to hold: it is gone."""
+        """Forget the current and the next hold of a slot that is gone."""
         self._release_own(slot_id)
         self._release_next(slot_id)
 
@@ -183,12 +184,12 @@ class Schedule:
             self._groups[key].claimed_by = None
 
     def release_all(self) -> None:
-        """All workers are gone."""
+        """Forget the holds of all workers, because all workers are gone."""
         for slot_id in {*self._claims, *self._next}:
             self.release(slot_id)
 
     def finish(self, unit: Unit) -> None:
-        """A unit is sealed: its followers may become ready."""
+        """Mark a unit as sealed. Units that waited for it may become ready."""
         self._forget(unit)
         for follower in self._followers.pop(unit.id, ()):
             if follower in self._units:  # else its run was dropped
@@ -211,14 +212,14 @@ class Schedule:
             del self._groups[key]
 
     def requeue(self, unit: Unit, alone: bool = False) -> None:
-        """A unit whose worker is gone is ready again."""
+        """Make a unit ready again whose worker is gone. alone: it must run while nothing else does."""
         if alone:
             self.alone.append(unit)
         else:
             self._push(unit)
 
     def drop(self, run_dir: str, running: Iterable[Unit]) -> None:
-        """Forget what a failed run has not started; what runs is finished as usual."""
+        """Forget the units of a failed run, except the running ones, which finish as usual."""
         kept = {unit.id for unit in running}
         for unit in [unit for unit in self._units.values() if unit.run_dir == run_dir and unit.id not in kept]:
             self._forget(unit)

@@ -1,4 +1,4 @@
-"""When a unit, or the opening of what it needs, counts as hung."""
+"""Time limits after which a unit, or the opening of a hold, counts as hung."""
 
 import statistics
 from collections import defaultdict, deque
@@ -17,7 +17,7 @@ _Key = tuple[str, str]
 
 
 class Timeouts:
-    """Limits by run and kind: what a tiny model takes says nothing of a large one beside it in a batch.
+    """Time limits by run and kind of unit. They are kept per run because a batch may hold a tiny model beside a large one.
 
     A unit: the setting, else 20 times the median of its kind, at least ten minutes; two hours for the first of its kind.
     Opening a hold, which reads whole layers of a model: 20 times the median, at least half an hour; four hours for the first.
@@ -28,24 +28,24 @@ class Timeouts:
         self._opening_s: dict[_Key, deque[float]] = defaultdict(lambda: deque(maxlen=_NUM_KEPT))
 
     def note(self, unit: Unit, outcome: Outcome) -> None:
-        """A unit is sealed."""
+        """Record the durations of a sealed unit."""
         self._unit_s[unit.run_dir, unit.call.function].append(outcome.elapsed_s)
         if unit.hold is not None and outcome.open_s:
             self._opening_s[unit.run_dir, unit.hold.call.function].append(outcome.open_s)
 
     def is_short(self, unit: Unit) -> bool:
-        """Whether units of this kind take so little that waiting behind some does not count."""
+        """Whether units of this kind are so short that waiting behind a few of them costs little."""
         known = self._unit_s[unit.run_dir, unit.call.function]
         return bool(known) and max(known) < _SHORT_S
 
     def unit_s(self, unit: Unit, resources: Resources) -> float:
-        """Seconds for a unit whose hold, if it has one, is open."""
+        """Time limit in seconds for a unit, once its hold, if it has one, is open."""
         if resources.unit_timeout_s is not None:
             return resources.unit_timeout_s
         return _limit_s(self._unit_s[unit.run_dir, unit.call.function], _FIRST_UNIT_S, _MIN_UNIT_S)
 
     def opening_s(self, unit: Unit) -> float:
-        """Seconds for opening a unit's hold."""
+        """Time limit in seconds for opening a unit's hold."""
         assert unit.hold is not None
         return _limit_s(self._opening_s[unit.run_dir, unit.hold.call.function], _FIRST_OPENING_S, _MIN_OPENING_S)
 

@@ -1,4 +1,4 @@
-"""Runs units: finds the stage's function, keeps what units share, seals. The same code serves every executor."""
+"""Runs units: imports the stage's function, keeps the hold that units share, writes the seal. Every executor uses this code."""
 
 import gc
 import socket
@@ -17,10 +17,10 @@ from stages.io.storage import as_path, is_passing, remedy_for
 
 
 class Worker:
-    """One process's place of work: it holds at most one thing at a time."""
+    """Runs units in one process. It keeps at most one hold open at a time."""
 
     def __init__(self, log_level: str = "info", has_own_process: bool = False) -> None:
-        """has_own_process: it may say everything on standard error, and begin the process's memory peak anew for each unit."""
+        """has_own_process: log to standard error too, and reset the process's memory peak before each unit."""
         logs.set_up(log_level, to_stderr=has_own_process)
         self._has_own_process = has_own_process
         prepare_to_compute()
@@ -31,8 +31,8 @@ class Worker:
         self._has_failed_open = False
 
     def _job(self, unit: Unit) -> Job[object]:
-        """What the unit's function is given, once the worker holds what it needs."""
-        if unit.hold is not None or unit.on_worker:  # a CPU unit needs no room: keep what is held
+        """The argument of the unit's function. Opens the unit's hold first."""
+        if unit.hold is not None or unit.on_worker:  # a CPU unit needs little memory, so the open hold may stay
             self._open(unit.hold)
         run_dir = as_path(unit.run_dir)
         if unit.hold is None:
@@ -43,7 +43,7 @@ class Worker:
         key = hold.key if hold else None
         if key == self._hold_key:
             return
-        self.close()  # before the next is loaded: both may not fit
+        self.close()  # close the old hold before opening the next: both may not fit in memory
         if hold is not None:
             self._has_failed_open = True
             started = time.time()
@@ -60,25 +60,26 @@ class Worker:
         self._hold_key = key
 
     def close(self) -> None:
-        """Free the memory of what is held."""
+        """Close the hold and free its memory."""
         if self._held is not None:
             self._held.close()
         self._hold_key, self._held = None, None
-        if self._has_failed_open:  # it leaves objects without an owner: collect them
+        if self._has_failed_open:  # a failed open leaves objects without an owner
             gc.collect()
             self._has_failed_open = False
 
     def open_ahead(self, hold: Hold) -> None:
-        """Open what the next units share before they come. An error here reaches nobody, and comes again with the first."""
+        """Open the hold of the next units in advance.
+        An error is not reported here: the first unit opens the hold again and meets it."""
         self._open(hold)
 
     def read_ahead(self, hold: Hold) -> None:
-        """Start to read what the next hold is opened from, while units of this one run."""
+        """Start to read the files of the next hold while units of the current one run."""
         if self._held is not None:
             self._held.read_ahead(hold.call.args)
 
     def run(self, unit: Unit) -> Outcome:
-        """Run and seal one unit. Never raises for what the unit raises: the outcome says why it failed."""
+        """Run and seal one unit. Exceptions of the unit are not raised: the outcome states why it failed."""
         log, name = logs.log_of(unit.run_dir), f"{unit.stage} {unit.label}"
         log.info("%s: begins", name)
         if self._has_own_process:
@@ -101,7 +102,7 @@ class Worker:
             failure = _failure(e)
             log.error("%s: failed", name, exc_info=True)
         if failure is not None and failure.kind == "passing":
-            self.close()  # open files may have gone stale for good
+            self.close()  # open file handles may stay stale after a server failure
         outcome = Outcome(
             socket.gethostname(), time.time() - begun, facts, failure, bytes_read, bytes_written, open_s,
             peak_bytes(), gpu_peak_bytes(),
@@ -112,9 +113,9 @@ class Worker:
 
 
 def _failure(error: Exception) -> Failure:
-    """Why a unit did not finish (see `Failure` for the kinds)."""
+    """Classify the error of a unit, by the kinds of `Failure`."""
     text = f"{type(error).__name__}: {error}"
-    if is_passing(error):  # before anything that was made of it
+    if is_passing(error):  # first, because the error may be wrapped in one of the types below
         return Failure("passing", text)
     if isinstance(error, InputError):
         return Failure("input", str(error))

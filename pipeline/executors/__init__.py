@@ -1,1 +1,1 @@
-"""Where units run: in this process, or on a Ray cluster. Both are driven by the same scheduler."""
+"""Executors of units: in this process, or on a Ray cluster. The same driver loop drives both."""

@@ -22,51 +22,51 @@ class LocalExecutor:
 
     @property
     def num_running(self) -> int:
-        """Units run but not yet returned by `wait`."""
+        """Number of units that have run but were not yet returned by `wait`."""
         return len(self._ended)
 
     def want(self, units: Sequence[Unit]) -> None:
-        """Nothing to make."""
+        """Nothing to do: this process is the only worker."""
 
     def free_slots(self) -> list[Slot]:
-        """This process, when it has nothing to hand over."""
+        """This process, unless the outcome of its last unit is still to be returned by `wait`."""
         return [] if self._ended else [_SLOT]
 
     def submit(self, slot: Slot, unit: Unit) -> None:
-        """Run the unit now."""
+        """Run the unit before returning."""
         self._ended.append((slot, unit, self._worker.run(unit)))
 
     def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
-        """Not done: it would compete with what runs here."""
+        """Ignored: reading in the background would slow the unit that runs here."""
 
     def is_opening(self, slot: Slot) -> bool:
-        """Never seen: see `cancel`."""
+        """Always false: `submit` returns only after the unit has ended."""
         return False
 
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
-        """The unit that has just run; without one there is nothing to do but wait."""
+        """The unit that has just run, with its outcome. Without one, sleeps for timeout_s."""
         if not self._ended:
             time.sleep(timeout_s)
         ended, self._ended = self._ended, []
         return ended
 
     def cancel(self, slot: Slot, reason: str) -> None:
-        """Never called: a unit has ended by the time the driver looks."""
+        """Never called: a unit has ended before the driver can cancel it."""
 
     def make_room(self) -> None:
         """Free the layer shard that the worker holds."""
         self._worker.close()
 
     def why_idle(self) -> str:
-        """Only a cycle of units could leave this executor idle."""
+        """Message for the only possible cause: units that depend on each other in a cycle."""
         return "no unit can run: their dependencies form a cycle"
 
     def describe(self) -> str:
-        """That there is one worker."""
+        """One line that names the one worker."""
         return "every unit runs in this process"
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Nothing to close."""
 
     def disconnect(self) -> None:
-        """Nothing was connected to."""
+        """Nothing to disconnect from."""

@@ -1,4 +1,4 @@
-"""What the driver tells Ray's metrics; each node's agent offers them to Prometheus, with `ray_` before their names."""
+"""Metrics that the driver gives to Ray. Each node's agent offers them to Prometheus, with the prefix `ray_`."""
 
 from ray.util.metrics import Counter, Histogram
 
@@ -19,7 +19,7 @@ class UnitMetrics:
         self._read = Counter("hcsmoe_bytes_read_total", "Bytes of weights, hidden states and statistics read.", tags)
 
     def note(self, unit: Unit, outcome: Outcome) -> None:
-        """Count a unit that has ended; one that failed is not counted."""
+        """Count a sealed unit. Failed units are not counted."""
         if outcome.failure is not None:
             return
         tags = {"stage": unit.stage}

@@ -1,6 +1,6 @@
-"""Runs units on a Ray cluster: CPU units as tasks, others on actors that keep a loaded layer shard between units.
+"""Runs units on a Ray cluster: CPU units as tasks, other units on actors that keep a loaded layer shard between units.
 
-The queue stays in the driver: actors and tasks are never restarted by Ray (`max_restarts=0`, `max_retries=0`); a death is an
+The driver keeps the queue. Ray never restarts actors or tasks (`max_restarts=0`, `max_retries=0`): the death of a worker is an
 outcome, and the driver gives the unit to another worker.
 """
 
@@ -24,7 +24,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.settings import Resources
 from stages.contracts.units import Hold, Unit
 
-_OBJECT_STORE_BYTES = 100_000_000  # units pass file names, not data
+_OBJECT_STORE_BYTES = 100_000_000  # small, because units pass file names and no data
 _RESOURCES_TTL_S = 2.0
 _PROBE_S = 10.0
 _MAX_FAILED_STARTS = 3
@@ -33,10 +33,10 @@ _MAX_NAMES = 500
 
 
 def connect(address: str) -> str:
-    """Connect to a cluster, or start one on this machine. Returns a line that says which.
+    """Connect to a cluster, or start one on this machine. Returns a line that says which of the two happened.
 
-    address: "local" starts one; "auto" takes the one that RAY_ADDRESS or this machine names, else starts one; anything else
-    is an address. Raises InputError when there is none at that address.
+    address: "local" starts a cluster; "auto" connects to the one named by RAY_ADDRESS or running on this machine, else starts
+    one; any other value is an address. Raises InputError when no cluster answers at that address.
     """
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == "auto":
@@ -56,7 +56,7 @@ def connect(address: str) -> str:
 
 
 def _probe(address: str) -> None:
-    """Fail at once where nobody listens: Ray itself would try for minutes."""
+    """Raise at once if nothing listens at the address: Ray itself would retry for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal():
         raise InputError(f"--address {address}: write HOST:PORT of a Ray head, auto, or local")
@@ -72,15 +72,15 @@ class _Actor:
     slot: Slot
     is_ready: bool = False
     hold_key: str | None = None
-    """What it was last told to open."""
+    """Key of the hold that the actor was last told to open."""
     opening: Any = None
-    """Ends when that is open."""
+    """Reference that becomes ready when that hold is open."""
 
 
 class RayExecutor:
     """Slots on the cluster that `connect` has connected to.
 
-    A unit without a hold goes to a CPU task, or to an idle worker where workers hold all CPUs.
+    A unit without a hold runs as a CPU task, or on an idle worker if workers occupy all CPUs.
     """
 
     def __init__(self, resources: Resources) -> None:
@@ -103,14 +103,14 @@ class RayExecutor:
         self._num_failed_starts = 0
 
     def _total(self, name: str) -> float:
-        """What the cluster has in all of a resource; asked for anew every few seconds, since nodes come and go."""
+        """Total amount of a resource in the cluster. Refreshed every few seconds, since nodes come and go."""
         if time.monotonic() - self._totals_at > _RESOURCES_TTL_S:
             self._totals, self._totals_at = ray.cluster_resources(), time.monotonic()
         return self._totals.get(name, 0.0)
 
     @property
     def num_workers(self) -> int:
-        """The setting, else what the cluster has room for now."""
+        """The setting `num_workers`, else the number of workers that the cluster has room for now."""
         return self._resources.num_workers or max(1, self._room_for_workers())
 
     def _room_for_workers(self) -> int:
@@ -119,17 +119,17 @@ class RayExecutor:
 
     @property
     def num_running(self) -> int:
-        """Units in flight."""
+        """Number of running workers' units and tasks."""
         return len(self._busy) + self._num_tasks
 
     def want(self, units: Sequence[Unit]) -> None:
-        """Want as many workers as can be kept busy. Without GPUs a worker serves CPU units as well as a task does."""
+        """Set the number of workers to as many as can be kept busy. Without GPUs, workers also count for CPU units."""
         held = {unit.hold.key for unit in units if unit.hold}
         alone = sum(1 for unit in units if unit.hold is None and (unit.on_worker or not self._num_gpus))
         self._num_wanted = max(len(held) + alone, 1 if self._actors else 0)
 
     def _start_workers(self) -> None:
-        """Start workers up to what is wanted and what the cluster has room for; nodes that join are used at once."""
+        """Start the wanted workers as far as the cluster has room. Nodes that join later are used at the next call."""
         wanted = min(self._num_wanted, self.num_workers)
         while len(self._actors) < wanted:
             slot = Slot(f"worker-{next(self._numbers)}", is_worker=True)
@@ -138,24 +138,25 @@ class RayExecutor:
             self._running[handle.__ray_ready__.remote()] = (slot, None)
 
     def free_slots(self) -> Iterator[Slot]:
-        """Workers that are up and idle, then room for CPU tasks beside the workers, made as they are asked for."""
+        """Idle workers, then CPU tasks for the CPUs that workers leave free.
+        A generator: each slot is made when it is taken."""
         self._start_workers()
         yield from [actor.slot for actor in self._actors.values() if actor.is_ready and actor.slot.id not in self._busy]
         room = int(self._total("CPU")) - len(self._actors) * self._resources.num_cpus
         if not self._actors:
-            room = max(room, 1)  # an autoscaler adds a first node only for work that waits for it
+            room = max(room, 1)  # an autoscaler adds a first node only when work is waiting
         for number in range(self._num_tasks, room * _TASKS_PER_CPU):
             yield Slot(f"task-{next(self._numbers)}", is_worker=False, is_queued=number >= room)
 
     def submit(self, slot: Slot, unit: Unit) -> None:
-        """Send the unit to its worker, or start a task."""
+        """Send the unit to its worker, or start a task for it."""
         name = self._name(unit)
         if slot.is_worker:
             self._busy.add(slot.id)
             actor = self._actors[slot.id]
             if unit.hold is not None:
                 self._open(actor, unit.hold)
-            elif unit.on_worker:  # it frees what it holds
+            elif unit.on_worker:  # the worker closes its hold to run this unit
                 actor.hold_key = None
             ref = actor.handle.run.options(name=name).remote(unit)
         else:
@@ -164,8 +165,8 @@ class RayExecutor:
         self._running[ref] = (slot, unit)
 
     def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
-        """A worker that is free opens it at once; another has its files read, from the end of its unit on. What they return is
-        not waited for."""
+        """A free worker opens the hold at once. A busy one reads its files in the background, from the end of its current unit
+        on. The results of these calls are ignored."""
         actor = self._actors[slot.id]
         if is_free:
             self._open(actor, hold)
@@ -173,26 +174,27 @@ class RayExecutor:
             actor.handle.read_ahead.remote(hold)
 
     def _open(self, actor: _Actor, hold: Hold) -> None:
-        """By a call of its own, so that its end is seen. An error in it comes again with the unit."""
+        """Open a hold in a separate call, so that its end can be observed. The unit's own call raises any error of it again."""
         if actor.hold_key != hold.key:
             actor.hold_key, actor.opening = hold.key, actor.handle.open_ahead.remote(hold)
             self._openings[actor.opening] = actor
 
     def is_opening(self, slot: Slot) -> bool:
-        """See Executor."""
+        """Whether the actor's last call to open a hold has not ended."""
         actor = self._actors.get(slot.id)
         return actor is not None and actor.opening is not None
 
     def _name(self, unit: Unit) -> str:
-        """What Ray's dashboard calls the unit. Ray keeps a time series for each name ever used, 15 kB in this process alone
-        and one more in each scrape, so only the first units have one of their own, the rest their stage's."""
+        """Name of the unit in Ray's dashboard. Ray keeps a time series for every name ever used, which takes 15 kB in this
+        process and one more in each scrape. So only the first units get names of their own; later ones get the name of their
+        stage."""
         if self._num_named == _MAX_NAMES:
             return unit.stage
         self._num_named += 1
         return f"{unit.stage} {unit.label}"
 
     def wait(self, timeout_s: float) -> list[tuple[Slot, Unit, Outcome]]:
-        """Outcomes of what has ended, deaths included."""
+        """Units that have ended, with their outcomes. The death of a worker is an outcome, too."""
         refs = [*self._running, *self._openings]
         if not refs:
             time.sleep(timeout_s)
@@ -221,7 +223,7 @@ class RayExecutor:
             if slot.is_worker:
                 self._busy.discard(slot.id)
                 if value.failure is not None and slot.id in self._actors:
-                    self._actors[slot.id].hold_key = None  # it may have closed what it held
+                    self._actors[slot.id].hold_key = None  # a failing worker may have closed its hold
             else:
                 self._num_tasks -= 1
             self._metrics.note(unit, value)
@@ -234,9 +236,9 @@ class RayExecutor:
             actor.opening = None
 
     def _started(self, slot: Slot, value: Any) -> None:
-        """A worker is up, or could not be started. Raises RunFailed when that happens again and again.
+        """Handle the end of a worker's start, successful or not. Raises RunFailed after several failures in a row.
 
-        A node that died says nothing about the others. Until Ray notices, it sends new workers there; then all of them fail.
+        A node's death does not count as a failure. Until Ray notices it, Ray sends new workers there, and all of these fail.
         """
         if not isinstance(value, Outcome):
             self._num_failed_starts = 0
@@ -268,7 +270,7 @@ class RayExecutor:
             ray.kill(actor.handle, no_restart=True)
 
     def cancel(self, slot: Slot, reason: str) -> None:
-        """Kill the worker, or the task's process."""
+        """Kill the worker, or the process of the task."""
         if slot.id in self._cancelled:
             return
         self._cancelled[slot.id] = reason
@@ -280,20 +282,20 @@ class RayExecutor:
                 ray.cancel(ref, force=True)
 
     def make_room(self) -> None:
-        """End all workers: what they hold is freed, and new ones start empty."""
+        """End all workers. This frees their holds; new workers start empty."""
         for actor in list(self._actors.values()):
             if actor.is_ready:
                 self._forget(actor.slot)
 
     def why_idle(self) -> str:
-        """What a worker needs and what the cluster has."""
+        """One line on the resources that a worker needs and those that the cluster has."""
         return (
             f"waiting for a worker: each needs {self._resources.num_cpus} CPUs and {self._num_gpus:g} GPUs; the cluster has "
             f"{self._total('CPU'):g} CPUs and {self._total('GPU'):g} GPUs in all: add a node or lower resources"
         )
 
     def describe(self) -> str:
-        """What a worker gets; that there is no GPU is said, not passed over."""
+        """One line on the resources of a worker. States explicitly when the cluster has no GPU."""
         line = f"up to {self.num_workers} workers, each {self._resources.num_cpus} CPUs and {self._num_gpus:g} GPUs"
         if self._resources.num_gpus is None and not self._num_gpus:
             line += " (the cluster has no GPU now; set resources.num_gpus to wait for one)"
@@ -305,7 +307,7 @@ class RayExecutor:
             self._forget(actor.slot)
 
     def disconnect(self) -> None:
-        """Leave the cluster; one that `connect` started ends."""
+        """Leave the cluster. A cluster that `connect` started ends."""
         ray.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""What a run reads from outside: digests of model and texts, and what changed between two identities."""
+"""Identities of a run's inputs: digests of the model and the texts, and the differences between two identities."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,7 +13,7 @@ from stages.io.texts import TextFile, list_files
 
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, JsonValue]:
-    """The root: content of config, index and side files, and a digest for each weight file (see `weights_identity`)."""
+    """Content of config, index and side files of a checkpoint, and a digest for each weight file (`weights_identity`)."""
     small = [CONFIG_FILE, *checkpoint.side_files.kept]
     if checkpoint.index:
         small.append(INDEX_FILE)
@@ -22,7 +22,7 @@ def model_identity(checkpoint: Checkpoint) -> dict[str, JsonValue]:
 
 
 def files_identity(data: Sequence[str], place: str) -> dict[str, JsonValue]:
-    """Content of the files of a text, in their order. Raises InputError for a file that is missing or cannot be read."""
+    """Digests of a text's files, in their order. Raises InputError for a file that is missing or cannot be read."""
     return {f"{number} {file.name}": _digest(file, place) for number, file in enumerate(list_files(data, place), 1)}
 
 
@@ -34,7 +34,7 @@ def _digest(file: TextFile, place: str) -> str:
 
 
 def differences(old: Identity, new: Identity, prefix: str = "") -> Iterator[str]:
-    """What changed between two identities, a line a setting: `linkage: average -> single`."""
+    """Differences between two identities, one line per setting: `linkage: average -> single`."""
     for name in sorted({*old, *new}):
         before, after = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):

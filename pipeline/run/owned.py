@@ -1,7 +1,7 @@
-"""What in a run directory is its own, and may be deleted: folders and files that this program has made there.
+"""Tells which files and folders in a run directory were made by this program and may be deleted.
 
-A run directory may hold links and folders of anybody's. Nothing is deleted through a link, and of folders only those whose name
-is that of a stage and ends with the key of the identity that lies in them.
+A run directory may contain symbolic links and folders of other people. Nothing is deleted through a link. A folder is deleted
+only if its name is that of a stage folder and ends with the key of the identity stored inside it.
 """
 
 import re
@@ -21,18 +21,18 @@ _MAX_IDENTITY_BYTES = 1 << 26
 
 
 def _key_in(name: str) -> str | None:
-    """The key at the end of a name that this program gives to folders of stages; None for any other name."""
+    """The key at the end of a stage folder's name; None for any other name."""
     named = re.fullmatch(rf"(?:{'|'.join(stage_names())})(?:-[\w.+ -]+)?-([0-9a-f]{{{KEY_LENGTH}}})", name, re.ASCII)
     return named[1] if named else None
 
 
 def is_stage_dir(name: str) -> bool:
-    """Whether a folder is named as this program names those of stages."""
+    """Whether a folder name has the form that this program gives to stage folders."""
     return _key_in(name) is not None
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """The identity that a stage's folder was made for; None if it has none that can be read."""
+    """The identity that a stage folder was made for; None if it holds no readable identity."""
     try:
         identity = read_json(folder / IDENTITY_FILE, _MAX_IDENTITY_BYTES)
     except InputError:
@@ -41,16 +41,16 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def recorded_key(folder: Path) -> str | None:
-    """The key of the identity that a stage's folder was made for; None if it has none that can be read."""
+    """The key of the identity that a stage folder was made for; None if it holds no readable identity."""
     try:
         identity = read_identity(folder)
         return None if identity is None else key_of(identity)
-    except (ValueError, RecursionError):  # NaN, a lone surrogate: none of ours
+    except (ValueError, RecursionError):  # NaN or a lone surrogate: this program writes neither
         return None
 
 
 def stage_folders(run_dir: Path) -> Iterator[Path]:
-    """The folders that stages have made in a run directory: no links, each with the identity whose key is in its name."""
+    """The folders that stages have made in a run directory: no symbolic links, and each name ends with its identity's key."""
     for path in sorted(run_dir.iterdir(), key=str):
         key = _key_in(path.name)
         if key is not None and is_unlinked_folder(path) and recorded_key(path) == key:
@@ -58,7 +58,7 @@ def stage_folders(run_dir: Path) -> Iterator[Path]:
 
 
 def is_unlinked_folder(path: Path) -> bool:
-    """Whether a path is a folder, and no link to one."""
+    """Whether a path is a folder and not a symbolic link."""
     if is_remote(path):
         return path.is_dir()
     try:
@@ -68,7 +68,7 @@ def is_unlinked_folder(path: Path) -> bool:
 
 
 def check_unlinked(run_dir: Path, path: Path) -> None:
-    """Raise InputError if a link stands anywhere between a run directory and a path below it: it leads elsewhere."""
+    """Raise InputError if a path below a run directory contains a symbolic link, since it leads out of the run directory."""
     if is_remote(run_dir):
         return  # object storage has no links
     for part in (path, *path.parents):
@@ -83,15 +83,16 @@ def check_unlinked(run_dir: Path, path: Path) -> None:
 
 
 def remove_file(run_dir: Path, relative: str) -> None:
-    """Delete a file of the run, never through a link; one that is gone is fine."""
+    """Delete a file of the run, never through a symbolic link. A missing file is no error."""
     path = run_dir / relative
     check_unlinked(run_dir, path.parent)
     path.unlink(missing_ok=True)
 
 
 def remove_stage_folder(run_dir: Path, folder: Path, seals: str) -> None:
-    """Remove a stage's folder: its seals first, since what is half removed is no result, and its identity last, so that it is
-    still known for what it is. Raises OSError if anything stays."""
+    """Remove a stage folder. Its seals are removed first, so that a half-removed folder is never taken for a result. Its
+    identity is removed last, so that the rest of the folder can still be recognised. Raises OSError if anything cannot be
+    removed."""
     check_unlinked(run_dir, folder)
     remove_tree(folder / seals, is_strict=True)
     if not is_remote(folder):

@@ -1,4 +1,5 @@
-"""What a user looks for by name: finished models and the report. Names appear whole, and switch at once."""
+"""Publishes results by name: finished models and the report.
+A name appears only when its result is whole, and is replaced in one step."""
 
 import os
 import uuid
@@ -16,11 +17,11 @@ from stages.io.untrusted import read_small
 MODELS_DIR = "models"
 _MAX_NAME_BYTES = 1 << 12
 PUBLISHED_FILE = ".published"
-"""On object storage: names the folder that a published one is a copy of; written last."""
+"""On object storage: file in a published folder that names the stage folder it is a copy of; written last."""
 
 
 def publish(run_dir: Path, publication: Publication, check: Callable[[], None]) -> None:
-    """Let a finished result appear by its name. check: called before each step; raises to stop."""
+    """Publish a finished result under its name. check: called before each step; it raises to stop."""
     if publication.is_folder:
         publish_model(run_dir, publication.name, run_dir / publication.source, check)
     else:
@@ -29,10 +30,10 @@ def publish(run_dir: Path, publication: Publication, check: Callable[[], None]) 
 
 
 def publish_model(run_dir: Path, name: str, folder: Path, check: Callable[[], None]) -> Path:
-    """Let `models/<name>` lead to a finished folder, by a relative link that replaces an older one in one step.
+    """Make `models/<name>` a relative link to a finished folder. An older link is replaced in one step.
 
-    The folder itself keeps its key, so a changed setting overwrites nothing. Object storage has no links: it copies, by itself.
-    check: called before each step; raises to stop.
+    The folder's own name contains its key, so a changed setting overwrites nothing. Object storage has no links, so the store
+    copies the folder instead. check: called before each step; it raises to stop.
     """
     check()
     link = run_dir / MODELS_DIR / name
@@ -50,7 +51,7 @@ def publish_model(run_dir: Path, name: str, folder: Path, check: Callable[[], No
 
 
 def _publish_copy(published: Path, folder: Path, check: Callable[[], None]) -> None:
-    """Copy a folder. Its config goes first and comes last, so that nothing loads a half of it."""
+    """Copy a folder. An old config is removed first and the new one copied last, so that nobody loads a half-copied model."""
     if _published_from(published) == folder.parent.name:
         return
     for name in (PUBLISHED_FILE, CONFIG_FILE):
@@ -65,7 +66,7 @@ def _publish_copy(published: Path, folder: Path, check: Callable[[], None]) -> N
 
 
 def _published_from(published: Path) -> str | None:
-    """Stage directory of the folder that a published one is a whole copy of."""
+    """Stage directory of which a published folder is a complete copy; None if it is not one."""
     try:
         return read_small(published / PUBLISHED_FILE, _MAX_NAME_BYTES).decode(errors="replace")
     except FileNotFoundError:
@@ -73,7 +74,8 @@ def _published_from(published: Path) -> str | None:
 
 
 def unpublish_lost(run_dir: Path, keep: str | None = None) -> None:
-    """Remove the names under `models/` that led to stage folders of this run directory that are gone. keep: a name to leave."""
+    """Remove names under `models/` whose stage folder in this run directory no longer exists.
+    keep: a name to leave in place."""
     models = run_dir / MODELS_DIR
     if not is_unlinked_folder(models):
         return
@@ -87,6 +89,6 @@ def unpublish_lost(run_dir: Path, keep: str | None = None) -> None:
 
 
 def _linked_from(link: Path) -> str | None:
-    """Stage directory that a link under `models/` leads to; None for what is no link of that kind."""
+    """Stage directory that a link under `models/` points to; None for any other path."""
     parts = PurePosixPath(os.readlink(link)).parts if link.is_symlink() else ()
     return parts[1] if len(parts) == 3 and parts[0] == ".." and parts[2] == CHECKPOINT_DIR else None

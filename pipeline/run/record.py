@@ -1,4 +1,4 @@
-"""`run.json`: what the last run of a run directory was given, for `status` and `clean`."""
+"""`run.json`: the settings and inputs of the last run in a run directory, for `status` and `clean`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +23,9 @@ _REMEDY = "use that version, or give another run_dir"
 
 
 class RunRecord(BaseModel):
-    """What a run was given, and the folders of its stages.
+    """Inputs of a run and the folders of its stages.
 
-    model: folder or URL of the checkpoint. identities: of the model and of each text. stage_dirs: relative to the run
+    model: folder or URL of the checkpoint. identities: identity of the model and of each text. stage_dirs: relative to the run
     directory.
     """
 
@@ -40,7 +40,7 @@ class RunRecord(BaseModel):
 
 
 def write_record(view: RunView) -> None:
-    """Record a run that begins."""
+    """Write `run.json` for a run that begins."""
     record = {
         "format": FORMAT,
         "hcsmoe": __version__,
@@ -53,7 +53,7 @@ def write_record(view: RunView) -> None:
 
 
 def recorded_view(where: str | Path) -> RunView:
-    """The last run in a run directory, to look at. Raises InputError when there was none."""
+    """The last run in a run directory, for inspection only. Raises InputError when there was no run."""
     run_dir = absolute(where)
     record = read_record(run_dir)
     return RunView(record.config, Inputs(as_path(record.model), record.identities), run_dir=run_dir)
@@ -68,7 +68,8 @@ def _check_format(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def check_no_older_run(run_dir: Path) -> None:
-    """Raise InputError for a run directory of another version. A record that cannot be read stops no run: it is replaced."""
+    """Raise InputError for a run directory of another format version.
+    An unreadable record raises nothing: the run replaces it."""
     path = run_dir / RUN_FILE
     try:
         value = read_json(path)
@@ -79,7 +80,7 @@ def check_no_older_run(run_dir: Path) -> None:
 
 
 def read_record(run_dir: Path) -> RunRecord:
-    """What the last run was given. Raises InputError when there was none, or when its record cannot be read."""
+    """The record of the last run. Raises InputError when there was no run, or when the record cannot be read."""
     check_readable(run_dir)
     path = run_dir / RUN_FILE
     if not path.exists() and not path.is_symlink():

@@ -1,4 +1,4 @@
-"""Whether a run may work in a run directory: nothing of anybody else's is in its way, and it can write there."""
+"""Checks that a run can work in a run directory: it is writable, and no foreign file is in the way."""
 
 import os
 import stat
@@ -17,10 +17,10 @@ from stages.io.storage import is_remote
 
 
 def check_run_dir(view: RunView) -> None:
-    """Check a run's directory before it is written to. Reads no more than names, and which version has written there.
+    """Check a run directory before anything is written to it. Reads only file names and the format version of an older run.
 
-    Raises InputError where the model's folder and the run directory would mix, or where links or files of others stand in the
-    place of what the run makes; RunFailed where it cannot write.
+    Raises InputError if the model folder and the run directory overlap, or if symbolic links or foreign files stand where the
+    run will write. Raises RunFailed if the directory is not writable.
     """
     run_dir, stage_dirs = view.run_dir, [part.dir for part in view.all_parts()]
     _check_apart(run_dir, view.model, stage_dirs)
@@ -58,19 +58,19 @@ def _check_apart(run_dir: Path, model: Path, stage_dirs: list[str]) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """Nothing there, or a regular file: a link may lead out of the run directory, and a pipe lets whoever opens it wait."""
+    """Raise unless the path is free or a regular file: a link may lead elsewhere, and opening a pipe may block."""
     if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
         raise InputError(f"{path} is no regular file; remove it, a file of the run goes there")
 
 
 def _check_folder(path: Path) -> None:
-    """Nothing there, or a folder that can be written to."""
+    """Raise unless the path is free or a writable folder."""
     if path.exists():
         _check_writable(path)
 
 
 def _check_writable(folder: Path) -> None:
-    """Whether a folder can be written to, or made. Nothing is written: a run that is refused leaves nothing."""
+    """Raise unless a folder can be written to or created. Writes nothing, so that a refused run leaves no traces."""
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise RunFailed(f"{folder} cannot be written to: {existing} is not a folder; give another run_dir or move it away")

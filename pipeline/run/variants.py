@@ -1,4 +1,4 @@
-"""Variants of a run: the ways from evidence to checkpoints that a run file lists, with their methods and presets resolved."""
+"""Variants of a run, with their methods and presets resolved. A variant is one way from the evidence to checkpoints."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def methods() -> Methods:
 
 
 def presets() -> dict[str, Preset]:
-    """All presets, by name; each chooses the method that it belongs to."""
+    """All presets, by name. Each preset chooses a method."""
     return {
         name: {**preset, "clustering": {"method": method.name, **preset.get("clustering", {})}}
         for method in methods().values()
@@ -31,7 +31,7 @@ def presets() -> dict[str, Preset]:
 
 
 def method_of(clustering: object, place: str) -> Method[Any]:
-    """The method that a section `clustering` chooses. Raises InputError, naming the place, for one that there is not."""
+    """The method that a section `clustering` chooses. Raises InputError, naming the place, for an unknown method."""
     default = Clustering.model_fields["method"].default
     name = clustering.get("method", default) if isinstance(clustering, Mapping) else default
     if not isinstance(name, str) or name not in methods():
@@ -40,10 +40,10 @@ def method_of(clustering: object, place: str) -> Method[Any]:
 
 
 def variants_of(config: RunConfig) -> tuple[Variant, ...]:
-    """The variants; one without a name where the run file lists none.
+    """The variants of a run; a single one without a name if the run file lists none.
 
-    Raises InputError, naming the variant, for an unknown preset or method, two equal names, settings that cannot be, and
-    sections that a method does not read.
+    Raises InputError, naming the variant, for an unknown preset or method, two equal names, invalid settings, and sections that
+    a method does not read.
     """
     if config.variants is None:
         method = methods()[config.clustering.method]
@@ -80,7 +80,8 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
 
 
 def _check_fits(method: Method[Any], has_merging: bool, export: Export, place: str) -> None:
-    """Raise InputError for settings that a method cannot follow. place: of the section `export`."""
+    """Raise InputError for settings that a method does not support.
+    place: where the section `export` stands, for the message."""
     if has_merging and not method.reads_merging:
         at = place.removesuffix("export")
         raise InputError(f"{at}merging is set, but method {method.name} does not read that section; leave it out")

@@ -1,4 +1,4 @@
-"""One run as its stages see it: run file, model, parts with their keys, and what is sealed so far."""
+"""A run as its stages see it: run file, model, parts with their keys, and sealed units."""
 
 import hashlib
 from collections import Counter
@@ -33,28 +33,28 @@ S = TypeVar("S", bound=Section)
 
 @cache
 def library_version(name: str) -> str:
-    """The installed version, read without an import. The build after "+" (cpu, cu128) is left out: the driver's says nothing
-    about a worker's device, and a run may be looked at from a machine without one."""
+    """Installed version of a library, read without importing it. The build suffix after "+" (cpu, cu128) is dropped: the
+    driver's build may differ from that of the workers, and a run may be inspected on a machine without a GPU."""
     try:
         return metadata.version(name).partition("+")[0]
     except metadata.PackageNotFoundError:
-        return "not installed"  # enough to look at a run
+        return "not installed"  # a run can be inspected without its libraries
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads from outside: the checkpoint folder (absolute), and what it and the texts are, by "model" and the
-    sections of the run file that name texts."""
+    """Inputs of a run: the absolute checkpoint folder, and identities of the model and the texts. The identities are keyed by
+    "model" and by the run file section that names each text."""
 
     model: Path
     identities: Mapping[str, Identity]
 
 
 class RunView:
-    """See `stages.contracts.spec.Run`.
+    """Implements `stages.contracts.spec.Run`.
 
-    num_workers: None to look only. run_dir: where the run directory is now, if it was moved. Raises InputError for two targets
-    of one name. surveyed: survey and tensors of a checkpoint, for a run of which nothing is sealed.
+    num_workers: None for inspection only. run_dir: present location of the run directory, if it was moved. surveyed: survey and
+    tensors of a checkpoint, for a run without a sealed survey. Raises InputError when two targets have the same name.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RunView:
         return value
 
     def identity(self, place: str) -> Identity:
-        """What the model ("model") or a text (its section) is."""
+        """Identity of the model (place "model") or of a text (place: its section)."""
         return self.inputs.identities[place]
 
     def text_files(self, place: str) -> list[str]:
@@ -104,12 +104,12 @@ class RunView:
         return [Path(name).expanduser().absolute()]
 
     def dataset_commit(self, place: str) -> str | None:
-        """Commit of a text that is a dataset of the hub; None for files."""
+        """Commit of a text that is a hub dataset; None for files."""
         (first, *_) = self.identity(place).values()
         return str(first["commit"]) if isinstance(first, Mapping) else None
 
     def new_part(self, spec: StageSpec, name: str, settings: Mapping[str, JsonValue], upstream: Mapping[str, Part]) -> Part:
-        """A part of a stage, with its identity."""
+        """A new part of a stage, with its identity."""
         libraries: dict[str, JsonValue] = {"hcsmoe": __version__, **{one: library_version(one) for one in spec.libraries}}
         identity: Identity = {
             "stage": spec.name,
@@ -123,7 +123,7 @@ class RunView:
         return self._parts[spec.name, name]
 
     def part(self, stage: str, name: str = "") -> Part:
-        """A part that has been declared."""
+        """A part that has been declared before."""
         return self._parts[stage, name]
 
     def parts(self, stage: str) -> list[Part]:
@@ -181,7 +181,7 @@ class RunView:
         return self._units[stage]
 
     def sealed(self, unit: Unit) -> Sealed | None:
-        """What is recorded of a unit; None before it is finished."""
+        """The record of a sealed unit; None before the unit is sealed."""
         manifest = read_manifest(unit)
         if manifest is None:
             return None
@@ -189,7 +189,7 @@ class RunView:
 
     @cached_property
     def _survey_part(self) -> tuple[StageSpec, Mapping[str, str], str]:
-        """The stage that surveys, what it has sealed (digests by path), and the directory that the survey lies in."""
+        """The stage that makes the survey, the digests of its sealed files by path, and the directory of the survey."""
         (spec,) = [spec for spec in self.specs if spec.makes_survey]
         part = self.parts(spec.name)[0]
         files: dict[str, str] = {}
@@ -200,7 +200,7 @@ class RunView:
 
     @cached_property
     def survey(self) -> Survey:
-        """Raises InputError unless the file is the one that is sealed."""
+        """The survey. Raises InputError unless the file has its sealed digest."""
         if self._surveyed is not None:
             return self._surveyed[0]
         spec, files, folder = self._survey_part
@@ -212,7 +212,7 @@ class RunView:
 
     @cached_property
     def tensors(self) -> Sequence[TensorRow]:
-        """Tensors of the checkpoint."""
+        """Tensors of the checkpoint. Raises InputError unless the file has its sealed digest."""
         if self._surveyed is not None:
             return self._surveyed[1]
         return read_tensors(self.run_dir / self._survey_part[2] / TENSORS_FILE)

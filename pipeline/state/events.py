@@ -1,6 +1,6 @@
-"""`events.jsonl`: what happened in a run directory, one JSON object a line, for people and dashboards.
+"""`events.jsonl`: log of events in a run directory, one JSON object per line, for people and dashboards.
 
-An object cannot be appended to: on object storage the log is a folder `events/` of such files, in the order of their names.
+Object storage cannot append to an object. There the log is a folder `events/` of such files, ordered by name.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ STARTED, SEALED, LOST, FAILED = "started", "sealed", "lost", "failed"
 
 
 class EventLog:
-    """Appends events. It is a log: whether work is done is read from manifests only.
+    """Appends events. The log is for information: whether a unit is done is read from manifests only.
 
-    On object storage events are sent every FLUSH_S, so a driver that is killed takes the last ones along.
+    On object storage events are sent every FLUSH_S, so a killed driver loses its latest ones.
     """
 
     def __init__(self, run_dir: Path, check: Callable[[], None]) -> None:
-        """check: called before each write; raises LockLost when it must not be."""
+        """check: called before each write; raises LockLost when nothing more may be written."""
         self._path, self._check = run_dir / EVENTS_FILE, check
         self._parts = _Parts(run_dir / EVENTS_DIR, check) if is_remote(run_dir) else None
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event with the time in seconds since 1970; fields that are None are left out."""
+        """Append one event with the time in seconds since 1970. Fields that are None are left out."""
         record = {"time": round(time.time(), 3), "event": event}
         record |= {name: _encodable(value) for name, value in fields.items() if value is not None}
         line = json.dumps(record, ensure_ascii=False) + "\n"
@@ -54,12 +54,12 @@ class EventLog:
 
 
 def _encodable(value: Any) -> Any:
-    """Names of files may hold what is no text (lone surrogates), which no JSON reader takes."""
+    """Replace lone surrogates, which file names may contain and JSON readers reject."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 class _Parts:
-    """Objects of a bounded size; the newest is written anew as it grows."""
+    """Log objects of bounded size. The newest object is rewritten as it grows."""
 
     def __init__(self, folder: Path, check: Callable[[], None]) -> None:
         self._folder, self._check = folder, check
@@ -72,7 +72,7 @@ class _Parts:
         return f"{time.time_ns():020d}.jsonl"
 
     def append(self, line: str, is_urgent: bool) -> None:
-        """Keep a line, and see that it is sent."""
+        """Buffer a line and make sure that it is sent within FLUSH_S. is_urgent: send it now."""
         with self._lock:
             self._lines.append(line)
             if self._timer is None and not is_urgent:
@@ -83,7 +83,7 @@ class _Parts:
             self._send()
 
     def _send_in_time(self) -> None:
-        with contextlib.suppress(LockLost):  # the driver is told at its next act
+        with contextlib.suppress(LockLost):  # the driver learns of it at its next check
             self._send()
 
     def _send(self) -> None:
@@ -98,7 +98,7 @@ class _Parts:
 
 
 class Event(BaseModel):
-    """One event as it is read again; what a kind of event does not have is empty."""
+    """One parsed event. Fields that a kind of event does not have are empty."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -113,11 +113,11 @@ class Event(BaseModel):
 
 @dataclass
 class LastRun:
-    """What the log knows of the last run, units by their path in the run directory.
+    """Facts about the last run, taken from the log. Units are given by their path in the run directory.
 
-    running: when they were started (seconds since 1970). failed: their last event. reused: units by stage. num_lost: how often
-    a unit had to be tried again. is_over: whether the driver has ended as it should. num_unreadable: lines of the whole log
-    that are no events, such as one that a killed driver has left half written.
+    running: start times in seconds since 1970. failed: last event of each failed unit. reused: number of units by stage.
+    num_lost: number of times a unit had to be retried. is_over: whether the driver ended normally. num_unreadable: lines of the
+    whole log that are not events, such as a line that a killed driver left half written.
     """
 
     running: dict[str, float] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class LastRun:
 
 
 def _lines(run_dir: Path) -> Iterator[bytes]:
-    """All lines of the log, cut where they are longer than any event. Raises InputError if the log is no regular file."""
+    """All lines of the log, cut at the length of the longest event. Raises InputError if the log is not a regular file."""
     if is_remote(run_dir):
         for path in sorted((run_dir / EVENTS_DIR).glob("*.jsonl"), key=str):
             yield from read_small(path).splitlines()
@@ -145,7 +145,7 @@ def _lines(run_dir: Path) -> Iterator[bytes]:
 
 
 def _events(run_dir: Path) -> Iterator[Event | None]:
-    """All events; None for a line that is none."""
+    """All events; None for a line that is not an event."""
     for line in _lines(run_dir):
         try:
             yield Event.model_validate_json(line)
@@ -154,7 +154,7 @@ def _events(run_dir: Path) -> Iterator[Event | None]:
 
 
 def last_run(run_dir: Path) -> LastRun:
-    """What the log tells of the last run; nothing if there was none."""
+    """Facts about the last run; empty if there was none."""
     found, num_unreadable = LastRun(), 0
     for event in _events(run_dir):
         if event is None:

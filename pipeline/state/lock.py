@@ -1,4 +1,4 @@
-"""One driver a run directory: a lock file that names its holder and is kept fresh while the holder lives."""
+"""Allows one driver per run directory, by a lock file that names its holder and is refreshed while the holder lives."""
 
 import contextlib
 import threading
@@ -21,11 +21,11 @@ STALE_S = 60.0
 
 
 def describe_holder(run_dir: Path) -> str:
-    """One line that says which driver works on a run directory, and if it shows no sign of life."""
+    """One line that names the driver working on a run directory, and says if the driver shows no sign of life."""
     path = run_dir / LOCK_FILE
     try:
         holder = read_holder(path)
-        silent_s = time.time() - path.stat().st_mtime  # by this host's clock: good enough to look at
+        silent_s = time.time() - path.stat().st_mtime  # uses this host's clock, which is accurate enough for display
     except InputError as e:
         return f"{run_dir}: {e}"
     except FileNotFoundError:
@@ -42,23 +42,23 @@ def describe_holder(run_dir: Path) -> str:
 
 
 def _is_fresh(age_s: float) -> bool:
-    """Whether a living holder may have set a time that long ago. Each sign of life sets the present time, so a time that is
-    far ahead comes from a clock that was wrong, and no holder has lived since."""
+    """Whether a living holder can have written a time stamp of this age. Every refresh sets the present time. So a time stamp
+    far in the future comes from a clock that was wrong, and no holder has refreshed it since."""
     return abs(age_s) < STALE_S
 
 
 class RunLock:
-    """Holds the lock of a run directory while entered.
+    """Holds the lock of a run directory inside its context.
 
-    Raises InputError naming the holder if another driver is alive, or if the lock file is damaged. A lock is stale when its
-    process is gone, as far as that can be seen, or when it has not been refreshed for STALE_S; it is then taken over, and
-    `took_over` says from whom.
+    Raises InputError that names the holder if another driver is alive, or if the lock file is damaged. A lock is stale when its
+    process is known to be gone, or when it was not refreshed for STALE_S. A stale lock is taken over, and `took_over` names the
+    former holder.
 
-    A holder that was stopped for longer than that (a laptop's lid, a paused machine) may no longer be the holder when it goes
-    on: it calls `check` before each thing that it does to the run directory. What is left are the moments between a check and
-    the act that follows it, and the units that its workers are in the middle of. These may still be sealed: with the bytes that
-    the successor's own have, since a unit is a function of files and settings. Or they fail, as the successor sweeps their
-    temporary files and deletes what they read; nobody is told of that failure, since their driver has stopped.
+    A holder that was suspended for longer than STALE_S (a closed laptop, a paused machine) may have lost the lock when it
+    resumes. It therefore calls `check` before every change to the run directory. Two gaps remain: the moment between a check
+    and the change, and units that its workers are running. Such a unit may still seal its files. That is harmless, because a
+    unit is a function of files and settings, so the new holder's unit writes the same bytes. Or it may fail because the new
+    holder deletes temporary files and inputs. Nobody sees that failure, since its driver has stopped.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -87,7 +87,7 @@ class RunLock:
                     f"(its lock is stale {STALE_S:.0f} s after its host dies)"
                 )
             self.took_over = str(holder)
-            self._file.take_away(holder.token, STALE_S)  # whoever removes it, another may be the first to make it anew
+            self._file.take_away(holder.token, STALE_S)  # then any waiting driver may create the new one
             self._fresh_at = _clock()
         self._thread.start()
         return self
@@ -96,7 +96,7 @@ class RunLock:
         self._stop.set()
         self._thread.join()
         if self._lost is None:
-            # damaged meanwhile (the next driver says how to remove it), or gone with the whole run directory
+            # the file may be damaged (the next driver says how to remove it), or gone with the whole run directory
             with contextlib.suppress(InputError, FileNotFoundError):
                 self._file.take_away(self._token, STALE_S)
 
@@ -109,7 +109,7 @@ class RunLock:
             return False
 
     def check(self) -> None:
-        """Raise LockLost unless this driver holds the lock now: to be called before each thing that it does."""
+        """Raise LockLost unless this driver holds the lock now. Call it before every change to the run directory."""
         if self._lost is None:
             self._look()
         if self._lost is not None:
@@ -119,10 +119,10 @@ class RunLock:
         now = _clock()
         if not self._thread.is_alive():
             self._lost = ": its heartbeat has ended with the error above"
-        elif now - self._fresh_at > STALE_S / 2:  # slept, or many beats failed: it may be somebody else's already
+        elif now - self._fresh_at > STALE_S / 2:  # suspended, or many refreshes failed: the lock may be lost
             self._refresh()
         elif now - self._read_at >= self._file.read_every_s:
-            with contextlib.suppress(*failures()):  # nobody takes over what is as fresh as this
+            with contextlib.suppress(*failures()):  # a failed read is harmless: nobody takes over a fresh lock
                 self._judge(self._file.read)
                 self._read_at = now
 
@@ -131,12 +131,13 @@ class RunLock:
             self._refresh()
 
     def _refresh(self) -> None:
-        """Refresh the lock, or find that it is lost. A failure that passes is made up for by the next try, within STALE_S."""
+        """Refresh the lock, or find that it is lost.
+        After a failure that may pass, the next beats retry until STALE_S is over."""
         if not self._refreshing.acquire(timeout=STALE_S):
             self._lost = f": it could not be refreshed for {STALE_S:.0f} s (the storage does not answer)"
             return
         try:
-            if not self._try_to_refresh():  # a store that repeats a write whose answer was lost refuses the second
+            if not self._try_to_refresh():  # a store may refuse its own repeated write, so try again
                 self._try_to_refresh(is_last=True)
         finally:
             self._refreshing.release()
@@ -156,7 +157,7 @@ class RunLock:
         return True
 
     def _judge(self, read: Callable[[], Holder | None]) -> None:
-        """Whose lock it is, by what is read of it."""
+        """Read the holder and set `_lost` unless it is this driver."""
         try:
             holder = read()
         except InputError as e:
@@ -169,5 +170,5 @@ class RunLock:
 
 
 def _clock() -> float:
-    """Seconds, those in which this machine was suspended included where the system counts them."""
+    """Monotonic seconds. Time during which the machine was suspended counts where the system supports that."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

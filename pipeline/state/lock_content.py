@@ -1,4 +1,4 @@
-"""What a lock file says: which driver holds a run directory. Anybody may have written it, so it is checked."""
+"""Content of a lock file: the driver that holds a run directory. The content is untrusted, so it is checked."""
 
 import json
 import shlex
@@ -19,10 +19,8 @@ Text = Annotated[str, Field(min_length=1, max_length=255)]
 
 @dataclass(frozen=True)
 class Holder:
-    """A driver that holds a lock. since: local time, for people. token: its own. beats: how often it has written the lock.
-
-    started, boot_id, pid_namespace: see `pipeline.state.liveness`.
-    """
+    """A driver that holds a lock. since: local time, for people. token: random, unique to this holder. beats: number of times
+    it has written the lock file. started, boot_id, pid_namespace: see `describe_process` in `pipeline.state.liveness`."""
 
     host: Text
     pid: Annotated[int, Field(ge=1, lt=2**31, strict=True)]
@@ -47,7 +45,7 @@ _HOLDER = TypeAdapter(Holder)
 def read_holder(path: Path) -> Holder | None:
     """The holder that a lock file names; None if there is no file.
 
-    Raises InputError with the command that removes the file when it does not name a holder.
+    Raises InputError, with the command that removes the file, when the file does not name a holder.
     """
     try:
         data = read_small(path, _MAX_BYTES)
@@ -61,7 +59,7 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def parse_holder(path: Path, data: bytes) -> Holder:
-    """The holder that the content of a lock file names; raises InputError as `read_holder` does."""
+    """The holder named by the content of a lock file. Raises InputError as `read_holder` does."""
     try:
         return _HOLDER.validate_json(data)
     except ValidationError as e:
@@ -69,6 +67,6 @@ def parse_holder(path: Path, data: bytes) -> Holder:
 
 
 def _damaged(path: Path, why: str) -> InputError:
-    """Whether a driver is alive cannot be known: only a person can say so."""
+    """The error for a damaged lock file. Only a person can tell whether its driver is alive."""
     remedy = f"remove {path}" if is_remote(path) else f"rm -r {shlex.quote(str(path))}"
     return InputError(f"the lock {path} is damaged: {why}; if no driver works on this run directory: {remedy}")

@@ -1,4 +1,4 @@
-"""The file under a run directory's lock: made by one of many that try, and taken away by one of many that find it stale."""
+"""Lock file of a run directory. Of several drivers that try, exactly one creates it, and exactly one removes a stale one."""
 
 import os
 import time
@@ -16,30 +16,31 @@ _RETRY_S = 0.2
 class LockFile(Protocol):
     """A lock file, which names its holder.
 
-    read_every_s: how long an answer of `read` is good for, where each costs a request.
+    read_every_s: seconds for which a result of `read` may be reused, since each read on object storage costs a request.
     """
 
     read_every_s: float
 
     def create(self, content: Holder) -> bool:
-        """Make the file; False if there is one."""
+        """Create the file. Returns False if it exists."""
 
     def read(self) -> Holder | None:
-        """Its holder, or None if there is no file. Raises InputError for a damaged file."""
+        """The holder, or None if there is no file. Raises InputError for a damaged file."""
 
     def age_s(self) -> float:
-        """Seconds since it was made or refreshed, by the storage's own clock, which all hosts share."""
+        """Seconds since the file was created or refreshed, by the storage's own clock, which all hosts share."""
 
     def take_away(self, token: str, stale_s: float) -> bool:
-        """Remove the file of a holder with this token: a stale one, or one's own. False if another driver was faster."""
+        """Remove a stale file of the holder with this token, or one's own. Returns False if another driver was faster."""
 
     def refresh(self) -> Holder | None:
-        """Show that the holder lives, if the file is still its own. Returns what `read` does."""
+        """Refresh the file if this driver still holds it. Returns the holder, as `read` does."""
 
 
 class _Base(ABC):
-    """A lock is removed only by who holds a second file, named after the lock's token: so nobody removes the lock of a driver
-    that came in between. A driver that dies with that file in hand is forgotten after stale_s."""
+    """Steps common to local and remote lock files. To remove a lock, a driver must first create a second file, named after the
+    lock's token. So no driver can remove the newer lock of another one. If a driver dies while it has that second file, the
+    file is ignored after stale_s."""
 
     def __init__(self, path: Path, token: str) -> None:
         self._path, self._token = path, token
@@ -47,25 +48,25 @@ class _Base(ABC):
 
     @abstractmethod
     def _make(self, path: Path, data: bytes) -> bool:
-        """Make a file with this content; False if there is one."""
+        """Create a file with this content. Returns False if it exists."""
 
     def create(self, content: Holder) -> bool:
-        """See LockFile. True also after a try that succeeded, but whose answer was lost."""
+        """Create the lock file. Also returns True if the file was created but the store's answer was lost."""
         return self._make(self._path, content.to_json().encode()) or self._is_own(self.read())
 
     def _is_own(self, holder: Holder | None) -> bool:
         return holder is not None and holder.token == self._token
 
     def read(self) -> Holder | None:
-        """See LockFile."""
+        """Read the holder from the lock file."""
         return read_holder(self._path)
 
     def age_s(self) -> float:
-        """See LockFile."""
+        """Age of the lock file by the storage's clock."""
         return self._newer_s(self._path)
 
     def _newer_s(self, path: Path) -> float:
-        """How much newer a file made now is."""
+        """Seconds by which a file created now is newer than `path`."""
         self._own.write_bytes(b"")
         try:
             return self._own.stat().st_mtime - path.stat().st_mtime
@@ -73,7 +74,7 @@ class _Base(ABC):
             self._own.unlink()
 
     def take_away(self, token: str, stale_s: float) -> bool:
-        """See LockFile."""
+        """Remove the lock file, guarded by the second file described above."""
         taking = self._path.with_name(f".{self._path.name}-taking-{token}")
         if not self._make(taking, b""):
             self._drop_abandoned(taking, stale_s)
@@ -88,7 +89,7 @@ class _Base(ABC):
             taking.unlink(missing_ok=True)
 
     def _drop_abandoned(self, taking: Path, stale_s: float) -> None:
-        """Wait a little for the driver that is taking over; forget it if it has been at it for stale_s."""
+        """Pause briefly for the driver that is taking over. Delete its second file if it is older than stale_s."""
         time.sleep(_RETRY_S)
         try:
             if abs(self._newer_s(taking)) > stale_s:
@@ -98,19 +99,19 @@ class _Base(ABC):
 
 
 class LocalLockFile(_Base):
-    """On a file system: hard links decide who is first."""
+    """Lock file on a file system. Hard links decide which driver is first."""
 
     read_every_s = 0.0
 
     def create(self, content: Holder) -> bool:
-        """See LockFile."""
+        """Create the lock file, and its folder if that is missing."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         return super().create(content)
 
     def _make(self, path: Path, data: bytes) -> bool:
         self._own.write_bytes(data)
         try:
-            os.link(self._own, path)  # fails if the file exists, and never shows half a file
+            os.link(self._own, path)  # fails if the file exists, and never exposes half a file
         except FileExistsError:
             return False
         finally:
@@ -118,7 +119,7 @@ class LocalLockFile(_Base):
         return True
 
     def refresh(self) -> Holder | None:
-        """See LockFile. The file that was read is touched, not one that has taken its place meanwhile."""
+        """Refresh the lock file. Touches the file that was read, never one that has replaced it meanwhile."""
         try:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -131,7 +132,7 @@ class LocalLockFile(_Base):
 
 
 class ObjectLockFile(_Base):
-    """On object storage: writes on condition that there is no such object decide who is first."""
+    """Lock file on object storage. Conditional writes (only if no such object exists) decide which driver is first."""
 
     read_every_s = 1.0
 
@@ -139,9 +140,10 @@ class ObjectLockFile(_Base):
         return create_exclusively(path, data)
 
     def refresh(self) -> Holder | None:
-        """See LockFile: written again, on condition that nobody takes it over meanwhile. Raises OSError if somebody does.
+        """Rewrite the lock object, on condition that nobody has taken it over meanwhile. Raises OSError if somebody has.
 
-        The count makes each content, and so its tag, another one: a write that arrives late finds a tag that is gone.
+        The count of beats makes each content, and so its entity tag, unique: a write that arrives late fails, because its tag
+        is gone.
         """
         try:
             tag = entity_tag(self._path)

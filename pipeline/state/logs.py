@@ -1,6 +1,6 @@
-"""What every process of a run logs: a file a process in `logs/` of the run directory, and standard error of a worker of Ray.
+"""Log files: one per process in `logs/` of the run directory. Ray workers also log to standard error.
 
-An object cannot be appended to: of a run directory on object storage there is standard error only, which Ray keeps by worker.
+Object storage cannot append to an object. Runs on object storage log to standard error only, which Ray keeps for each worker.
 """
 
 import logging
@@ -21,7 +21,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def set_up(level: str, to_stderr: bool) -> None:
-    """Log from this level on, to the files of run directories and, if asked, to standard error."""
+    """Set up logging from this level on, to files in run directories and, if asked, to standard error."""
     handlers: list[logging.Handler] = [_RunFiles()]
     if to_stderr:
         handlers.append(logging.StreamHandler())
@@ -33,17 +33,17 @@ def set_up(level: str, to_stderr: bool) -> None:
 
 
 def log_of(run_dir: str | Path) -> logging.LoggerAdapter[logging.Logger]:
-    """The log of this process in a run directory."""
+    """Logger of this process for a run directory."""
     return logging.LoggerAdapter(_LOGGER, {"run_dir": str(run_dir)})
 
 
 def file_name() -> str:
-    """The name of this process's log."""
+    """File name of this process's log."""
     return f"{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())[:100]}-{os.getpid()}.log"
 
 
 def prune(run_dir: Path) -> None:
-    """Remove all but the newest logs. The processes of the others have ended: called while no worker of the run is up."""
+    """Delete all but the newest logs. Called while no worker of the run is up, so no process still writes to a deleted log."""
     folder = run_dir / LOGS_DIR
     if is_remote(run_dir) or not is_unlinked_folder(folder):
         return
@@ -53,14 +53,14 @@ def prune(run_dir: Path) -> None:
 
 
 def _open(path: str, flags: int) -> int:
-    """Follow no link, and wait for no reader of a pipe: whoever may write to a run directory may have put one there."""
+    """Open a file without following links or blocking on a pipe. Anybody with write access may have put either there."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 class _RunFiles(logging.Handler):
-    """Appends to the log of the record's run directory. The file is not kept open: a worker serves any number of runs.
+    """Appends each record to the log of its run directory. Files are not kept open, because a worker serves any number of runs.
 
-    A file that is full is renamed, in place of the one before. A log that cannot be written to stops no unit; it is said once.
+    A full file is renamed and replaces the previous one. A log that cannot be written stops no unit; one warning is printed.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""Manifests: the seal of a unit, written last, by whoever ran it. Whether work is done is read from here only."""
+"""Manifests: the seal of a unit, written last by the process that ran it.
+Whether a unit is done is read from manifests only."""
 
 import os
 import socket
@@ -21,7 +22,7 @@ MANIFESTS_DIR = "manifests"
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and digest of a file, as its seal has them."""
+    """Size and digest of a file, as recorded in a seal."""
 
     bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
     sha256: str
@@ -29,8 +30,8 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A sealed unit: its stage directory and name, what it wrote (paths relative to the run directory, size, digest), its
-    facts, and by whom and when."""
+    """A sealed unit: its stage directory and name, the files it wrote (paths relative to the run directory, sizes, digests),
+    its facts, and the process and time of the run."""
 
     unit: str
     files: dict[str, FileRecord]
@@ -41,11 +42,11 @@ class Manifest:
     elapsed_s: float
 
     def is_whole(self, unit: Unit, verify: bool) -> bool:
-        """Whether the files are there with the recorded sizes, and under `verify` with the recorded digests."""
+        """Whether all files exist with the recorded sizes. verify: compare the recorded digests too."""
         return all(_is_whole(as_path(unit.run_dir) / path, recorded, verify) for path, recorded in self.files.items())
 
     def has_transient(self, unit: Unit, path: str, verify: bool) -> bool:
-        """The same for one transient file."""
+        """Whether one transient file exists with the recorded size. verify: compare the recorded digest too."""
         return path in self.transient and _is_whole(as_path(unit.run_dir) / path, self.transient[path], verify)
 
 
@@ -61,13 +62,13 @@ def _is_whole(path: Path, recorded: FileRecord, verify: bool) -> bool:
         check_regular(path)
         if path.stat().st_size != recorded.bytes:
             return False
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no regular file, or a path that cannot be one
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not a regular file, or an impossible path
         return False
     return not verify or sha256_of(path) == recorded.sha256
 
 
 def manifest_path(unit: Unit) -> Path:
-    """Where a unit's manifest lies."""
+    """Path of a unit's manifest."""
     return as_path(unit.run_dir) / unit.part_dir / MANIFESTS_DIR / f"{unit.name}.json"
 
 
@@ -98,7 +99,8 @@ def seal(unit: Unit, result: UnitResult[object], started: float) -> Facts:
 
 
 def read_manifest(unit: Unit) -> Manifest | None:
-    """A unit's manifest, or None if it is not sealed. A damaged manifest (they are written whole) seals nothing."""
+    """A unit's manifest, or None if the unit is not sealed.
+    A damaged manifest counts as none, because seals are written whole."""
     try:
         manifest = _MANIFEST.validate_json(read_small(manifest_path(unit)))
     except (FileNotFoundError, NotADirectoryError, InputError, ValidationError):

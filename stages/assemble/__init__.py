@@ -1,1 +1,1 @@
-"""assemble: index, config, tokenizer files and model card around the merged weights; then a load check."""
+"""assemble: writes index, config, tokenizer files and model card beside the merged weights, then checks that they load."""

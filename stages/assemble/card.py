@@ -17,7 +17,7 @@ _TAGS = ["hcsmoe", "mixture-of-experts", "merge"]
 
 
 def inherited_metadata(source_card: str) -> dict[str, Any]:
-    """Licence and languages of the source, from the front matter of its card; what is not well formed there is left out."""
+    """Licence and languages of the source, from the front matter of its model card. Malformed entries are left out."""
     block = REGEX_YAML_BLOCK.search(source_card)
     try:
         values = yaml.safe_load(block[2]) if block else None
@@ -25,7 +25,7 @@ def inherited_metadata(source_card: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         return {}
-    if isinstance(values.get("language"), list):  # YAML takes the code of Norwegian for a truth value
+    if isinstance(values.get("language"), list):  # YAML parses "no", the language code of Norwegian, as False
         values["language"] = ["no" if one is False else one for one in values["language"]]
     return {name: values[name] for name in _INHERITED if _is_text(values.get(name))}
 
@@ -38,9 +38,9 @@ def _is_text(value: Any) -> bool:
 
 
 def model_card(facts: CardFacts, export_format: str, written: AssembleFacts, source_card: str) -> str:
-    """Markdown that states source, revision, method, calibration, sizes and how to make the checkpoint again.
+    """Model card in Markdown: source, revision, method, calibration, sizes, and how to reproduce the checkpoint.
 
-    source_card: the source's own card, or nothing.
+    source_card: text of the source's own card, or empty.
     """
     data = ModelCardData(
         base_model=facts.base_model,
@@ -97,13 +97,13 @@ To make it again, write this to `run.yaml` and call `hcsmoe run run.yaml`:
 
 
 def _linked(source: str) -> str:
-    """A paper of arXiv as a link."""
+    """A source as text, with a link if it is an arXiv paper."""
     kind, _, number = source.partition(":")
     return f"[{source}](https://arxiv.org/abs/{number})" if kind == "arXiv" else source
 
 
 def _inline(text: str) -> str:
-    """A text that stays on its line."""
+    """Text in one line: characters that are not printable are replaced."""
     return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
@@ -114,6 +114,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any in the text."""
+    """A Markdown code block. Its fence is longer than any fence in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"

@@ -1,4 +1,4 @@
-"""The target's config: the source's raw JSON, edited in the keys that change and in no other."""
+"""Config of a merged checkpoint: the raw JSON of the source's config, with only the necessary keys changed."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -11,7 +11,7 @@ from stages.model.tied import tied_config
 
 
 def stock_config(config: Mapping[str, Any], num_merged: int) -> dict[str, Any]:
-    """The config of the same architecture with fewer experts."""
+    """Config of the same architecture with fewer experts."""
     edited = deepcopy(dict(config))
     text = text_config(edited)
     assert isinstance(text, dict)
@@ -28,11 +28,11 @@ def target_config(
     export_format: str,
     value_dtype: str,
 ) -> dict[str, Any]:
-    """The target's config.
+    """Config of a merged checkpoint.
 
-    architecture: transformers' class for the language model. auto_classes: what transformers' Auto classes give for the source.
-    num_merged: merged experts r of each MoE layer; one number for all layers if stock. value_dtype: of what was quantised, as
-    torch names it.
+    architecture: transformers class of the language model. auto_classes: class that each transformers Auto class gives for the
+    source. num_merged: merged experts r of each MoE layer; the same for all layers if stock. value_dtype: torch name of the
+    dtype in which formerly quantised values are written.
     """
     source = _without_origin(config)
     if export_format == "tied":
@@ -48,8 +48,8 @@ def target_config(
 
 
 def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without the place that the source was loaded from, often a local path, and without the names of model code, which
-    is left behind: transformers would ask for it under trust_remote_code."""
+    """A copy without the path that the source was loaded from, which is often local, and without the names of model code. The
+    code is not exported, and transformers would look for it under trust_remote_code."""
     edited = deepcopy(dict(config))
     text = text_config(edited)
     assert isinstance(text, dict)

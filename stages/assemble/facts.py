@@ -1,4 +1,4 @@
-"""What the model card of an export states. It is published: nothing in it tells where files lie on this machine."""
+"""Facts for the model card of an export. The card is published, so none of them reveals a path on this machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from stages.contracts.targets import Target
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Facts for a model card, but for those of the written files.
+    """Facts for a model card, except those of the written files.
 
-    name: of the export. source: name of the source. base_model: its name on the hub, or None. revision: of the source, or None.
-    num_experts: of a layer of the source. experts_text: experts that the layers keep. source_parameters, source_bytes: of the
-    source's weights. router: rule for router rows of a stock export. method, method_source: its title, and where it was
-    published. calibration, clustering, merging: in words; empty where the method has no such settings. settings: a run
-    file that makes this checkpoint alone.
+    name: of the export. source: name of the source. base_model: the source's name on the hub, or None. revision: of the source,
+    or None. num_experts: experts per layer of the source. experts_text: number of experts kept, in words. source_parameters,
+    source_bytes: of the source's weights. router: rule that combines router rows in a stock export. method, method_source:
+    title of the method and where it was published. calibration, clustering, merging: descriptions; empty if the method has no
+    such settings. settings: a run file that makes only this checkpoint.
     """
 
     name: str
@@ -41,7 +41,7 @@ class CardFacts:
 
 
 def card_facts(run: Run, target: Target) -> CardFacts:
-    """Facts of a target."""
+    """Facts for the model card of a target."""
     config, variant, commit = run.config, target.variant, run.dataset_commit("calibration")
     model = run.model
     base_model = hub_name(str(model))
@@ -70,12 +70,12 @@ def card_facts(run: Run, target: Target) -> CardFacts:
 
 
 def _labels(data: Sequence[str], commit: str | None) -> list[str]:
-    """Names of files, or a dataset of the hub as it is given."""
+    """Names of a text's files, or the name of its hub dataset."""
     return list(data) if commit else [Path(name).name for name in data]
 
 
 def _settings(config: RunConfig, target: Target, commit: str | None) -> dict[str, JsonValue]:
-    """The run file of one target alone: what the same command needs, beside the files, to make the same checkpoint."""
+    """A run file for one target alone. With the same input files, the same command makes the same checkpoint from it."""
     exclude = {"run_dir", "cache_dir", "resources", "evaluation", "variants", "clustering", "merging", "export"}
     settings: dict[str, JsonValue] = config.model_dump(mode="json", exclude=exclude, exclude_none=True)
     variant = target.variant

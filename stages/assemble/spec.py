@@ -1,4 +1,4 @@
-"""The stage assemble: a folder that loads, for every target."""
+"""The stage assemble: a complete, loadable checkpoint folder for every target."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from stages.contracts.units import Unit, UnitCall
 
 @dataclass(frozen=True)
 class AssembleArgs:
-    """A target's folder.
+    """Arguments for one target's folder.
 
-    model: source folder. merge_dir: of the weight files, relative to the run directory. files: their SHA-256 by name.
-    num_merged: experts that each MoE layer keeps. architecture: transformers' class of the source. format: "tied" or "stock".
-    value_dtype: of values that were quantised, as torch names it.
+    model: source folder. merge_dir: folder of the weight files, relative to the run directory. files: SHA-256 of the weight
+    files by name. num_merged: experts that each MoE layer keeps. architecture: transformers class of the source. format: "tied"
+    or "stock". value_dtype: torch name of the dtype in which formerly quantised values were written.
     """
 
     model: str
@@ -33,7 +33,7 @@ class AssembleArgs:
 
 @dataclass(frozen=True)
 class AssembleFacts:
-    """parameters, bytes: of the weights. left_behind: names of the source's files that are not part of the export."""
+    """parameters, bytes: of the weights. left_behind: names of source files that are not exported."""
 
     parameters: int
     bytes: int
@@ -44,7 +44,7 @@ ASSEMBLE = UnitCall("stages.assemble.units:assemble_unit", AssembleArgs, Assembl
 
 
 class Assemble(StageSpec):
-    """A folder that loads, for every target."""
+    """Makes a complete, loadable checkpoint folder for every target."""
 
     name = "assemble"
     version = 5
@@ -52,7 +52,7 @@ class Assemble(StageSpec):
     after = ("prepare", "merge")
 
     def parts(self, run: Run) -> Iterator[Part]:
-        """One for each target."""
+        """One part for each target."""
         for target in run.targets:
             settings = {"model": run.config.model, "revision": run.config.revision, "name": target.name}
             yield run.new_part(self, target.part, settings, {"merge": run.part("merge", target.part)})

@@ -1,4 +1,4 @@
-"""Unit of assemble: one target."""
+"""The unit of assemble, which completes the folder of one target."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ SOURCE_CARD_FILE = "SOURCE_README.md"
 
 
 def assemble_unit(job: Job[AssembleArgs]) -> UnitResult[AssembleFacts]:
-    """Make the target's folder complete and check that transformers would load it.
+    """Write the remaining files of a target's folder and check that transformers would load it.
 
     Raises InputError when the written checkpoint does not fill its model.
     """
@@ -60,7 +60,8 @@ def _write_config(source: Checkpoint, folder: Path, args: AssembleArgs) -> Seque
 
 
 def _copy(source: Path, name: str, folder: Path) -> WrittenFile:
-    """Copy a side file, which was checked when it was found; it is read with the same bounds. The source's card is renamed."""
+    """Copy a side file. It is read with the bounds under which it was found and checked.
+    The source's card gets another name."""
     return write_bytes(folder / (SOURCE_CARD_FILE if name == CARD_FILE else name), read_small(source / name))
 
 

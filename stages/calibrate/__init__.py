@@ -1,1 +1,1 @@
-"""calibrate: stream token shards through layer shards and keep sums for every expert."""
+"""calibrate: streams token shards through layer shards and records sums for every expert."""

@@ -1,6 +1,6 @@
-"""Cells: the parts of the calibration text that sums are kept for, and the tokens that un-routed sums run over.
+"""Cells: disjoint sets of calibration tokens for which sums are kept separately, and the tokens that un-routed sums cover.
 
-Without sampling there is one cell of all tokens. Under sampling the cells are groups of sequences. Both follow from settings.
+Without sampling there is one cell of all tokens. Under sampling each cell is a group of sequences. Settings determine both.
 
 Dimensions: T tokens of a micro-batch, S sampled tokens.
 """
@@ -17,7 +17,7 @@ from stages.calibrate.spec import SampleArgs
 
 
 class Cells(Protocol):
-    """How tokens fall to cells. Tokens come sequence by sequence; num_seen counts those of the token shard so far."""
+    """Assigns tokens to cells. Tokens arrive in whole sequences; num_seen counts earlier tokens of the same token shard."""
 
     @property
     def num_cells(self) -> int:
@@ -25,13 +25,13 @@ class Cells(Protocol):
 
     @property
     def is_whole(self) -> bool:
-        """Whether there is one cell, and un-routed sums run over all tokens."""
+        """Whether there is a single cell whose un-routed sums cover all tokens."""
 
     def unrouted(self, num_seen: int, num_tokens: int) -> Sequence[tuple[int, Tensor]]:
-        """For the next num_tokens tokens, whole sequences: each cell and the indices [S] of the tokens to sum up for it."""
+        """For the next num_tokens tokens (whole sequences): each cell, and the indices [S] of its tokens in un-routed sums."""
 
     def of_tokens(self, num_seen: int, num_tokens: int) -> Tensor:
-        """The cell of each of the next num_tokens tokens, int64 [T]."""
+        """Cell of each of the next num_tokens tokens, int64 [T]."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AllTokens:
     is_whole: bool = True
 
     def unrouted(self, num_seen: int, num_tokens: int) -> Sequence[tuple[int, Tensor]]:
-        """All of them, for the one cell."""
+        """The single cell with the indices of all tokens."""
         return [(0, torch.arange(num_tokens))]
 
     def of_tokens(self, num_seen: int, num_tokens: int) -> Tensor:
@@ -55,9 +55,11 @@ ALL_TOKENS = AllTokens()
 
 @dataclass(frozen=True)
 class Sample:
-    """Evenly spaced tokens of each sequence from a random start, and sequences dealt to groups at random; a cell is a group.
+    """Evenly spaced tokens of each sequence, from a random start. Sequences are assigned to groups at random; each group is a
+    cell.
 
-    fraction: of a sequence's tokens, at least one is taken. first_sequence: of the token shard that is watched.
+    fraction: share of each sequence's tokens; at least one token is taken. first_sequence: index in the text of the first
+    sequence of the token shard.
     """
 
     fraction: float
@@ -80,7 +82,7 @@ class Sample:
 
     @property
     def is_whole(self) -> bool:
-        """Never: even where all tokens are sampled, they fall to groups."""
+        """Always False: even if all tokens are sampled, they are split into groups."""
         return False
 
     def positions(self, sequence: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -90,7 +92,7 @@ class Sample:
         return np.sort((start + np.arange(count) * self.sequence_length // count) % self.sequence_length)
 
     def group(self, sequence: int) -> int:
-        """The group of a sequence; groups differ in size by at most one sequence."""
+        """The group of a sequence. Group sizes differ by at most one sequence."""
         return int(np.random.default_rng(self.seed).permutation(self.num_sequences)[sequence]) % self.num_groups
 
     def _sequences(self, num_seen: int, num_tokens: int) -> range:
@@ -99,7 +101,7 @@ class Sample:
         return range(first, first + num_tokens // self.sequence_length)
 
     def unrouted(self, num_seen: int, num_tokens: int) -> Sequence[tuple[int, Tensor]]:
-        """Each group and the indices [S] of the sampled tokens of its sequences."""
+        """Each group, and the indices [S] of the sampled tokens of its sequences."""
         by_group: dict[int, list[Tensor]] = {}
         for number, sequence in enumerate(self._sequences(num_seen, num_tokens)):
             indices = torch.from_numpy(self.positions(sequence) + number * self.sequence_length)
@@ -107,6 +109,6 @@ class Sample:
         return [(group, torch.cat(parts)) for group, parts in sorted(by_group.items())]
 
     def of_tokens(self, num_seen: int, num_tokens: int) -> Tensor:
-        """The group of each token's sequence, sampled or not."""
+        """Group of each token's sequence. Tokens that are not sampled have one, too."""
         groups = torch.tensor([self.group(sequence) for sequence in self._sequences(num_seen, num_tokens)])
         return groups.repeat_interleave(self.sequence_length)

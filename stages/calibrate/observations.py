@@ -1,4 +1,4 @@
-"""What the watcher of a MoE layer shows to collectors while a micro-batch passes.
+"""Data that the watcher of a MoE layer passes to collectors for each micro-batch.
 
 Dimensions: T tokens, F intermediate size, E experts, S experts of a stack, R routed pairs of a token and an expert, C cells.
 """
@@ -23,24 +23,24 @@ class RouterView:
 
 @dataclass(frozen=True)
 class UnroutedView:
-    """Activations of a stack of experts on tokens of one cell, routed to them or not; sampled tokens under sampling."""
+    """Activations of a stack of experts on one cell's tokens (under sampling only the sampled ones), routed to them or not."""
 
     activations: Activations
     cell: int
 
     def add_to(self, total_ECF: Tensor) -> None:
-        """Add their sum over tokens to float64 totals by expert and cell."""
+        """Add the sum over tokens to float64 totals by expert and cell."""
         self.activations.add_to(total_ECF[self.activations.first : self.activations.stop, self.cell])
 
 
 @dataclass(frozen=True)
 class RoutedView:
-    """The routed pairs of a stack of experts, of all tokens. num_cells: 1, or what `cells` tells apart."""
+    """The routed pairs of a stack of experts on all tokens. num_cells: number of different values in `cells`."""
 
     pairs: RoutedPairs
     num_cells: int
     cells: Callable[[], Tensor]
-    """The cell of each token of the micro-batch, [T]; computed only where a collector asks."""
+    """Returns the cell of each token of the micro-batch, [T]. A function, so that the cells are computed only on demand."""
 
     @cached_property
     def cell_R(self) -> Tensor:
@@ -48,7 +48,7 @@ class RoutedView:
         return self.cells().to(self.pairs.tokens_R.device)[self.pairs.tokens_R]
 
     def sum_by_cell(self, values_R: Tensor) -> Tensor:
-        """Sum of one value a pair for each expert and cell, float64 [S, C]."""
+        """Sum of one value per pair, for each expert and cell, float64 [S, C]."""
         if self.num_cells == 1:
             return self.pairs.sum_by_expert(values_R)[:, None]
         zero = torch.zeros((), dtype=values_R.dtype, device=values_R.device)

@@ -1,4 +1,4 @@
-"""The stage calibrate: evidence of every MoE layer, from token shards that pass through layer shards."""
+"""The stage calibrate: passes token shards through layer shards and writes evidence for every MoE layer."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from stages.contracts.units import Hold, HoldCall, Unit, UnitCall
 
 @dataclass(frozen=True)
 class CalibrationShardArgs(LayerShardArgs):
-    """routers: name of the router module of every MoE layer."""
+    """routers: name of the router module of each MoE layer."""
 
     routers: Mapping[int, str]
 
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Which tokens are sampled; settings as in `Calibration` and `Sampling`."""
+    """Rules for sampling tokens. The settings are those of `Calibration` and `Sampling`."""
 
     fraction: float
     groups: int
@@ -38,7 +38,7 @@ class SampleArgs:
 
 @dataclass(frozen=True)
 class CalibrateArgs:
-    """sample: None for sums over all tokens. collectors: names of those beside the defaults."""
+    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones."""
 
     stream: StreamArgs
     sample: SampleArgs | None
@@ -47,15 +47,15 @@ class CalibrateArgs:
 
 @dataclass(frozen=True)
 class CalibrateFacts:
-    """num_tokens: of the token shard."""
+    """num_tokens: tokens in the token shard."""
 
     num_tokens: int
 
 
 @dataclass(frozen=True)
 class ReduceArgs:
-    """A layer whose sums over token shards are added up. is_sampled: whether groups of sequences are kept apart. collectors:
-    names of those beside the defaults."""
+    """Arguments for adding up the sums of one layer over all token shards. is_sampled: whether groups of sequences are kept
+    separately. collectors: names of the collectors used beside the default ones."""
 
     layer: int
     num_shards: int
@@ -65,7 +65,7 @@ class ReduceArgs:
 
 @dataclass(frozen=True)
 class ReduceFacts:
-    """num_tokens: of the calibration set. never_routed: experts that no token was sent to."""
+    """num_tokens: tokens of the calibration set. never_routed: experts to which no token was routed."""
 
     layer: int
     num_tokens: int
@@ -78,7 +78,7 @@ REDUCE = UnitCall("stages.calibrate.units:reduce_unit", ReduceArgs, ReduceFacts)
 
 
 class Calibrate(StageSpec):
-    """Evidence of every MoE layer."""
+    """Computes evidence of every MoE layer."""
 
     name = "calibrate"
     version = 5
@@ -86,7 +86,7 @@ class Calibrate(StageSpec):
     after = ("prepare",)
 
     def parts(self, run: Run) -> Iterator[Part]:
-        """One: all variants share one calibration."""
+        """One part, because all variants share one calibration."""
         data = run.config.calibration
         settings: dict[str, JsonValue] = {}
         if data.sampling is not None:
@@ -97,7 +97,7 @@ class Calibrate(StageSpec):
         yield run.new_part(self, "", settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
-        """Token shards through layer shards, and a sum for each MoE layer."""
+        """Units that pass token shards through layer shards, then one unit per MoE layer that adds up its sums."""
         part, data, moe_layers = run.part(self.name), run.config.calibration, run.survey.moe_layers
         part_dir = Path(part.dir)
         sample, collectors = _sample(data), required_collectors(run)
@@ -124,12 +124,12 @@ class Calibrate(StageSpec):
                 REDUCE.on(ReduceArgs(layer, data.num_shards, sample is not None, collectors)),
                 f"layer {layer}, sum over token shards",
                 reads=[paths.partial_evidence_file(part_dir, layer, shard) for shard in range(data.num_shards)],
-                hold=holds[layer],  # it applies W_down, which that worker has
+                hold=holds[layer],  # W_down is applied here, and the worker with this hold has it
                 on_worker=True,
             )
 
     def plan(self, run: Run) -> StagePlan:
-        """Also what a worker needs, since calibrate needs most."""
+        """Also states the needs of a worker, because calibrate needs the most."""
         part, data, survey, resources = run.part(self.name), run.config.calibration, run.survey, run.config.resources
         shards = partition(run, part, data)
         first, stop = shards[0]
@@ -150,7 +150,7 @@ class Calibrate(StageSpec):
 
 
 def required_collectors(run: Run) -> tuple[str, ...]:
-    """Names of the collectors that the run's methods need beside the defaults."""
+    """Names of the collectors that the run's methods need beside the default ones."""
     return gathering({column for variant in run.variants for column in variant.requires})
 
 

@@ -1,6 +1,6 @@
-"""Sums of one layer: their file for a token shard (deleted once they are added up), their addition, and the evidence they give.
+"""Sums of one layer: their transient file per token shard, their addition, and the evidence computed from them.
 
-Dimensions: D hidden size, F intermediate size, E experts, C cells, N some rows of W_down.
+Dimensions: D hidden size, F intermediate size, E experts, C cells, N rows of a block of W_down.
 """
 
 import json
@@ -22,16 +22,16 @@ from stages.io.files import WrittenFile
 from stages.model.expert_weights import ExpertWeights
 
 _ROWS = 256
-"""Rows of W_down that are made float64 at a time, in one place: whole, one expert of Mixtral-8x7B would take 470 MB."""
+"""Rows of W_down converted to float64 at a time, in a reused buffer. One whole expert of Mixtral-8x7B would take 470 MB."""
 _FINITE = ("output_sum", "router_logit_gram")
-"""Columns that tell which expert's weights are bad; other columns may spread its NaN over all experts."""
+"""Columns in which a NaN identifies the expert with bad weights. In other columns one bad expert may affect all experts."""
 
 
 @dataclass(frozen=True)
 class PartialSums:
-    """Sums by name of the collector, then of the sum; their first axis is that of the experts.
+    """Sums by name of the collector, then by name of the sum. Their first axis is the experts.
 
-    num_tokens: all tokens. num_unrouted_C: tokens of each cell that sums over un-routed experts run over.
+    num_tokens: all tokens. num_unrouted_C: tokens of each cell that the un-routed sums cover.
     """
 
     layer: int
@@ -41,7 +41,7 @@ class PartialSums:
 
 
 def write_partial_sums(path: Path, part: PartialSums) -> WrittenFile:
-    """Write the sums of one layer over one token shard, one expert a row."""
+    """Write the sums of one layer over one token shard, one row per expert."""
     arrays = {f"{name}.{key}": values for name, sums in part.sums.items() for key, values in sums.items()}
     flat = {name: values.reshape(len(values), -1) for name, values in arrays.items()}
     num_experts = len(next(iter(flat.values())))
@@ -73,7 +73,7 @@ def read_partial_sums(path: Path) -> PartialSums:
 
 
 def add_up(parts: Sequence[PartialSums], collectors: Sequence[Collector]) -> PartialSums:
-    """Sum over token shards, in the order given (float64 addition is not associative)."""
+    """Add sums over token shards in the order given, because float64 addition is not associative."""
 
     def two(one: PartialSums, other: PartialSums) -> PartialSums:
         assert other.layer == one.layer
@@ -91,16 +91,17 @@ def add_up(parts: Sequence[PartialSums], collectors: Sequence[Collector]) -> Par
 
 @dataclass(frozen=True)
 class LayerSums:
-    """What a collector may use to finish; keeps the protocol `Summed`."""
+    """Data that a collector may use to finish its columns. Implements the protocol `Summed`."""
 
     num_tokens: int
     num_unrouted_C: Array
     weights: ExpertWeights
 
     def through_w_down(self, activation_sum_ECF: Array) -> Array:
-        """W_down, and its bias for every token, applied to summed activations: float64 [E, C, D].
+        """W_down, and its bias once per token, applied to summed activations: float64 [E, C, D].
 
-        Once a layer, since making W_down float64 costs about as much memory traffic as the forward of a short token shard.
+        The result is computed once per layer: converting W_down to float64 costs about as much memory traffic as the forward of
+        a short token shard.
         """
         weights = self.weights
         num_unrouted_C1 = torch.tensor(self.num_unrouted_C, device=weights.device)[:, None]
@@ -121,7 +122,8 @@ class LayerSums:
 
 
 def evidence_of(total: PartialSums, collectors: Sequence[Collector], weights: ExpertWeights, is_sampled: bool) -> LayerEvidence:
-    """Finish the sums of a layer. Raises InputError, naming layer and expert, where one is not finite."""
+    """Compute the evidence of a layer from its sums.
+    Raises InputError, naming layer and expert, for a value that is not finite."""
     summed = LayerSums(total.num_tokens, total.num_unrouted_C, weights)
     columns: dict[str, Array] = {}
     for collector in collectors:
@@ -144,7 +146,7 @@ def _typed(column: Column, values: Array) -> Array:
 
 
 def _check_finite(layer: int, columns: Mapping[str, Array], dtype: torch.dtype) -> None:
-    """dtype: of the weights, for the message."""
+    """Raise InputError if a column is not finite. dtype: dtype of the weights, for the message."""
     for expert in range(len(columns["output_sum"])):
         if not all(np.isfinite(columns[name][expert]).all() for name in _FINITE):
             raise InputError(

@@ -1,4 +1,4 @@
-"""Units of calibrate: a token shard through a layer shard, and the evidence of a layer from the sums of all token shards."""
+"""Units of calibrate: pass a token shard through a layer shard; compute a layer's evidence from the sums of all shards."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +24,7 @@ from stages.model.stream import Stream, hidden_files, pass_through, read_token_i
 
 @dataclass(frozen=True)
 class CalibrationShard:
-    """A layer shard and the routers of its MoE layers, held by a worker for all token shards."""
+    """A layer shard and the routers of its MoE layers. A worker holds it for all token shards."""
 
     shard: LayerShard
     routers: Mapping[int, str]
@@ -36,7 +36,7 @@ class CalibrationShard:
         return self.shard.bytes_read
 
     def read_ahead(self, args: object) -> None:
-        """Start to read the layers of the next layer shard."""
+        """Start to read the layers of the next layer shard in the background."""
         self.shard.read_ahead(args)
 
     def close(self) -> None:
@@ -46,7 +46,7 @@ class CalibrationShard:
     def watch(
         self, layer: int, into: dict[int, Watcher], cells: Cells = ALL_TOKENS, gathered: Sequence[Collector] = DEFAULT
     ) -> AbstractContextManager[object]:
-        """Watch a MoE layer while it runs; leave a dense one alone."""
+        """Watch a layer while it runs. Does nothing for a dense layer."""
         if layer not in self.routers:
             return nullcontext()
         router = self.shard.adapted.model.get_submodule(self.routers[layer])
@@ -62,8 +62,8 @@ def open_shard(args: CalibrationShardArgs) -> CalibrationShard:
 
 
 def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[CalibrateFacts]:
-    """Send a token shard through the held layer shard. Writes the sums of each MoE layer, and the hidden states for the layers
-    that follow; all transient."""
+    """Pass a token shard through the held layer shard. Writes the sums of each MoE layer, and the hidden states for the next
+    layer shard. All these files are transient."""
     args, held, number = job.args.stream, job.held, job.args.stream.shard
     token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number))
     cells = Sample.of(job.args.sample, number) if job.args.sample else ALL_TOKENS
@@ -81,7 +81,8 @@ def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[
 
 
 def reduce_unit(job: HeldJob[ReduceArgs, CalibrationShard]) -> UnitResult[ReduceFacts]:
-    """Sum one layer over the token shards, in their order, and write its evidence. Held: the layer shard, for W_down."""
+    """Add the sums of one layer over the token shards, in their order, and write its evidence.
+    Needs the layer shard for W_down."""
     args, layer = job.args, job.args.layer
     gathered = collectors(args.collectors)
     paths = [partial_evidence_file(job.part_dir, layer, shard) for shard in range(args.num_shards)]

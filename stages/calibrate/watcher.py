@@ -1,4 +1,4 @@
-"""Watches one MoE layer while it runs and shows collectors what passes.
+"""Watches one MoE layer while it runs and passes its values to collectors.
 
 Dimensions: T tokens, D hidden size, E experts, k experts a token, C cells.
 """
@@ -27,9 +27,10 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Watcher:
-    """Inside of its context the experts' forward is ours; the layer's output stays what it was, up to rounding.
+    """Replaces the experts' forward inside its context. The layer's output stays the same, up to rounding.
 
-    router: the module that returns the router logits [T, E]. family: says how logits become scores, and what gates multiply.
+    router: the module that returns the router logits [T, E]. family: states how logits become scores, and whether gates
+    multiply inputs or outputs.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Watcher:
         return self.forward.input_gated(gated_rows, self._scores_TE, see_routed)
 
     def _begin(self, num_tokens: int) -> Callable[[RoutedPairs], None]:
-        """Count the tokens of a micro-batch; returns what is to be told of their routed pairs."""
+        """Count the tokens of a micro-batch. Returns the function to call with their routed pairs."""
         num_seen = self.num_tokens
         self.num_tokens += num_tokens
 
@@ -103,7 +104,7 @@ class Watcher:
         return see_routed
 
     def _run_unrouted(self, hidden_TD: Tensor) -> None:
-        """Every expert on the tokens of each cell, whatever their routing."""
+        """Run every expert on the selected tokens of each cell, routed to it or not."""
         num_seen = self.num_tokens - len(hidden_TD)
         for cell, chosen in self.cells.unrouted(num_seen, len(hidden_TD)):
             self.num_unrouted_C[cell] += len(chosen)
@@ -116,6 +117,6 @@ class Watcher:
             collector.observe_unrouted(self.sums[collector.name], view)
 
     def result(self) -> PartialSums:
-        """The sums so far."""
+        """The sums over all tokens so far."""
         sums = {name: {key: total.cpu().numpy() for key, total in kept.items()} for name, kept in self.sums.items()}
         return PartialSums(self.layer, self.num_tokens, self.num_unrouted_C, sums)

@@ -1,1 +1,1 @@
-"""A checkpoint as it lies on disk: its folder, headers, quantised tensors, side files, readers."""
+"""A checkpoint on disk: its folder, headers, quantised tensors, side files and readers."""

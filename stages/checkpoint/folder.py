@@ -16,15 +16,15 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 WEIGHTS_FIELD = "transformers_weights"
-"""Setting of a config by which transformers takes weights of another name."""
+"""Config setting that makes transformers load weight files of another name."""
 _MAX_CONFIG_BYTES, _MAX_INDEX_BYTES, _MAX_NAME_BYTES = 1 << 24, 1 << 26, 255
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class Checkpoint:
-    """A checkpoint folder. Nothing is read before it is asked for; everything that is read is checked.
+    """A checkpoint folder. Files are read on first use, and their content is checked.
 
-    Raises InputError from any property when the folder, its config, its index or one of its headers is not usable.
+    Every property raises InputError when the folder, its config, its index or one of its headers is unusable.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -42,14 +42,14 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """Names of the weight files, in the order of their names."""
+        """Sorted names of the weight files."""
         return tuple(sorted(set(self._weight_map.values()))) if self._weight_map else (SINGLE_FILE,)
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """The index of the weight files; empty where there is a single one.
+        """The index of the weight files; empty for a single weight file.
 
-        As in transformers, `model.safetensors` comes before an index that lies beside it.
+        As in transformers, `model.safetensors` takes precedence over an index beside it.
         """
         named = self.config.get(WEIGHTS_FIELD)
         if named is not None:
@@ -82,7 +82,7 @@ class Checkpoint:
 
     @cached_property
     def ignored_files(self) -> tuple[str, ...]:
-        """An index that lies beside `model.safetensors` and so is not read, and the weight files beside it that are there."""
+        """Files that are not read because `model.safetensors` takes precedence: an index, and the other weight files."""
         if self.index or not (self.folder / INDEX_FILE).exists():
             return ()
         shards = {path.name for path in self.folder.iterdir() if path.name.endswith(".safetensors")} - {SINGLE_FILE}
@@ -118,12 +118,12 @@ class Checkpoint:
 
     @cached_property
     def raw_tensors(self) -> dict[str, TensorEntry]:
-        """Every tensor as it lies on disk, files in order of their names, tensors in order of their bytes."""
+        """Every tensor as stored on disk: files in order of their names, tensors in order of their bytes."""
         return {entry.name: entry for file in self.files for entry in self.headers[file].entries}
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
-        """Every tensor as the model knows it: a quantised one and its scales are one entry, with the shape of its values."""
+        """Every tensor as the model sees it. A quantised tensor and its scales are one entry, with the shape of the values."""
         return unpacked_entries(self.raw_tensors, self.config, str(self.folder))
 
     @property
@@ -133,26 +133,26 @@ class Checkpoint:
 
     @cached_property
     def local_folder(self) -> Path:
-        """A local folder with config and side files, for libraries that read no other: the folder itself, or copies."""
+        """A local folder with config and side files, for libraries that read only local files: the folder itself, or copies."""
         if not is_remote(self.folder):
             return self.folder
         return local_copies(self.folder, [CONFIG_FILE, *self.side_files.kept], self)
 
     @cached_property
     def side_files(self) -> SideFiles:
-        """Every other file: what an export takes along (tokenizer, templates, generation config, licence), and what not."""
+        """All other files: those that an export includes (tokenizer, templates, generation config, licence), and the rest."""
         return find_side_files(self.folder, self.config, {CONFIG_FILE, INDEX_FILE, *self.files})
 
 
 def _is_file_name(file: Any) -> bool:
-    """Whether this is the name of a file in a folder, and nothing that leads out of it or that no file system takes."""
+    """Whether a value is a plain file name: it does not lead out of the folder, and the file system accepts it."""
     if not isinstance(file, str) or PurePosixPath(file).name != file or file in ("", ".."):
         return False
     return "\\" not in file and file.isprintable() and len(file.encode()) <= _MAX_NAME_BYTES
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:
-    """What an index says of itself is written into exports; raise InputError where that is not possible."""
+    """Raise InputError if an index's metadata cannot be written into an export."""
     try:
         json.dumps(dict(metadata or {}), ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as e:

@@ -1,8 +1,8 @@
-"""Safetensors headers, read and written without the tensors.
+"""Reads and writes safetensors headers without the tensors.
 
 Layout: https://github.com/huggingface/safetensors#format (8 bytes little-endian header size, JSON header, tensor bytes).
-Headers are untrusted: every offset is checked against the file before it is used, and every size has a bound before it is
-multiplied. What the safetensors library would not read is refused here, before a run starts.
+Headers are untrusted: every offset is checked against the file size before use, and every size is bounded before it is
+multiplied. A file that the safetensors library would reject is rejected here, before a run starts.
 """
 
 import json
@@ -19,9 +19,9 @@ from stages.io.storage import read_range
 from stages.io.untrusted import MAX_SHOWN, check_regular, shown
 
 MAX_HEADER_BYTES = 100_000_000
-"""The library's own bound."""
+"""Same bound as in the safetensors library."""
 _MAX_VALUES = 1 << 22
-"""Bound for the JSON values of a header, which take some 60 bytes each once they are parsed: enough for 500,000 tensors."""
+"""Bound for the JSON values of a header. A parsed value takes some 60 bytes. The bound allows 500,000 tensors."""
 _MAX_AXES = 64
 _MAX_SIZE = (1 << 63) - 1
 
@@ -34,9 +34,9 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor on disk: its file, dtype (safetensors' name), shape, and where its bytes begin in that file.
+    """One tensor on disk: its file, dtype (safetensors name), shape, and the position of its first byte in the file.
 
-    packing: for a quantised tensor, how to get at its values; dtype, shape and num_bytes are then those of the values.
+    packing: for a quantised tensor, where its values are stored; dtype, shape and num_bytes then describe the values.
     """
 
     name: str
@@ -49,7 +49,7 @@ class TensorEntry:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes on disk; of a quantised tensor, of its packed numbers and scales."""
+        """Bytes on disk; for a quantised tensor, bytes of its packed numbers and scales."""
         return self.packing.weight.num_bytes + self.packing.scales.num_bytes if self.packing else self.num_bytes
 
     @property
@@ -60,7 +60,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where a quantised tensor's values are: its numbers and its scales as they lie on disk.
+    """Storage of a quantised tensor's values: its packed numbers and its scales on disk.
 
     scheme: "fp8" or "mxfp4". block: rows and columns that share a scale.
     """
@@ -82,8 +82,8 @@ class SafetensorsHeader:
 def read_header(path: Path) -> SafetensorsHeader:
     """Parse and check the header of one safetensors file.
 
-    Raises InputError, naming file and tensor, when the file is no regular one or truncated, the header is not what the format
-    says, or a tensor's offsets overlap, leave a gap, leave the file or disagree with its dtype and shape.
+    Raises InputError, naming file and tensor, when the file is not regular or is truncated, the header violates the format, or
+    a tensor's offsets overlap, leave a gap, leave the file or disagree with its dtype and shape.
     """
     text, file_bytes = _header_text(path)
     fields = _parsed(path, text)
@@ -125,7 +125,7 @@ def _header_text(path: Path) -> tuple[bytes, int]:
                 f"{path} is not a whole safetensors file: it has {file_bytes:,} bytes and its header says it is "
                 f"{header_bytes:,} bytes long; download it again"
             )
-        if prefix[8:] not in (b"{", b"[", b" "):  # holes of a file that was never filled are not even read
+        if prefix[8:] not in (b"{", b"[", b" "):  # detects a sparse file that was never filled
             raise InputError(
                 f"{path}: the safetensors header is not JSON: it begins with {prefix[8:]!r}; download the file again"
             )
@@ -150,7 +150,7 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
 
     try:
         fields = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number or a nesting without end
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, an endless number or too deep a nesting
         raise InputError(f"{path}: the safetensors header is not JSON: {e}; download the file again") from e
     if not isinstance(fields, dict):
         raise InputError(f"{path}: the safetensors header is not a JSON object; download the file again")
@@ -199,8 +199,8 @@ def _entry(path: Path, name: str, value: Any, data_begin: int, file_bytes: int) 
 
 
 def _num_elements(shape: Sequence[int]) -> int:
-    """Product of sizes, no larger than it must be to be refused; like the library, refuse one that is beyond 64 bits
-    even if a further size is 0."""
+    """Product of sizes, computed only as far as needed to reject it.
+    Like the library, rejects a partial product beyond 64 bits even if a later size is 0."""
     product = 1
     for size in shape:
         product *= size
@@ -214,7 +214,7 @@ def write_header(
 ) -> None:
     """Write a safetensors header for tensors (name, dtype, shape, bytes) whose bytes follow in this order.
 
-    The library writes a file only from tensors that are all in memory; ours are streamed, so the header comes first.
+    The library needs all tensors in memory to write a file. This program streams tensors, so it writes the header first.
     """
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0

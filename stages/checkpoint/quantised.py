@@ -1,7 +1,7 @@
-"""Quantised checkpoints: which tensors belong together, checked from headers alone. `reader.py` does the arithmetic.
+"""Pairs the tensors of a quantised checkpoint, from headers alone. `reader.py` computes their values.
 
-A quantised tensor and its scales become one entry that stands for the values. What cannot be paired is refused, so that
-packed bytes are never taken for numbers.
+A quantised tensor and its scales become one entry that represents the values. Unpaired tensors are an error, so that packed
+bytes are never taken for numbers.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from stages.checkpoint.headers import Packing, TensorEntry
 from stages.contracts.errors import InputError
 
 VALUE_DTYPE = "BF16"
-"""Dtype under which the values of a packed tensor are listed; `export.dtype` decides what is written."""
+"""Dtype in which the values of a packed tensor are listed. The setting `export.dtype` decides the dtype written."""
 VALUE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""What `export.dtype` may be, and safetensors' name for it."""
+"""Allowed settings of `export.dtype`, with their safetensors names."""
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 SCHEMES = ("fp8", "mxfp4")
 _FP8_SCALES = "_scale_inv"
@@ -24,14 +24,14 @@ _MXFP4_BLOCK = 32
 
 
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The raw config's quantisation section, of the model or of its language model."""
+    """The quantisation section of a raw config, at its top or in its language model section."""
     text = config.get("text_config")
     found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
     return found if isinstance(found, dict) else None
 
 
 def quantisation_scheme(config: Mapping[str, Any], place: str) -> str | None:
-    """Return a key of SCHEMES, or None for a checkpoint of plain numbers. Raises InputError for any other scheme."""
+    """A key of SCHEMES, or None for an unquantised checkpoint. Raises InputError for any other scheme."""
     section = quantisation_config(config)
     if section is None:
         return None
@@ -50,7 +50,7 @@ def quantisation_scheme(config: Mapping[str, Any], place: str) -> str | None:
 
 
 def unpacked_entries(raw: Mapping[str, TensorEntry], config: Mapping[str, Any], place: str) -> dict[str, TensorEntry]:
-    """Entries by name with every quantised tensor joined with its scales, in the order of `raw`.
+    """Entries by name in the order of `raw`. Every quantised tensor is joined with its scales.
 
     Raises InputError, naming file and tensor, for packed bytes without scales or scales without packed bytes.
     """
@@ -127,7 +127,7 @@ def _join_mxfp4(raw: Mapping[str, TensorEntry], place: str) -> dict[str, TensorE
                 f"{_MXFP4_BLOCK // 2}] with {values}{_MXFP4_SCALES} of its first three sizes; download the checkpoint again"
             )
         num_experts, rows, num_blocks, _ = entry.shape
-        shape = (num_experts, num_blocks * _MXFP4_BLOCK, rows)  # the model keeps it transposed
+        shape = (num_experts, num_blocks * _MXFP4_BLOCK, rows)  # the model stores this tensor transposed
         entries[values] = _values(values, entry, shape, Packing("mxfp4", entry, scales, (1, _MXFP4_BLOCK)))
     return entries
 

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint as values: plain ones as they lie on disk, quantised ones dequantised as they are read."""
+"""Reads values of tensors: plain tensors as stored, quantised tensors dequantised on reading."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,23 +22,23 @@ TORCH_DTYPES = {
 
 
 def dequantise_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Values float32 [..., R, C] of FP8 numbers [..., R, C] with a scale for each block of rows and columns."""
+    """Values float32 [..., R, C] of FP8 numbers [..., R, C] with one scale per block of rows and columns."""
     rows, columns = weight.shape[-2:]
     scale = scales.float().repeat_interleave(min(block[1], columns), -1)[..., :columns]  # a block may be wider than the tensor
     values = torch.empty(weight.shape)
-    for number, first in enumerate(range(0, rows, block[0])):  # a block of rows stays in the cache: 1.7 times as fast
+    for number, first in enumerate(range(0, rows, block[0])):  # a block of rows fits in the cache: 1.7 times as fast
         some = values[..., first : first + block[0], :]
         some.copy_(weight[..., first : first + block[0], :]).mul_(scale[..., number : number + 1, :])
     return values
 
 
 def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Values float32 [E, 32 B, R] of packed four-bit numbers [E, R, B, 16] with an exponent for each block [E, R, B]."""
+    """Values float32 [E, 32 B, R] of packed four-bit numbers [E, R, B, 16] with one exponent per block [E, R, B]."""
     return convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
 
 
 class PackedView:
-    """A quantised tensor that dequantises what is indexed: everything, or a range of experts of a fused tensor."""
+    """A quantised tensor that dequantises on indexing: the whole tensor, or a range of experts of a fused tensor."""
 
     def __init__(self, packing: Packing, weight: Any, scales: Any, ndim: int) -> None:
         self._packing, self._weight, self._scales, self._ndim = packing, weight, scales, ndim
@@ -55,7 +55,7 @@ class PackedView:
 
 
 class RangeView:
-    """A tensor of plain numbers in a remote file; what is indexed is read by ranges, as `safe_open`'s slices do locally."""
+    """A plain tensor in a remote file. Indexing reads byte ranges, as `safe_open`'s slices do locally."""
 
     def __init__(self, path: Path, entry: TensorEntry) -> None:
         self._path, self._entry = path, entry
@@ -81,7 +81,7 @@ class RangeView:
 
 
 class TensorReader:
-    """Reads tensors of a checkpoint; each file is opened once. Use as a context manager."""
+    """Reads tensors of a checkpoint. Each file is opened once. Use as a context manager."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -95,7 +95,7 @@ class TensorReader:
         self._stack.close()
 
     def place(self, name: str) -> str:
-        """How an error names a tensor."""
+        """Name of a tensor for error messages, with its file."""
         return f"{self.checkpoint.folder / self.checkpoint.tensors[name].file}: tensor {name}"
 
     def _raw(self, file: str, name: str) -> Any:
@@ -106,7 +106,7 @@ class TensorReader:
         return self._files[file].get_slice(name)
 
     def slices(self, name: str) -> Any:
-        """A lazy view of a tensor; indexing it reads. Values of a quantised tensor are float32."""
+        """A lazy view of a tensor that reads on indexing. Values of a quantised tensor are float32."""
         entry = self.checkpoint.tensors[name]
         if entry.packing is None:
             return self._raw(entry.file, name)
@@ -115,5 +115,5 @@ class TensorReader:
         return PackedView(entry.packing, *views, ndim=len(entry.shape))
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """The values of a whole tensor."""
         return self.slices(name)[:]  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""The small files beside the weights: which of them an export takes along, checked before any is read.
+"""Selects the small files beside the weights that an export includes, and checks them before any is read.
 
-Only what belongs to tokenizer, generation, processor or licence is taken. All else is left behind and listed: it describes the
-source's weights (`params.json`), another model (`adapter_config.json`), or is code for a model that transformers has itself.
+Included are files of the tokenizer, generation, processor or licence. All others are left out and listed: they describe the
+source's weights (`params.json`) or another model (`adapter_config.json`), or are model code that transformers already has.
 """
 
 import ast
@@ -28,14 +28,14 @@ FOLDER_SUFFIXES = (".jinja", ".json", ".model", ".tiktoken", ".txt")
 _LEGAL = re.compile("licen[cs]e|notice|copying|copyright|use_policy", re.IGNORECASE)
 _CODE_CONFIGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _MODEL_CLASSES = ("AutoConfig", "AutoModel")
-"""Beginnings of the entries of `auto_map` that name code for the model itself, which transformers never needs here."""
+"""Prefixes of the `auto_map` entries that name model code, which transformers never needs here."""
 
 
 @dataclass(frozen=True)
 class SideFiles:
-    """What lies beside config, index and weights, as names relative to the folder, sorted.
+    """Files beside config, index and weights: sorted names relative to the folder.
 
-    kept: files that an export takes along. left: everything else; a folder ends with a slash.
+    kept: files that an export includes. left: all others; names of folders end with a slash.
     """
 
     kept: tuple[str, ...]
@@ -43,9 +43,10 @@ class SideFiles:
 
 
 def is_kept(name: str) -> bool:
-    """Whether a file of this name, relative to the model folder, is taken along. Code is found by `auto_map`, not by name."""
+    """Whether an export includes a file of this name (relative to the model folder).
+    Code files are found by `auto_map` instead."""
     folder, slash, rest = name.partition("/")
-    if not name.isprintable():  # line ends, and bytes that are no text
+    if not name.isprintable():  # line breaks, and bytes that are not text
         return False
     if slash:
         return folder in FOLDERS and rest.endswith(FOLDER_SUFFIXES)
@@ -55,17 +56,17 @@ def is_kept(name: str) -> bool:
 
 
 def without_model_code(auto_map: Any) -> dict[str, Any]:
-    """The entries of a config's `auto_map` that name code of tokenizer or processor."""
+    """The entries of a config's `auto_map` that name tokenizer or processor code."""
     if not isinstance(auto_map, dict):
         return {}
     return {name: value for name, value in auto_map.items() if not str(name).startswith(_MODEL_CLASSES)}
 
 
 def find_side_files(folder: Path, config: Mapping[str, Any], others: set[str]) -> SideFiles:
-    """Look through a model folder.
+    """Search a model folder for side files.
 
-    config: its parsed `config.json`. others: names at its top that are no side files. Raises InputError for a file that would
-    be taken and is no regular file, leads out of the folder, or has more than MAX_SMALL_BYTES.
+    config: its parsed `config.json`. others: top-level names that are not side files. Raises InputError if a file to include is
+    not regular, leads out of the folder, or is larger than MAX_SMALL_BYTES.
     """
     kept: list[str] = []
     left: list[str] = []
@@ -99,7 +100,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _code(folder: Path, config: Mapping[str, Any], kept: set[str], candidates: set[str]) -> set[str]:
-    """Files of code that tokenizer and processor name in an `auto_map`, and those that these import from beside them."""
+    """Code files named by the tokenizer or processor in an `auto_map`, and the neighbouring files that these import."""
     named = set(_modules(without_model_code(config.get("auto_map"))))
     for name in _CODE_CONFIGS:
         values = read_json(folder / name) if name in kept else None
@@ -108,7 +109,7 @@ def _code(folder: Path, config: Mapping[str, Any], kept: set[str], candidates: s
     found: set[str] = set()
     while named:
         file = f"{named.pop()}.py"
-        if file in candidates - found - {MODELING_FILE}:  # that name is taken by our own code
+        if file in candidates - found - {MODELING_FILE}:  # the tied export writes its own code under that name
             found.add(file)
             _check(folder, file)
             named.update(_imports(read_small(folder / file)))
@@ -116,7 +117,8 @@ def _code(folder: Path, config: Mapping[str, Any], kept: set[str], candidates: s
 
 
 def _modules(auto_map: Any) -> Iterator[str]:
-    """Modules in an `auto_map`, whose values are "module.Class" or lists of these; `org/name--module.Class` lies elsewhere."""
+    """Modules in an `auto_map`: values are "module.Class" or lists of these. `org/name--module.Class` is in another
+    repository."""
     if isinstance(auto_map, str) and "--" not in auto_map:
         yield auto_map.partition(".")[0]
     elif isinstance(auto_map, dict | list):
@@ -125,7 +127,7 @@ def _modules(auto_map: Any) -> Iterator[str]:
 
 
 def _imports(code: bytes) -> Iterator[str]:
-    """Modules that a file imports from its own folder. Nothing is run; a file that is no Python imports nothing."""
+    """Modules that a file imports from its own folder, found without running it. A file that is not Python has none."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -136,7 +138,7 @@ def _imports(code: bytes) -> Iterator[str]:
 
 
 def _check(folder: Path, name: str) -> None:
-    """Raise InputError unless a file is regular, not too large, and lies in the folder or in the hub cache it is part of."""
+    """Raise InputError unless a file is regular, not too large, and inside the folder or the folder's hub cache."""
     path = folder / name
     if not is_remote(path):
         real = Path(os.path.realpath(path))
@@ -158,7 +160,7 @@ def _check(folder: Path, name: str) -> None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Where the files of a model folder may lie: in it; of a snapshot in the hub's cache also among the cache's blobs."""
+    """Folders in which a model's files may lie: its own folder; for a snapshot in the hub's cache also the cache's blobs."""
     real = Path(os.path.realpath(folder))
     repository = real.parent.parent
     if real.parent.name == "snapshots" and repository.name.startswith("models--"):

@@ -1,1 +1,1 @@
-"""What stages and pipeline agree on: units, file formats, paths. No torch."""
+"""Interfaces between stages and pipeline: units, file formats, paths. No torch."""

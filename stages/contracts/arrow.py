@@ -1,4 +1,4 @@
-"""Reading and writing of Arrow files (IPC file format). Each record has a module of its own: schema, writer and reader."""
+"""Reads and writes Arrow files (IPC file format). Each kind of record has a module with its schema, writer and reader."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +32,7 @@ def write_table(path: Path, columns: Columns, schema: pa.Schema) -> WrittenFile:
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read an Arrow file of this version. Raises InputError for a file that another version wrote, or that is damaged."""
+    """Read an Arrow file of this version. Raises InputError for a file of another version or a damaged one."""
     try:
         if is_remote(path):
             table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()

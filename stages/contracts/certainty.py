@@ -1,4 +1,4 @@
-"""How certain a layer's evidence and clusterings are, where un-routed means are those of a sample.
+"""Uncertainty of a layer's evidence and clusterings, for runs whose un-routed means come from a sample of tokens.
 
 Dimensions: E experts, K clusters.
 """
@@ -34,7 +34,7 @@ _STABILITY = pa.schema(
 
 
 def write_errors(path: Path, relative_standard_error_E: Array) -> WrittenFile:
-    """Write the standard error of every expert's mean output."""
+    """Write the relative standard error of every expert's mean output."""
     experts = np.arange(len(relative_standard_error_E), dtype=np.int32)
     return write_table(path, {"expert": experts, "relative_standard_error": relative_standard_error_E}, _ERRORS)
 
@@ -45,7 +45,7 @@ def read_errors(path: Path) -> list[float]:
 
 
 def write_stability(path: Path, equal_share_K: Array, mean_adjusted_rand_index_K: Array) -> WrittenFile:
-    """Write the stability of the clusterings to 1, 2, ... E clusters."""
+    """Write the stability of the clusterings into 1, 2, ... E clusters."""
     columns = {
         "num_clusters": np.arange(1, len(equal_share_K) + 1, dtype=np.int32),
         "equal_share": equal_share_K,
@@ -55,5 +55,5 @@ def write_stability(path: Path, equal_share_K: Array, mean_adjusted_rand_index_K
 
 
 def read_stability(path: Path, num_clusters: int) -> dict[str, float]:
-    """The row of one number of clusters."""
+    """Stability of the clustering into num_clusters clusters, by column name."""
     return read_table(path).slice(num_clusters - 1, 1).to_pylist()[0]  # type: ignore[no-any-return]

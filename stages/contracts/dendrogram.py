@@ -1,6 +1,6 @@
-"""The dendrogram of a layer's experts, and its cut to every number of clusters.
+"""The dendrogram of a layer's experts, and the cluster labels of its cuts into every number of clusters.
 
-Dimensions: E experts, K clusters. A linkage matrix Z [E-1, 4] is scipy's: left, right, distance, number of experts.
+Dimensions: E experts, K clusters. A linkage matrix Z [E-1, 4] has scipy's columns: left, right, distance, number of experts.
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ def write_dendrogram(path: Path, linkage_Z: Array) -> WrittenFile:
 
 
 def write_labels(path: Path, labels_KE: Array) -> WrittenFile:
-    """Write the cluster of every expert, for the cuts to 1, 2, ... E clusters."""
+    """Write the cluster label of every expert, for the cuts into 1, 2, ... E clusters."""
     num_experts = labels_KE.shape[1]
     columns = {
         "num_clusters": np.repeat(np.arange(1, num_experts + 1, dtype=np.int32), num_experts),
@@ -62,7 +62,7 @@ def write_labels(path: Path, labels_KE: Array) -> WrittenFile:
 
 
 def read_labels(path: Path, num_clusters: int) -> Array:
-    """Cluster label int32 [E] of every expert for a cut to num_clusters."""
+    """Cluster label int32 [E] of every expert, for the cut into num_clusters clusters."""
     table = read_table(path)
     rows = table["num_clusters"].to_numpy() == num_clusters
     return table["label"].to_numpy()[rows]  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""The error a user can act on."""
+"""The error that a user can correct."""
 
 
 class InputError(ValueError):
-    """The user's input is wrong: the message names the place, the value, the bound and the remedy.
+    """The user's input is wrong. The message names the place, the value, the bound and the remedy.
 
-    Anything else that is raised is a fault of ours or of the machine and is reported with its traceback.
+    Any other exception is a bug of this program or a fault of the machine and is reported with its traceback.
     """

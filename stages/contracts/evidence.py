@@ -1,7 +1,7 @@
-"""Evidence: what calibration tells of one MoE layer. Sums over the calibration tokens, by expert.
+"""Evidence: the calibration result of one MoE layer, sums over the calibration tokens by expert.
 
-Three kinds of files: `statistics` (always), `groups` (output sums by group of sequences; only under sampling), and one for each
-further column that a method requires, named after it.
+There are three kinds of files: `statistics` (always), `groups` (output sums by group of sequences; only under sampling), and
+one file for each further column that a method requires, named after the column.
 
 Dimensions: T tokens, D hidden size, E experts, G groups of sequences.
 """
@@ -23,10 +23,10 @@ from stages.io.files import WrittenFile
 
 @dataclass(frozen=True)
 class Column:
-    """A column of evidence: one value or array an expert.
+    """A column of evidence: one value or array per expert.
 
-    meaning: for the metadata of the file; "{tokens}" in it becomes "all T tokens", or "tokens" where they are sampled.
-    shape: letters of the dimensions of an array, such as "[D]". dtype: float64 or int64.
+    meaning: description for the file's metadata; "{tokens}" in it becomes "all T tokens", or "tokens" if tokens are sampled.
+    shape: dimensions of an array, such as "[D]". dtype: float64 or int64.
     """
 
     name: str
@@ -35,13 +35,13 @@ class Column:
     dtype: str = "float64"
 
     def described(self, is_sampled: bool) -> str:
-        """Shape and meaning."""
+        """Shape and meaning as one text."""
         return f"{self.shape} {self.meaning}".lstrip().replace("{tokens}", "tokens" if is_sampled else "all T tokens")
 
 
 @dataclass(frozen=True)
 class OutputGroups:
-    """Output sums by group of sequences: output_sum_EGD, and the sampled tokens that each group's run over."""
+    """Output sums by group of sequences, output_sum_EGD, and the number of sampled tokens in each group's sum."""
 
     num_tokens_G: Array
     output_sum_EGD: Array
@@ -49,10 +49,10 @@ class OutputGroups:
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """What calibration tells of one MoE layer. `evidence["gate_sum"]` is a column, its first axis that of the experts.
+    """The evidence of one MoE layer. `evidence["gate_sum"]` is a column; its first axis is the experts.
 
-    num_tokens: calibration tokens. num_output_tokens: those of them that the columns over un-routed experts run over.
-    columns: by name; each collector says what its own mean. groups: None without sampling.
+    num_tokens: calibration tokens. num_output_tokens: number of those tokens that un-routed columns cover. columns: by name;
+    each collector documents its own. groups: None without sampling.
     """
 
     layer: int
@@ -63,7 +63,7 @@ class LayerEvidence:
     groups: OutputGroups | None = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> Array:
-        """A column. Raises InputError if nothing has gathered it."""
+        """A column. Raises InputError if no collector has gathered it."""
         if name not in self.columns:
             raise InputError(
                 f"layer {self.layer}: the evidence has no column {name}, only {', '.join(sorted(self.columns))}; a method that "
@@ -74,7 +74,7 @@ class LayerEvidence:
 
 _KEYS = ("layer", "expert", "num_tokens", "num_output_tokens")
 _LEADING = ("layer", "expert", "num_tokens", "num_routed_tokens", "gate_sum", "num_output_tokens", "output_sum")
-"""The columns that begin a statistics file; the others follow in the order of their collectors."""
+"""First columns of a statistics file. The others follow in the order of their collectors."""
 _DESCRIBED_LAST = "output_sum"
 _COMMON = {
     "dtype": "float64 sums, int64 counts",
@@ -93,7 +93,7 @@ def _arrow(column: Column, values: Array) -> Any:
 
 
 def _filled(evidence: LayerEvidence) -> dict[str, Array]:
-    """The columns that say which layer and expert a row is of, and over how many tokens."""
+    """The columns with the row's layer and expert, and the numbers of tokens in its sums."""
     return {
         "layer": np.full(evidence.num_experts, evidence.layer, dtype=np.int32),
         "expert": np.arange(evidence.num_experts, dtype=np.int32),
@@ -132,7 +132,7 @@ def write_statistics(path: Path, evidence: LayerEvidence, columns: Sequence[Colu
 
 
 def write_column(path: Path, evidence: LayerEvidence, column: Column) -> WrittenFile:
-    """Write a column that only some methods require."""
+    """Write one column that only some methods require."""
     filled = {name: values for name, values in _filled(evidence).items() if name in ("layer", "expert", "num_tokens")}
     values = evidence[column.name]
     fields = [pa.field(name, pa.from_numpy_dtype(keys.dtype), False) for name, keys in filled.items()]
@@ -149,7 +149,7 @@ def write_column(path: Path, evidence: LayerEvidence, column: Column) -> Written
 
 
 def write_groups(path: Path, groups: OutputGroups) -> WrittenFile:
-    """Write output sums by group of sequences, all experts of group 0 first."""
+    """Write output sums by group of sequences, ordered by group and then by expert."""
     num_experts, num_groups, hidden_size = groups.output_sum_EGD.shape
     schema = pa.schema(
         [
@@ -184,7 +184,7 @@ def read_groups(path: Path) -> OutputGroups:
 
 
 def _columns(table: pa.Table, path: Path) -> dict[str, Array]:
-    """The columns of a file that hold evidence. Raises InputError where one is not finite."""
+    """The evidence columns of a file. Raises InputError for a value that is not finite."""
     found = {}
     for name in table.column_names:
         if name in _KEYS:
@@ -198,9 +198,10 @@ def _columns(table: pa.Table, path: Path) -> dict[str, Array]:
 
 
 def read_evidence(calibrate_dir: Path, layer: int, required: Iterable[str] = ()) -> LayerEvidence:
-    """Read what calibrate has written of one layer. required: columns that this run has gathered beyond those of every run.
+    """Read the evidence that calibrate has written for one layer. required: columns that this run has gathered beyond the
+    default ones.
 
-    Output sums by group are there if num_output_tokens is a column of the statistics, which says that tokens were sampled.
+    Output sums by group are read if the statistics have a column num_output_tokens, which shows that tokens were sampled.
     """
     path = statistics_file(calibrate_dir, layer)
     table = read_table(path)

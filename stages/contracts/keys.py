@@ -1,4 +1,4 @@
-"""Keys: what a result depends on, hashed. Equal keys mean equal results."""
+"""Keys: hashes of everything that a result depends on. Equal keys mean equal results."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from pydantic import JsonValue
 KEY_LENGTH = 12
 
 Identity = Mapping[str, JsonValue]
-"""All that a result depends on, JSON values."""
+"""Everything that a result depends on, as JSON values."""
 
 
 def key_of(identity: Identity) -> str:
@@ -22,7 +22,8 @@ def key_of(identity: Identity) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a stage that has its own key and directory: a text, a target. name: empty for a stage that has one part."""
+    """A part of a stage with its own key and directory, such as a text or a target.
+    name: empty if the stage has only one part."""
 
     stage: str
     name: str
@@ -35,10 +36,10 @@ class Part:
 
     @property
     def full_name(self) -> str:
-        """Stage and part, without the key."""
+        """Names of stage and part, without the key."""
         return f"{self.stage}-{self.name}" if self.name else self.stage
 
     @property
     def dir(self) -> str:
-        """Its directory, relative to the run directory."""
+        """Directory of the part, relative to the run directory."""
         return f"{self.full_name}-{self.key}"

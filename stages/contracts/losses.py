@@ -20,14 +20,14 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Losses:
-    """By sequence: negative log-likelihood in nats, summed over its predictions, and their number."""
+    """For each sequence: negative log-likelihood in nats, summed over its predictions, and the number of predictions."""
 
     negative_log_likelihoods: Sequence[float]
     num_predictions: Sequence[int]
 
 
 def write_losses(path: Path, losses: Losses) -> WrittenFile:
-    """Write one row a sequence."""
+    """Write one row per sequence."""
     columns = {
         "negative_log_likelihood": losses.negative_log_likelihoods,
         "num_predictions": losses.num_predictions,
@@ -36,6 +36,6 @@ def write_losses(path: Path, losses: Losses) -> WrittenFile:
 
 
 def read_losses(path: Path) -> Losses:
-    """Read what `write_losses` has written."""
+    """Read a file of `write_losses`."""
     table = read_table(path)
     return Losses(table["negative_log_likelihood"].to_pylist(), table["num_predictions"].to_pylist())

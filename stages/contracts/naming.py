@@ -1,4 +1,4 @@
-"""What a model is called: in the names of its exports, and in the cards that are published with them."""
+"""Names of models, for their exports and for the model cards published with them."""
 
 import re
 from pathlib import Path
@@ -11,12 +11,12 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether a model is named as on the hub, `org/name`, rather than by a folder that exists."""
+    """Whether a model is a hub name `org/name` and not an existing folder."""
     return _HUB_NAME.fullmatch(model) is not None and not Path(model).exists()
 
 
 def hub_name(model: str) -> str | None:
-    """The name on the hub of a model that is given by it, or by a snapshot in a cache of the hub; else None."""
+    """Hub name of a model that is given by that name or by a snapshot in a hub cache; else None."""
     if is_url(model):
         return None
     if is_hub_name(model):
@@ -29,7 +29,7 @@ def hub_name(model: str) -> str | None:
 
 
 def expanded(model: str) -> Path:
-    """The folder that a text names, `~` replaced; that of an unknown user is a folder of that name."""
+    """The folder that a text names, with `~` expanded. A `~name` of an unknown user stays as it is."""
     try:
         return Path(model).expanduser()
     except RuntimeError:
@@ -37,7 +37,7 @@ def expanded(model: str) -> Path:
 
 
 def model_name(model: str) -> str:
-    """The last part of a model's name on the hub, of its URL, or of its folder as it is given (a link is not followed)."""
+    """Last part of a model's hub name, URL, or folder as given. Symbolic links are not followed."""
     named = hub_name(model)
     if named is not None:
         return named.rpartition("/")[2]
@@ -46,7 +46,7 @@ def model_name(model: str) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that is no safe part of a path or a URL."""
+    """Raise ValueError for a name that is unsafe in a path or a URL."""
     if _NAME.fullmatch(name) is None or name != name.strip() or len(name.encode()) > MAX_NAME_LENGTH:
         raise ValueError(
             f"exports would be called {name!r}; a name begins with a letter or digit, goes on with letters, digits, spaces and "
@@ -55,6 +55,7 @@ def check_name(name: str) -> None:
 
 
 def _absolute(model: str) -> Path:
-    """The folder without `~`, `.` and `..`. Links are left, since their names were chosen too, unless `..` leads out of one."""
+    """Absolute folder without `~`, `.` and `..`.
+    Symbolic links keep their names, which were chosen by the user, unless `..` leads out of one."""
     path = expanded(model).absolute()
     return path.resolve() if ".." in path.parts else path

@@ -1,4 +1,4 @@
-"""Where each file of a stage lies inside the directory of its part, so that what one stage writes another finds."""
+"""Paths of a stage's files inside the directory of its part, shared by the stages that write and read them."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ TRANSIENT_DIRS = ("hidden", "partial")
 
 
 def tokens_file(shard: int) -> str:
-    """A token shard."""
+    """File of a token shard."""
     return f"tokens-{shard:04d}.arrow"
 
 
 def hidden_file(part_dir: Path, layer: int, shard: int) -> Path:
-    """Hidden states of a token shard as they enter a layer; transient."""
+    """Hidden states of a token shard at the input of a layer; transient."""
     return part_dir / TRANSIENT_DIRS[0] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.safetensors"
 
 
@@ -36,12 +36,12 @@ def column_file(part_dir: Path, layer: int, column: str) -> Path:
 
 
 def plan_file(part_dir: Path, layer: int) -> Path:
-    """What becomes of one layer's experts."""
+    """The layer plan: which experts of one layer are kept or merged."""
     return part_dir / f"layer-{layer:04d}.plan.arrow"
 
 
 def replaced_file(part_dir: Path, layer: int) -> Path:
-    """Solved values of parameters that a layer plan replaces."""
+    """Solved values of the parameters that a layer plan replaces."""
     return part_dir / f"layer-{layer:04d}.replaced.safetensors"
 
 
@@ -56,7 +56,7 @@ def errors_file(part_dir: Path, layer: int) -> Path:
 
 
 def stability_file(part_dir: Path, layer: int) -> Path:
-    """How often halves of the groups give one layer's labels again; only under sampling."""
+    """How often halves of the groups reproduce one layer's labels; only under sampling."""
     return part_dir / f"layer-{layer:04d}.stability.arrow"
 
 

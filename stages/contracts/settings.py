@@ -1,6 +1,6 @@
-"""The run file's sections: typed, frozen, checked once. Stages read them; the pipeline composes the run file of them.
+"""Sections of the run file: typed, frozen, checked once. Stages read them; the pipeline composes the run file from them.
 
-They stand together, since more than one stage reads most of them.
+They share one module because most of them are read by more than one stage.
 """
 
 import re
@@ -14,13 +14,13 @@ from stages.contracts.naming import check_name, model_name
 from stages.io.storage import absolute
 
 _DRIVE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(/(?!/)|\\)")
-"""C:\\runs and s3:/bucket, which would otherwise be the name of a folder in the current one."""
+"""Matches C:\\runs and s3:/bucket, which would otherwise be taken for a folder below the current one."""
 _MAX_BYTES = 1 << 63
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def _parse_bytes(value: Any) -> Any:
-    """`"8 GB"` or a number of bytes."""
+    """Parse `"8 GB"` or a number of bytes."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?b)?\s*", value.lower())
         if match is None:
@@ -42,60 +42,62 @@ Count = Annotated[int, Field(ge=1, le=2**53, strict=True)]
 
 
 class Section(BaseModel):
-    """A section of the run file: frozen, without settings that nothing reads."""
+    """A section of the run file. It is frozen, and unknown settings are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TextData(Section):
-    """A text and what is drawn from it."""
+    """A text and the sequences drawn from it."""
 
     data: Names
-    """Files and folders of one kind (.txt, .json, .jsonl, also .gz, .bz2, .xz, .zst; .parquet; or token ids in one .npy or
-    .safetensors file), or one dataset of the hub, `org/name[:split]`. Every name is that file: no patterns."""
+    """Either files and folders of one kind (.txt, .json, .jsonl, also .gz, .bz2, .xz, .zst; .parquet; or token ids in one .npy
+    or .safetensors file), or one hub dataset, `org/name[:split]`. File names are literal: patterns are not expanded."""
     text_field: str = "text"
-    """Column of JSON or Parquet that holds the text; no other is read."""
+    """Column of JSON or Parquet that holds the text. Other columns are ignored."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     num_sequences: Count = 32
     sequence_length: Annotated[int, Field(ge=2, strict=True)] = 2048
-    """Tokens."""
+    """Tokens per sequence."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     tokens_per_shard: Count = 2048
-    """Size of a token shard: no more workers can be busy than there are shards. Fewer cost less, each some milliseconds."""
+    """Tokens per token shard. The number of shards bounds parallelism; each shard adds a few milliseconds."""
     tokens_per_micro_batch: Count = 2048
-    """Tokens that run through a layer at once: the activations of a worker. Part of the result's last bits."""
+    """Tokens that run through a layer at once. Bounds a worker's activations.
+    Changing it can change results in the last bits."""
 
     @property
     def micro_batch(self) -> int:
-        """Sequences of a micro-batch."""
+        """Sequences per micro-batch."""
         return max(1, self.tokens_per_micro_batch // self.sequence_length)
 
     @property
     def sequences_per_shard(self) -> int:
-        """Sequences of a token shard, whole micro-batches."""
+        """Sequences per token shard: a whole number of micro-batches."""
         return max(1, self.tokens_per_shard // self.sequence_length // self.micro_batch) * self.micro_batch
 
     @property
     def num_shards(self) -> int:
-        """Token shards."""
+        """Number of token shards."""
         return -(-self.num_sequences // self.sequences_per_shard)
 
 
 class Sampling(Section):
-    """Un-routed means from a sample of tokens, with what is then not certain in the report. Routing stays exact."""
+    """Settings for computing un-routed means from a sample of tokens. The report then states their uncertainty.
+    Routing stays exact."""
 
     fraction: Annotated[float, Field(gt=0, le=1)]
-    """Of the tokens of each sequence, evenly spaced. 1 takes them all, and still tells how certain the means are."""
+    """Share of each sequence's tokens, evenly spaced. 1 takes all tokens and still reports the uncertainty of the means."""
     groups: Annotated[int, Field(ge=2, strict=True)] = 8
-    """Groups of sequences whose means are kept apart: from their spread follow standard errors and stability."""
+    """Number of groups of sequences with separate means. Their spread gives standard errors and stability."""
 
 
 class Calibration(TextData):
     """The calibration set."""
 
     sampling: Sampling | None = None
-    """Leave out for exact means over all tokens."""
+    """Omit for exact means over all tokens."""
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
@@ -108,7 +110,7 @@ class Calibration(TextData):
 
 
 class Evaluation(TextData):
-    """Held-out text and metrics."""
+    """The held-out text."""
 
     metrics: Annotated[tuple[Literal["perplexity"], ...], BeforeValidator(_as_tuple)] = ("perplexity",)
 
@@ -117,23 +119,23 @@ Target = Count | Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
 class Clustering(Section):
-    """Which experts become one, or which are kept. The settings of a method are a class of their own, derived from this."""
+    """Which experts are merged, or which are kept. The settings of each method are a subclass of this section."""
 
     num_experts: Annotated[tuple[Target, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-    """One target an element: experts that each layer keeps, or a list with a number for each MoE layer (tied only)."""
+    """One target per element: the number of experts kept in each layer, or a list with one number per MoE layer (tied only)."""
     method: str = "hierarchical"
     """Name of the method."""
 
 
 class Merging(Section):
-    """How a cluster becomes one expert."""
+    """How the experts of a cluster are merged into one."""
 
     method: Literal["frequency", "average", "saliency", "dominant"] = "frequency"
-    """Weights of the members: how often each is used, equal, REAP's saliency, or the most used member alone."""
+    """Weights of the cluster members: usage frequency, equal weights, REAP's saliency, or only the most used member."""
 
 
 class Export(Section):
-    """What is written."""
+    """What an export contains."""
 
     formats: Annotated[tuple[Literal["tied", "stock"], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
         "tied",
@@ -142,51 +144,51 @@ class Export(Section):
     router: Literal["frequency", "average", "saliency", "dominant"] = "frequency"
     """How `stock` combines the router rows of a cluster."""
     max_file_bytes: Bytes = 5 * 10**9
-    """A weight file larger than this is split."""
+    """Maximum size of a weight file. Larger ones are split."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """In which the values of a quantised source are written; any other source keeps its dtypes."""
+    """Dtype in which the values of a quantised source are written. Any other source keeps its dtypes."""
     mtp: Literal["drop", "error"] = "drop"
-    """What to do with layers that predict further tokens (MTP), whose experts no calibration reaches: leave them out of the
+    """Treatment of layers that predict further tokens (MTP), whose experts calibration cannot reach: leave them out of the
     checkpoint, or refuse the model."""
 
 
 class Resources(Section):
-    """What one worker gets. None of it changes the result, but for the last bits that depend on `num_cpus`."""
+    """Resources of one worker. They do not change results, except that `num_cpus` can change the last bits."""
 
     num_gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of a worker; fractions share one. Default: 1 where the cluster has GPUs, else 0."""
+    """GPUs per worker; fractions share a GPU. Default: 1 if the cluster has GPUs, else 0."""
     num_cpus: Count = 1
-    """CPU threads of a worker."""
+    """CPU threads per worker."""
     num_workers: Count | None = None
-    """Workers that hold a layer shard each. Default: as many as the cluster has room for."""
+    """Number of workers that hold a layer shard each. Default: as many as the cluster has room for."""
     worker_memory: Bytes = 8 * 2**30
-    """Memory of a worker for weights and activations (of its GPU, where it has one): decides how many layers it holds."""
+    """Memory per worker for weights and activations (GPU memory if it has a GPU). It limits the layers of a layer shard."""
     layers_per_shard: Count | None = None
-    """Layers of a layer shard. Default: as many as fit in `worker_memory`, but at most a quarter of a worker's share: a worker
-    reads its next layer shard while it computes, and the fewer layers, the sooner all are busy."""
+    """Layers per layer shard. Default: as many as fit in `worker_memory`, but at most a quarter of a worker's share of the
+    layers. A worker reads its next layer shard while it computes, and short shards let all workers start sooner."""
     max_attempts: Count = 3
-    """How often a unit is given to a worker before the workers' deaths, or errors of a file server or store that may pass,
-    count as its failure."""
+    """Maximum number of attempts per unit.
+    Deaths of workers count, and so do errors of a file server or store that may pass."""
     unit_timeout_s: Annotated[float, Field(gt=0)] | None = None
     """Seconds after which a unit counts as hung and is given to another worker. Default: 20 times the median of its kind in
-    this run, at least ten minutes; two hours for the first of its kind. Loading a layer shard has a limit of its own: 20 times
+    this run, at least ten minutes; two hours for the first of its kind. Loading a layer shard has a separate limit: 20 times
     the median, at least half an hour; four hours for the first."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of the logs, a file for each process in `logs` of the run directory."""
+    """Level of the log files in `logs` of the run directory, one file per process."""
 
 
 def _by_preset(value: Any) -> Any:
-    """A preset's name alone is a variant of that name."""
+    """Turn a preset's name into a variant of that name."""
     return {"name": value, "preset": value} if isinstance(value, str) else value
 
 
 class VariantEntry(Section):
-    """A variant as a run file lists it: sections of settings, on top of those of a preset."""
+    """A variant as a run file lists it: sections of settings that override those of a preset."""
 
     name: str
-    """Part of the exports' names. After a hyphen comes a letter: a digit begins the number of experts."""
+    """Part of the names of exports. A hyphen must precede a letter: a hyphen and a digit begin the number of experts."""
     preset: str | None = None
-    """Name of a set of settings."""
+    """Name of a preset, a predefined set of settings."""
     clustering: dict[str, JsonValue] = {}
     merging: dict[str, JsonValue] = {}
     export: dict[str, JsonValue] = {}
@@ -200,7 +202,7 @@ class VariantEntry(Section):
 
 
 def check_target_formats(targets: Sequence[int | tuple[int, ...]], formats: Sequence[str]) -> None:
-    """Raise ValueError for a target that is listed twice, or that no stock checkpoint can express."""
+    """Raise ValueError for a target that is listed twice, or that a stock checkpoint cannot express."""
     if len(set(targets)) != len(targets):
         raise ValueError(f"clustering.num_experts lists a target twice: {list(targets)}")
     if "stock" in formats and any(isinstance(t, tuple) and len(set(t)) > 1 for t in targets):
@@ -214,26 +216,27 @@ class RunConfig(Section):
     """A run file."""
 
     model: str
-    """A checkpoint folder or its URL on object storage, or a model of the hub, `org/name`."""
+    """A checkpoint folder, the URL of one on object storage, or a hub model `org/name`."""
     name: str = ""
-    """Beginning of the exports' names. Default: the last part of `model`."""
+    """Prefix of the names of exports. Default: the last part of `model`."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
-    """Run code that comes with the checkpoint, for its tokenizer only: the model's classes are always those of transformers."""
+    """Run code that comes with the checkpoint, only for its tokenizer. Model classes always come from transformers."""
     cache_dir: str | None = None
-    """Where what comes from the hub is downloaded to, on storage that every node reaches. Default: `source` in `run_dir`."""
+    """Folder for downloads from the hub, on storage that every node reaches. Default: `source` in `run_dir`."""
     run_dir: str
-    """Everything the run knows and writes; a folder on storage that every node reaches, or a URL of object storage."""
+    """Folder for all results and state of the run, on storage that every node reaches, or a URL of object storage."""
     calibration: Calibration
     clustering: Clustering
     merging: Merging = Merging()
     export: Export = Export()
     variants: tuple[Annotated[VariantEntry, BeforeValidator(_by_preset)], ...] | None = None
-    """Ways from one calibration to checkpoints. Leave out for one, from the sections above. With variants, `clustering` has
-    only `num_experts`, and `merging` belongs to them; `export` holds for all that do not change it."""
+    """Ways from one calibration to checkpoints. Omit for a single way, given by the sections above. With variants, `clustering`
+    contains only `num_experts`, and `merging` belongs into each variant. `export` applies to every variant that does not change
+    it."""
     evaluation: Evaluation | None = None
-    """Leave out to skip evaluation."""
+    """Omit to skip evaluation."""
     resources: Resources = Resources()
 
     @field_validator("run_dir", "model", "cache_dir")
@@ -252,7 +255,8 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_name(cls, values: Any) -> Any:
-        """Name the model once: what `.` is called depends on where the command runs, and `run.json` is read elsewhere."""
+        """Set the default name once, here: the name of `.` depends on the current folder, and `run.json` may be read from
+        another one."""
         if isinstance(values, dict) and isinstance(values.get("model"), str) and values.get("name") is None:
             return {**values, "name": model_name(values["model"])}
         return values
@@ -272,11 +276,11 @@ class RunConfig(Section):
 
 
 def texts_of(config: RunConfig) -> dict[str, TextData]:
-    """The texts of a run, by the sections that name them."""
+    """The texts of a run, by the names of their sections."""
     texts = {"calibration": config.calibration, "evaluation": config.evaluation}
     return {place: data for place, data in texts.items() if data is not None}
 
 
 def hub_dir(config: RunConfig) -> Path:
-    """Where models and datasets of the hub are downloaded to."""
+    """Folder to which models and datasets of the hub are downloaded."""
     return absolute(config.cache_dir or absolute(config.run_dir) / "source")

@@ -1,6 +1,6 @@
-"""Stage specs: what a stage declares of itself, and what it is told of a run. No torch.
+"""Stage specs: the declarations of a stage, and its view of a run. No torch.
 
-The pipeline knows stages by these specs alone. It lists their parts, runs their units and publishes what they name.
+The pipeline knows stages only by these specs. It lists their parts, runs their units and publishes their results.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class Sealed:
-    """What is recorded of a finished unit: SHA-256 by path of its files (relative to the run directory), and its facts."""
+    """The record of a finished unit: SHA-256 of its files by path (relative to the run directory), and its facts."""
 
     files: Mapping[str, str]
     facts: Facts
@@ -35,8 +35,8 @@ class Sealed:
 class Publication:
     """A finished result that a user looks for by name.
 
-    source: a folder or file, relative to the run directory. name: a folder appears under `models/` by this name, a file at the
-    top of the run directory.
+    source: a folder or file, relative to the run directory. name: published name; a folder appears under `models/`, a file at
+    the top of the run directory.
     """
 
     source: str
@@ -56,10 +56,10 @@ class PlannedCheckpoint:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage tells in `plan`.
+    """A stage's lines in the output of `plan`.
 
-    units: how many, in words; empty where there is none. runs_on: "CPU" or "workers". lines: what else to tell. checkpoints:
-    that the stage writes. disk_bytes: that it needs for a time only.
+    units: number of units, in words; empty if there are none. runs_on: "CPU" or "workers". lines: further lines. checkpoints:
+    checkpoints that the stage writes. disk_bytes: temporary disk space that it needs.
     """
 
     units: str
@@ -70,7 +70,7 @@ class StagePlan:
 
 
 class Run(Protocol):
-    """A run as a stage sees it."""
+    """A run as its stages see it."""
 
     @property
     def config(self) -> RunConfig:
@@ -89,36 +89,35 @@ class Run(Protocol):
 
     @property
     def num_workers(self) -> int | None:
-        """Workers there will be; None where the run is only looked at, and nothing may be written."""
+        """Number of workers; None if the run is only inspected, and nothing may be written."""
 
     @property
     def variants(self) -> Sequence[Variant]:
-        """Ways from evidence to checkpoints; one where the run file lists none."""
+        """The variants of the run; a single one if the run file lists none."""
 
     @property
     def targets(self) -> Sequence[Target]:
-        """Checkpoints to be made."""
+        """Checkpoints that the run makes."""
 
     @property
     def survey(self) -> Survey:
-        """Of the checkpoint. Raises InputError before it is sealed."""
+        """Survey of the checkpoint. Raises InputError before the survey is sealed."""
 
     @property
     def tensors(self) -> Sequence[TensorRow]:
         """Tensors of the checkpoint. Raises InputError before the survey is sealed."""
 
     def identity(self, place: str) -> Identity:
-        """What the model ("model") or a text (its section) is: digests, or a commit of the hub."""
+        """Identity of the model (place "model") or of a text (place: its section): digests, or a commit of the hub."""
 
     def text_files(self, place: str) -> Sequence[str]:
         """Paths of a text's files and folders."""
 
     def dataset_commit(self, place: str) -> str | None:
-        """Commit of a text that is a dataset of the hub; None for files."""
+        """Commit of a text that is a hub dataset; None for files."""
 
     def new_part(self, spec: "StageSpec", name: str, settings: Mapping[str, JsonValue], upstream: Mapping[str, Part]) -> Part:
-        """A part of a stage, with a key of its version, its libraries, the settings that it reads and the parts that it
-        reads."""
+        """A new part of a stage. Its key depends on the stage's version and libraries, and the settings and parts it reads."""
 
     def part(self, stage: str, name: str = "") -> Part:
         """A part that this or an earlier stage has declared."""
@@ -127,35 +126,35 @@ class Run(Protocol):
         """All parts that a stage has declared, in order."""
 
     def all_parts(self) -> Sequence[Part]:
-        """All parts of all stages that have declared theirs, in order."""
+        """All parts declared so far, by all stages, in order."""
 
     def library_versions(self) -> Mapping[str, Mapping[str, str]]:
-        """Versions of the libraries that compute each part, by its full name."""
+        """Versions of the libraries that compute each part, by the part's full name."""
 
     def unit(
         self, part: Part, name: str, call: Call, label: str, *, reads: Iterable[Path] = (), writes: Iterable[Path] = (),
         after: Iterable[Unit] = (), hold: Hold | None = None, on_worker: bool = False, memory_bytes: int = 0,
     ) -> Unit:  # fmt: skip
-        """A unit of a part (see `Unit`). reads, writes: relative to the run directory."""
+        """A new unit of a part. The arguments are the fields of `Unit`; reads and writes are relative to the run directory."""
 
     def units(self, stage: str) -> Sequence[Unit]:
         """Units of a stage, done or not."""
 
     def sealed(self, unit: Unit) -> Sealed | None:
-        """What is recorded of a unit; None before it is finished."""
+        """The record of a finished unit; None before it is finished."""
 
 
 class StageSpec(ABC):
     """A stage.
 
-    Subclasses set name (also of its folder under `stages/`), version (raised when it computes something else from the same
-    inputs: old results are then not reused), and libraries (those that compute its numbers; what only stores or moves them is
-    left out).
+    Subclasses set name (also the name of its folder under `stages/`), version, and libraries. Raise the version when the stage
+    computes something else from the same inputs, so that old results are not reused. libraries lists those that compute the
+    numbers, not those that only store or move them.
 
-    after: stages that are finished before this one's units are listed. beside: stages whose units are listed before this one's,
-    so that its units may wait for single units of theirs (`Unit.after`) while those stages still run.
-    makes_survey: whether `Run.survey` can be read once it is finished.
-    sections: sections of the run file beyond those of `RunConfig` that it reads.
+    after: stages that must finish before this stage's units are listed. beside: stages whose units must be listed first. A unit
+    of this stage may then wait for single units of theirs (`Unit.after`) while those stages still run. makes_survey: whether
+    `Run.survey` is readable once this stage has finished. sections: sections of the run file beyond those of `RunConfig` that
+    the stage reads.
     """
 
     name: ClassVar[str]
@@ -168,26 +167,27 @@ class StageSpec(ABC):
 
     @abstractmethod
     def parts(self, run: Run) -> Iterable[Part]:
-        """Declare the stage's parts (`Run.new_part`); known from run file and identities alone."""
+        """Declare the stage's parts with `Run.new_part`. They depend on the run file and the identities alone."""
 
     @abstractmethod
     def units(self, run: Run) -> Iterable[Unit]:
-        """All units, done or not, in the order in which one worker would run them."""
+        """All units, done or not, in the order in which a single worker would run them."""
 
     @abstractmethod
     def plan(self, run: Run) -> StagePlan:
-        """Rows for `plan`; the survey can be read."""
+        """The stage's lines for `plan`. The survey is readable by then."""
 
     def methods(self) -> Methods:
         """Methods that a variant may choose, by name."""
         return {}
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
-        """Raise InputError for what cannot be, as far as run file and config.json tell. The first check of all."""
+        """Raise InputError for settings that the run file and config.json show to be impossible.
+        This is the first check of all."""
         return
 
     def check_surveyed(self, run: Run) -> None:
-        """Raise InputError for what the survey shows to be impossible."""
+        """Raise InputError for settings that the survey shows to be impossible."""
         return
 
     def remarks(self, run: Run) -> Iterable[str]:
@@ -195,9 +195,9 @@ class StageSpec(ABC):
         return ()
 
     def rehearsals(self, run: Run) -> Iterable[Call]:
-        """What `plan` calls to find mistakes that a run would meet in its first units; what it returns is not used."""
+        """Calls that `plan` makes to find mistakes that a run would meet in its first units. Their results are ignored."""
         return ()
 
     def publications(self, run: Run) -> Iterable[Publication]:
-        """What is published once the stage is finished."""
+        """Results to publish once the stage has finished."""
         return ()

@@ -1,4 +1,4 @@
-"""Units that send token shards through layer shards, as calibrate and evaluate list them."""
+"""Units that pass token shards through layer shards. Calibrate and evaluate both use them."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ PARTITION_FILE = "partition.json"
 
 @dataclass(frozen=True)
 class LayerShardArgs:
-    """Layers [first, stop) of a checkpoint folder, and the CPU threads of the worker that holds them."""
+    """Layers [first, stop) of a checkpoint folder, and the CPU threads of the worker that holds these layers."""
 
     model: str
     first: int
@@ -29,11 +29,11 @@ class LayerShardArgs:
 
 @dataclass(frozen=True)
 class StreamArgs:
-    """A token shard on its way through a held layer shard.
+    """Arguments for passing a token shard through a held layer shard.
 
-    tokens_dir: of the text's token shards, relative to the run directory. shard: index of the token shard. micro_batch:
-    sequences that run at once. is_last: whether the layer shard ends with the model's last layer, so that nothing reads its
-    hidden states.
+    tokens_dir: folder of the text's token shards, relative to the run directory. shard: index of the token shard. micro_batch:
+    sequences that run at once. is_last: whether the layer shard ends with the model's last layer, so that its hidden states are
+    not written.
     """
 
     tokens_dir: str
@@ -44,11 +44,11 @@ class StreamArgs:
 
 @dataclass(frozen=True)
 class Stream:
-    """Token shards of one text through all layers of one model.
+    """Token shards of one text that pass through all layers of one model.
 
-    part: whose units these are. tokens: part of the text. label: of the model, before what the log says of a unit; may be
-    empty. open_layers: the call that opens a layer shard. run_layers: the call of a unit.
-    makes: transient files that a unit makes beside its hidden states, by layers and token shard.
+    part: part that the units belong to. tokens: part of the text. label: name of the model, put before unit labels in the log;
+    may be empty. open_layers: the call that opens a layer shard. run_layers: the call of a unit. makes: transient files that a
+    unit writes in addition to its hidden states, by layers and token shard.
     """
 
     part: Part
@@ -62,8 +62,8 @@ class Stream:
 
 
 def partition(run: Run, part: Part, data: TextData) -> list[LayerRange]:
-    """The layer shards of a part. They are kept in its directory, so that a rerun on another number of workers resumes its
-    units."""
+    """The layer shards of a part. They are stored in its directory, so that a rerun with another number of workers reuses
+    finished units."""
     path = run.run_dir / part.dir / PARTITION_FILE
     resources = run.config.resources
     asked: dict[str, JsonValue] = resources.model_dump(include={"worker_memory", "layers_per_shard"})
@@ -77,8 +77,8 @@ def partition(run: Run, part: Part, data: TextData) -> list[LayerRange]:
 
 
 def stream_units(run: Run, stream: Stream) -> list[Unit]:
-    """Units (layer shard, token shard), layer shard by layer shard. Each reads the hidden states that the one before it
-    wrote."""
+    """Units (layer shard, token shard), ordered by layer shard.
+    Each reads the hidden states that the unit of the previous layer shard wrote."""
     part, data, part_dir = stream.part, stream.data, Path(stream.part.dir)
     units = []
     for first, stop in partition(run, part, data):
@@ -110,5 +110,5 @@ def stream_units(run: Run, stream: Stream) -> list[Unit]:
 
 
 def stream_plan(run: Run, part: Part, data: TextData) -> str:
-    """How many units a stream has, for `plan`."""
+    """Number of units of a stream, in words, for `plan`."""
     return f"{len(partition(run, part, data))} layer shards x {data.num_shards} token shards"

@@ -1,6 +1,6 @@
-"""The survey of a checkpoint: what it is made of, from config and headers alone (`plan.json` of prepare).
+"""The survey of a checkpoint: its dimensions and sizes, from config and headers alone (`plan.json` of prepare).
 
-All sizes are bytes of values: those of a quantised tensor as they are computed with.
+All sizes are bytes of values. A quantised tensor counts with its dequantised values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +17,14 @@ from stages.contracts.errors import InputError
 class Survey:
     """A checkpoint's dimensions.
 
-    family: `model_type` of the language model. architecture: transformers' class. moe_layers: decoder layers with experts,
-    ascending. routers: name of the router module of each of them. top_k: experts that the router picks for a token.
-    max_positions: longest sequence, or None. dtype: what the model computes in, as torch names it. num_parameters: values of
-    all tensors. total_bytes: size of the weight files' tensors on disk.
-    mtp_tensors, first_mtp_tensor: number of tensors of layers that predict further tokens (MTP), and how messages name the
-    first. unloaded_tensors, first_unloaded_tensor: the same for tensors that transformers does not load.
-    ignored_files: weight files that transformers does not read.
-    outside_bytes: of tensors outside of the layers. layer_bytes: of each layer. layer_expert_bytes: of each layer's experts.
+    family: `model_type` of the language model. architecture: transformers class. moe_layers: decoder layers with experts,
+    ascending. routers: name of the router module of each MoE layer. top_k: experts that the router picks for a token.
+    max_positions: longest sequence, or None. dtype: torch name of the dtype that the model computes in. num_parameters: number
+    of values in all tensors. total_bytes: size of all tensors on disk. mtp_tensors, first_mtp_tensor: number of tensors of
+    layers that predict further tokens (MTP), and the first one as messages name it. unloaded_tensors, first_unloaded_tensor:
+    the same for tensors that transformers does not load. ignored_files: weight files that transformers does not read.
+    outside_bytes: bytes of tensors outside the layers. layer_bytes: bytes of each layer. layer_expert_bytes: bytes of each
+    layer's experts.
     """
 
     family: str
@@ -51,7 +51,7 @@ class Survey:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a value of the dtype that the model computes in."""
+        """Bytes per value of the dtype that the model computes in."""
         return 4 if self.dtype == "float32" else 2
 
 
@@ -64,7 +64,7 @@ def survey_values(survey: Survey) -> dict[str, JsonValue]:
 
 
 def read_survey(content: bytes, path: Path) -> Survey:
-    """Parse the content of a survey file. Raises InputError, naming the path, for anything else."""
+    """Parse the content of a survey file. Raises InputError, naming the path, for invalid content."""
     try:
         return _SURVEY.validate_json(content)
     except ValidationError as e:
@@ -72,7 +72,7 @@ def read_survey(content: bytes, path: Path) -> Survey:
 
 
 def unread_lines(ignored_files: Sequence[str], num_unloaded: int, first_unloaded: str | None) -> Iterator[str]:
-    """Lines that tell what a checkpoint holds beside the weights that transformers loads. Arguments as in `Survey`."""
+    """Lines about the data in a checkpoint that transformers does not load. The arguments are fields of `Survey`."""
     if ignored_files:
         yield f"not read     {', '.join(ignored_files)}: model.safetensors comes first, as in transformers"
     if num_unloaded:

@@ -9,12 +9,12 @@ from stages.contracts.method import Method
 from stages.contracts.settings import Clustering, Export, Merging
 
 NumExperts = int | tuple[int, ...]
-"""Experts that each MoE layer keeps: one number for all, or one for each."""
+"""Experts that each MoE layer keeps: one number for all layers, or one per layer."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way from evidence to a checkpoint. name: empty where the run file lists no variants."""
+    """One way from evidence to a checkpoint. name: empty if the run file lists no variants."""
 
     name: str
     method: Method[Any]
@@ -24,13 +24,13 @@ class Variant:
 
     @property
     def requires(self) -> frozenset[str]:
-        """Columns of evidence that its method reads beyond those of every run."""
+        """Columns of evidence that its method requires beyond the default ones."""
         return self.method.requires(self.clustering)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint to be made. name: of its folder under `models/`. format: "tied" or "stock"."""
+    """A checkpoint to be made. name: name of its folder under `models/`. format: "tied" or "stock"."""
 
     variant: Variant
     num_experts: NumExperts
@@ -39,12 +39,12 @@ class Target:
 
     @property
     def label(self) -> str:
-        """The variant and the number of experts: what its formats have in common."""
+        """Name of the variant and number of experts: equal for both formats."""
         return _joined(self.variant.name, _count_label(self.num_experts))
 
     @property
     def part(self) -> str:
-        """Name of its part of a stage."""
+        """Name of the target's part in a stage."""
         return f"{self.label}-{self.format}"
 
     def counts(self, moe_layers: Sequence[int]) -> dict[int, int]:
@@ -55,7 +55,7 @@ class Target:
 
 
 def targets_of(name: str, variants: Sequence[Variant]) -> tuple[Target, ...]:
-    """Every target of some variants, in order. name: of the model, with which the names of its exports begin."""
+    """Every target of some variants, in order. name: model name with which the names of exports begin."""
     return tuple(
         Target(variant, count, export_format, f"{name}-{_joined(variant.name, _count_label(count))}-{export_format}")
         for variant in variants
@@ -69,7 +69,7 @@ def _joined(variant: str, label: str) -> str:
 
 
 def _count_label(num_experts: NumExperts) -> str:
-    """`6e`, or for a number a layer its mean and a short hash, `5.25e-1f3a`."""
+    """`6e`; or for one number per layer its mean and a short hash, `5.25e-1f3a`."""
     if isinstance(num_experts, int):
         return f"{num_experts}e"
     return f"{sum(num_experts) / len(num_experts):.2f}e-{key_of({'num_experts': list(num_experts)})[:4]}"

@@ -44,7 +44,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One tensor; what its columns mean stands in the schema."""
+    """One tensor. The schema's metadata describes the fields."""
 
     name: str
     file: str
@@ -68,5 +68,5 @@ def write_tensors(path: Path, rows: Sequence[TensorRow]) -> WrittenFile:
 
 
 def read_tensors(path: Path) -> list[TensorRow]:
-    """Read what `write_tensors` has written."""
+    """Read a file of `write_tensors`."""
     return [TensorRow(**{**row, "shape": tuple(row["shape"])}) for row in read_table(path).to_pylist()]

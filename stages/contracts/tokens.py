@@ -1,4 +1,4 @@
-"""A token shard: token ids, one sequence a row.
+"""A token shard: token ids, one sequence per row.
 
 Dimensions: S sequences, T tokens.
 """

@@ -1,7 +1,7 @@
-"""Units, the smallest pieces of work: what they are given, what they return, and how they are named. No torch.
+"""Units, the smallest pieces of work: their arguments, results and names. No torch.
 
-A unit's arguments, its facts and what its worker holds are typed, so that a wrong argument is found by the type checker. The
-function itself is named by a string: the driver lists units without importing what computes them.
+A unit's arguments, its facts and its worker's hold are typed, so that the type checker finds a wrong argument. The unit's
+function is named by a string, so that the driver lists units without importing code that computes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ F_co = TypeVar("F_co", covariant=True)
 H_co = TypeVar("H_co", covariant=True)
 
 Facts = Mapping[str, JsonValue]
-"""Facts of a unit as its manifest holds them."""
+"""Facts of a unit as stored in its manifest."""
 
 
 @dataclass(frozen=True)
 class NoFacts:
-    """Facts of a unit that has nothing to report."""
+    """Facts of a unit that reports nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Call:
 class UnitCall(Generic[A, F]):
     """A kind of unit.
 
-    function: given a `Job[A]` (a `HeldJob` where units share a hold), it returns a `UnitResult[F]`.
-    args, facts: frozen dataclasses of its arguments and of the facts in its result.
+    function: takes a `Job[A]` (a `HeldJob` if the units share a hold) and returns a `UnitResult[F]`. args, facts: frozen
+    dataclasses of its arguments and of its result's facts.
     """
 
     function: str
@@ -53,13 +53,13 @@ class UnitCall(Generic[A, F]):
         return Call(self.function, args)
 
     def read_facts(self, facts: Facts) -> F:
-        """Facts from a manifest. Raises pydantic.ValidationError for those of another kind of unit."""
+        """Parse facts from a manifest. Raises pydantic.ValidationError for facts of another kind of unit."""
         return TypeAdapter(self.facts).validate_python(facts)
 
 
 @dataclass(frozen=True)
 class HoldCall(Generic[A]):
-    """What opens a hold. function: given the arguments, it returns a `Held`."""
+    """The call that opens a hold. function: takes the arguments and returns a `Held`."""
 
     function: str
     args: type[A]
@@ -71,14 +71,14 @@ class HoldCall(Generic[A]):
 
 @runtime_checkable
 class Held(Protocol):
-    """Something that a worker opens once and keeps for all units that share it, such as a loaded layer shard."""
+    """An object that a worker opens once and keeps for all units that share it, such as a loaded layer shard."""
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the checkpoint that opening it has read."""
+        """Bytes of the checkpoint that were read when it was opened."""
 
     def read_ahead(self, args: object) -> None:
-        """Start to read what the next hold will be opened from, in the background. args: of that hold, of whatever kind."""
+        """Start to read the files of the next hold in the background. args: arguments of that hold, of any kind."""
 
     def close(self) -> None:
         """Free its memory immediately. Models contain reference cycles and would live until the garbage collector runs."""
@@ -86,9 +86,9 @@ class Held(Protocol):
 
 @dataclass(frozen=True)
 class Hold:
-    """What a worker opens once and keeps while it runs the units that need it.
+    """A reference to an object that a worker opens once and keeps while it runs the units that need it.
 
-    key: equal for units that share it. run_dir, label: the run that it belongs to, and its name in logs.
+    key: equal for units that share the object. run_dir, label: its run, and its name in logs.
     """
 
     key: str
@@ -101,15 +101,13 @@ class Hold:
 class Unit:
     """One call of a function on files.
 
-    run_dir: absolute path of the run directory. stage: the stage's name. part_dir: directory of the part of that stage,
-    relative to run_dir. name: unique in it, a readable path.
-    call: what runs. label: its name in logs.
-    reads, writes: transient files (relative to the run directory) that it consumes and makes. A unit follows the units that
-    write what it reads; what it reads is deleted once it is sealed. A unit that writes transient files makes nothing else,
-    and runs only when a reader needs it.
-    after: ids of units that it also follows.
-    hold: for units that share a loaded layer shard. on_worker: runs on a worker (GPU) rather than as a CPU task.
-    memory_bytes: what it is estimated to need, for messages; 0 where that is little.
+    run_dir: absolute path of the run directory. stage: name of the stage. part_dir: directory of the stage's part, relative to
+    run_dir. name: unique in the part, a readable path. call: the function and its arguments. label: name of the unit in logs.
+    reads, writes: transient files (relative to the run directory) that the unit reads and writes. A unit waits for the units
+    that write its input, and its input is deleted once it is sealed. A unit that writes transient files makes nothing else, and
+    runs only when a reader needs them. after: ids of further units that it waits for. hold: set for units that share a loaded
+    layer shard. on_worker: run on a worker (GPU) and not as a CPU task. memory_bytes: estimated memory, for messages; 0 if
+    small.
     """
 
     run_dir: str
@@ -127,16 +125,16 @@ class Unit:
 
     @property
     def id(self) -> str:
-        """Unique among all runs."""
+        """Id that is unique among all runs."""
         return f"{self.run_dir}/{self.part_dir}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Job(Generic[A_co]):
-    """What a unit's function is given.
+    """The argument of a unit's function.
 
-    run_dir: the run directory, on storage that every node reaches. part_dir: the directory of its part of the stage; a unit
-    writes only below it.
+    run_dir: the run directory, on storage that every node reaches. part_dir: directory of the unit's part; the unit writes only
+    below it.
     """
 
     run_dir: Path
@@ -146,19 +144,18 @@ class Job(Generic[A_co]):
 
 @dataclass(frozen=True)
 class HeldJob(Job[A_co], Generic[A_co, H_co]):
-    """What a unit's function is given where the worker holds something for it."""
+    """The argument of a unit's function if the unit has a hold. held: the opened object."""
 
     held: H_co
 
 
 @dataclass(frozen=True)
 class UnitResult(Generic[F_co]):
-    """What a unit did.
+    """Result of a unit.
 
-    facts: counts and findings for the log and the report, a frozen dataclass of JSON values.
-    files: what it wrote and what its seal vouches for.
-    transient: what it wrote for the units after it, deleted once they are sealed.
-    bytes_read: of the checkpoint, for the metrics; what a hold reads counts with the hold.
+    facts: counts and findings for the log and the report, a frozen dataclass of JSON values. files: written files that the
+    unit's seal records. transient: files written for later units, deleted once those units are sealed. bytes_read: bytes read
+    of the checkpoint, for the metrics. Bytes read by opening a hold are counted there.
     """
 
     facts: F_co

@@ -1,1 +1,1 @@
-"""evaluate: perplexity of a checkpoint, streamed through layer shards like the calibration set."""
+"""evaluate: perplexity of a checkpoint on held-out text, streamed through layer shards as in calibrate."""

@@ -1,4 +1,4 @@
-"""The stage evaluate: perplexity of the source and of every checkpoint, on held-out text."""
+"""The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ SOURCE_PART = "source"
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """A token shard, whose losses are taken after the last layer."""
+    """Arguments for a token shard. Its losses are computed after the last layer."""
 
     stream: StreamArgs
 
@@ -30,8 +30,8 @@ class ScoreArgs:
 
 @dataclass(frozen=True)
 class Scores:
-    """loss: mean negative log-likelihood of a prediction, nats; None where it is not finite. perplexity: its exponential; None
-    where that is too large for a float. num_predictions: tokens that were predicted."""
+    """loss: mean negative log-likelihood of a prediction, nats; None if it is not finite. perplexity: exponential of the loss;
+    None if it overflows a float. num_predictions: number of predicted tokens."""
 
     perplexity: float | None
     loss: float | None
@@ -44,7 +44,7 @@ SCORE = UnitCall("stages.evaluate.units:score_unit", ScoreArgs, Scores)
 
 
 class Evaluate(StageSpec):
-    """Perplexity of every model."""
+    """Computes the perplexity of every model."""
 
     name = "evaluate"
     version = 2
@@ -52,7 +52,7 @@ class Evaluate(StageSpec):
     after = ("prepare", "assemble")
 
     def parts(self, run: Run) -> Iterator[Part]:
-        """The source, and one for each target; none without held-out text."""
+        """One part for the source and one per target; none without held-out text."""
         if run.config.evaluation is None:
             return
         tokens = run.part("prepare", "evaluation")
@@ -61,7 +61,7 @@ class Evaluate(StageSpec):
             yield run.new_part(self, target.part, {}, {"model": run.part("assemble", target.part), "tokens": tokens})
 
     def units(self, run: Run) -> Iterator[Unit]:
-        """Token shards through layer shards, and a score, for each model."""
+        """For each model: units that pass token shards through layer shards, and one unit for the score."""
         data = run.config.evaluation
         if data is None:
             return
@@ -71,7 +71,7 @@ class Evaluate(StageSpec):
             yield from _model_units(run, data, run.part(self.name, target.part), folder, target.name)
 
     def plan(self, run: Run) -> StagePlan:
-        """All models have as many layers."""
+        """Every model has the same number of units, because merging keeps the number of layers."""
         data = run.config.evaluation
         if data is None:
             return StagePlan("", "workers")

@@ -1,4 +1,4 @@
-"""Units of evaluate: a token shard through a layer shard (the last one takes the losses), and the score of a model."""
+"""Units of evaluate: pass a token shard through a layer shard (the last shard computes losses), and score a model."""
 
 import math
 
@@ -23,7 +23,7 @@ def sequence_losses(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:
 
 
 def evaluate_unit(job: HeldJob[EvaluateArgs, LayerShard]) -> UnitResult[NoFacts]:
-    """Send a token shard through the held layer shard; after the last layer, write its losses."""
+    """Pass a token shard through the held layer shard. After the last layer, write its losses."""
     args = job.args.stream
     losses: list[float] = []
     num_predictions: list[int] = []
@@ -44,7 +44,7 @@ def evaluate_unit(job: HeldJob[EvaluateArgs, LayerShard]) -> UnitResult[NoFacts]
 def score_unit(job: Job[ScoreArgs]) -> UnitResult[Scores]:
     """Write `scores.json`: perplexity over all sequences, summed in the order of the token shards.
 
-    A loss that is not finite, and a perplexity that is larger than any float, are null: JSON has no number for them.
+    A loss that is not finite and a perplexity that overflows a float are written as null, because JSON has no number for them.
     """
     total, num_predictions = 0.0, 0
     for shard in range(job.args.num_shards):

@@ -1,4 +1,4 @@
-"""The system's file cache, filled before it is needed."""
+"""Fills the system's file cache before the data are needed."""
 
 import os
 import threading
@@ -12,16 +12,17 @@ Stretch = tuple[str, int, int]
 
 
 def read_ahead(folder: Path, stretches: Sequence[Stretch]) -> None:
-    """Have stretches (file, first byte, bytes) of a folder's files read in the background.
+    """Start to read stretches (file, first byte, number of bytes) of a folder's files in the background.
 
-    A hint to the kernel: object storage has no such cache, and macOS no such hint; nothing is done there.
+    This is a hint to the kernel. It does nothing for object storage, which has no file cache, and on macOS, which has no such
+    hint.
     """
     if not is_remote(folder) and hasattr(os, "posix_fadvise"):
         threading.Thread(target=_advise, args=(folder, stretches), name="read ahead", daemon=True).start()
 
 
 def _advise(folder: Path, stretches: Iterable[Stretch]) -> None:
-    """A thread, since the kernel lets the caller wait while its queue to the disk is full."""
+    """Give the hints to the kernel. Runs in a thread, because the call blocks while the kernel's queue to the disk is full."""
     for file, parts in groupby(sorted(stretches), key=lambda stretch: stretch[0]):
         descriptor = os.open(folder / file, os.O_RDONLY)
         try:

@@ -1,6 +1,6 @@
-"""How files come to be: under a temporary name, flushed to disk, then renamed. Nothing else in the project writes a file.
+"""Writes files: under a temporary name, flushed to disk, then renamed. No other module of the project writes a file.
 
-An object of a remote store is uploaded by parts and made at the end, whole.
+An object of a remote store is uploaded in parts and appears only when it is complete.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from stages.io import storage
 TEMPORARY_PREFIX = ".tmp-"
 _READ_BYTES = 1 << 24
 _BESIDE_BYTES = 1 << 20
-"""From this size on a write is worth a thread that hashes meanwhile."""
+"""Size from which hashing a write in a thread of its own pays off."""
 _SEND_BYTES = 1 << 25
-"""Sent to the disk at a time. Measured on 1.4 GB: flushed after 0.41 s where a flush at the end alone takes 0.60 s."""
+"""Bytes sent to the disk at a time. Measured on 1.4 GB: on disk after 0.41 s, against 0.60 s with a single flush at the end."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class WrittenFile:
 
 
 class DigestingFile:
-    """A binary file that hashes and counts what is written to it, so that no file is read back for its digest.
+    """A binary file that hashes and counts the bytes written to it, so that no file is read back for its digest.
 
-    Large writes are hashed beside the write, and the system is told to take them to the disk as they come: the flush at the
-    end then finds little to do. `close` ends the thread that hashes, not the file.
+    Large writes are hashed in a thread while they are written, and the system is told to send them to disk at once. The flush
+    at the end then finds little to do. `close` ends the hashing thread, not the file.
     """
 
     def __init__(self, raw: BinaryIO, is_local: bool = True) -> None:
@@ -50,7 +50,7 @@ class DigestingFile:
         self.closed = False
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append bytes; any contiguous buffer will do, and it may be changed afterwards."""
+        """Append bytes from any contiguous buffer. The buffer may be changed after the call."""
         view = memoryview(data).cast("B")
         if view.nbytes < _BESIDE_BYTES:
             self._raw.write(view)
@@ -68,14 +68,15 @@ class DigestingFile:
         return view.nbytes
 
     def _send(self) -> None:
-        """Start to write what is still in memory only. (The kernel does that on this advice; it keeps the pages it writes.)"""
-        if self._is_local and hasattr(os, "posix_fadvise"):  # macOS has none, and flushes at the end
+        """Ask the kernel to start writing pages that are only in memory.
+        On this advice the kernel writes them and keeps them cached."""
+        if self._is_local and hasattr(os, "posix_fadvise"):  # macOS has no such advice, and flushes at the end
             unsent = self.num_bytes - self._num_sent
             os.posix_fadvise(self._raw.fileno(), self._num_sent, unsent, os.POSIX_FADV_DONTNEED)
         self._num_sent = self.num_bytes
 
     def close(self) -> None:
-        """End the thread that hashes."""
+        """End the hashing thread."""
         self.closed = True
         if self._beside is not None:
             self._beside.shutdown()
@@ -85,7 +86,7 @@ class DigestingFile:
         self._raw.flush()
 
     def sha256(self) -> str:
-        """Return the digest of all bytes so far, in hex."""
+        """SHA-256 of all bytes so far, in hex."""
         return self._hash.hexdigest()
 
 
@@ -96,7 +97,7 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except BaseException as e:
-        if isinstance(e, OSError) and e.errno is not None and e.filename is None:  # a write knows no name
+        if isinstance(e, OSError) and e.errno is not None and e.filename is None:  # errors of a write name no file
             e.filename = str(path)
         temporary.unlink(missing_ok=True)
         raise
@@ -104,7 +105,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Name the file in an OSError that does not say which it was, as that of a write to a full disk."""
+    """Add the file name to an OSError without one, such as that of a write to a full disk."""
     try:
         yield
     except OSError as e:
@@ -122,9 +123,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[DigestingFile], object]) -> WrittenFile:
-    """Let `write` produce the file's bytes; the name appears only when all of them are on disk.
+    """Let `write` produce a file's bytes. The file's name appears only when all bytes are on disk.
 
-    Raises OSError as the file system does (disk full, read-only); the temporary file is removed then.
+    Raises OSError as the file system does (disk full, read-only). The temporary file is removed in that case.
     """
     if storage.is_remote(path):
         return _upload(path, write)
@@ -140,7 +141,7 @@ def write_file(path: Path, write: Callable[[DigestingFile], object]) -> WrittenF
 
 
 def _upload(path: Path, write: Callable[[DigestingFile], object]) -> WrittenFile:
-    """Write an object, by parts if it is large; nothing of it is there before the last step, nor if `write` raises."""
+    """Write an object, in parts if it is large. Nothing appears before the last step, nor if `write` raises."""
     system, name = storage.file_system(path)
     raw = system.open(name, "wb")
     try:
@@ -149,18 +150,18 @@ def _upload(path: Path, write: Callable[[DigestingFile], object]) -> WrittenFile
         raw.close()
     except BaseException:
         raw.discard()
-        raw.closed = True  # or it would be committed when it is forgotten
+        raw.closed = True  # otherwise the garbage collector would close and so commit it
         raise
     return WrittenFile(path, out.num_bytes, out.sha256())
 
 
 def write_bytes(path: Path, data: bytes) -> WrittenFile:
-    """Write a small file whole."""
+    """Write a small file in one piece."""
     return write_file(path, lambda out: out.write(data))
 
 
 def write_json(path: Path, value: Any) -> WrittenFile:
-    """Write a JSON file, indented, keys in the caller's order; NaN and infinity are refused with ValueError."""
+    """Write a JSON file, indented, with keys in the caller's order. Raises ValueError for NaN and infinity."""
     return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
@@ -176,7 +177,8 @@ def copy_file(source: Path, path: Path) -> WrittenFile:
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """Give a finished file a second name by a hard link; without links it is copied, on a remote store by the store itself."""
+    """Give a finished file a second name by a hard link.
+    Without hard links the file is copied, on a remote store by the store itself."""
     if storage.is_remote(path):
         system, name = storage.file_system(path)
         system.cp_file(storage.file_system(source)[1], name)
@@ -187,12 +189,12 @@ def link_or_copy(source: Path, path: Path) -> None:
         except OSError:
             shutil.copyfile(source, temporary)
         os.replace(temporary, path)
-        temporary.unlink(missing_ok=True)  # renaming onto another link of the same file does nothing
+        temporary.unlink(missing_ok=True)  # renaming onto another hard link of the same file does nothing
     _sync_folder(path.parent)
 
 
 def read_into(path: Path, begin: int, view: memoryview) -> None:
-    """Fill a writable buffer of bytes from a file, from byte `begin` on: no copy in between, whatever its size.
+    """Fill a writable buffer of any size from a file, from byte `begin` on, without a copy in between.
 
     Raises EOFError when the file ends before the buffer is full.
     """
@@ -210,7 +212,7 @@ def read_into(path: Path, begin: int, view: memoryview) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hex."""
+    """SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as raw:
         while chunk := raw.read(_READ_BYTES):

@@ -1,4 +1,4 @@
-"""Making the next items of a stream while the one before is used."""
+"""Computes the next items of a stream while the current one is in use."""
 
 from collections import deque
 from collections.abc import Generator
@@ -10,10 +10,10 @@ Item = TypeVar("Item")
 
 
 def ahead(items: Generator[Item, None, None], depth: int) -> Generator[Item, None, None]:
-    """The items of a generator, which a thread of its own runs up to `depth` items in advance; none may be None.
+    """The items of a generator, computed up to `depth` items ahead in a separate thread. Items must not be None.
 
-    An item is begun only when all but the `depth` before it are done with, so a generator that makes its items in turn in
-    `depth` + 1 buffers overwrites none that is in use. What the generator raises is raised here. Close it to end the thread.
+    At most `depth` + 1 items exist at a time. So a generator may fill `depth` + 1 buffers in turn without overwriting one in
+    use. Exceptions of the generator are raised here. Close this generator to end the thread.
     """
     with closing(items), ThreadPoolExecutor(1, "ahead") as pool:
         pending = deque(pool.submit(next, items, None) for _ in range(depth))

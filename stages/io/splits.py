@@ -1,4 +1,4 @@
-"""Which files of a dataset of the hub make a split: by the rules of `datasets`, from names and README alone."""
+"""Finds the files of a dataset split by the rules of `datasets`, from file names and README alone."""
 
 import tempfile
 from collections.abc import Sequence
@@ -10,13 +10,14 @@ from stages.contracts.errors import InputError
 
 
 def split_files(place: str, names: Sequence[str], readme: bytes | None, split: str) -> list[str]:
-    """Names of the files of a split, sorted. names: of all files of the dataset; readme: its README.md, which may list splits.
+    """Sorted names of the files of a split. names: all files of the dataset. readme: content of README.md, which may define
+    splits.
 
-    Raises InputError when there is no such split, or none without a choice that we have no setting for.
+    Raises InputError when the split does not exist, or exists only in named configurations, among which no setting can choose.
     """
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="hcsmoe-names-") as temporary:
-        folder = Path(temporary).resolve()  # `datasets` looks at names only: empty files are enough
+        folder = Path(temporary).resolve()  # `datasets` looks only at names, so empty files suffice
         for name in names:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise InputError(f"{place}: it has a file named {name!r}, which leads out of its folder")

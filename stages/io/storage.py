@@ -1,8 +1,8 @@
-"""Paths that may be URLs of object storage (`s3://bucket/run`), behind the interface of pathlib.
+"""Paths that may be URLs of object storage (`s3://bucket/run`), with the interface of pathlib.
 
-A plain path is a `pathlib.Path`. A URL is a `upath.UPath` (universal_pathlib over fsspec), which has the same methods; it is
-typed as a Path. An object has no rename, link or append, and appears only when all of it is there: what differs stands in
-this module and in `files.py`, everything else is written once.
+A plain path is a `pathlib.Path`. A URL is a `upath.UPath` (universal_pathlib over fsspec), which has the same methods and is
+typed as a Path. An object cannot be renamed, linked or appended to, and appears only when it is complete. Only this module and
+`files.py` handle these differences; all other code is the same for both.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from stages.contracts.errors import InputError
 
-# Other processes write what this one lists, so no listing is remembered. Writes go by parts of 16 MiB.
+# Listings are not cached, because other processes write the files that this one lists. Writes use parts of 16 MiB.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         "default_block_size": 1 << 24,
@@ -28,15 +28,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     }
 }
 STORES = ("s3", "gs", "gcs", "abfs", "abfss", "az", "oss")
-"""Schemes of object stores, which many hosts can write to. fsspec knows more: archives, web sites, this process's memory."""
+"""Schemes of object stores that many hosts can write to. fsspec also knows archives, web sites and this process's memory."""
 _PARALLEL_BYTES = 1 << 23
-"""Size of the ranges that are read side by side."""
+"""Size of the ranges that are read in parallel."""
 _NUM_PARALLEL = 16
-"""Ranges in flight: what a read needs beside the memory that it fills is so many of them, however large a tensor is."""
+"""Maximum number of ranges in flight. It bounds the extra memory of a read, however large the tensor is."""
 
 _CONFLICT_WAITS_S = (0.1, 0.4, 1.6)
 
-# EREMOTEIO is known to Linux only.
+# Only Linux defines EREMOTEIO.
 _PASSING_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
@@ -52,7 +52,7 @@ _PASSING_ERRORS = {
     "httpx": ("TransportError",),
     "requests": ("ConnectionError", "Timeout"),
 }
-"""What the libraries between here and a store raise for a connection that fails, by module."""
+"""Exceptions that storage libraries raise for a failed connection, by module."""
 _PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 _PASSING_CODES = ("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "OperationAborted")
 _REMEDIES = {
@@ -67,18 +67,18 @@ _REMEDIES = {
 
 
 def is_url(text: str | Path) -> bool:
-    """Whether a path is one of object storage."""
+    """Whether a path is a URL of object storage."""
     return "://" in str(text)
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path that `as_path` made lies on object storage."""
+    """Whether a path made by `as_path` is on object storage."""
     return not isinstance(path, Path)
 
 
 def as_path(text: str | Path) -> Path:
-    """The path that a text means. Raises InputError for one with a null character, and for a URL whose file system is not
-    installed or not known."""
+    """The path that a text denotes. Raises InputError for a null character, and for a URL of an unknown kind of storage or one
+    whose package is not installed."""
     if "\0" in str(text):
         raise InputError(f"{str(text)!r} holds a null character, which no path can have")
     if not isinstance(text, str) or not is_url(text):
@@ -104,24 +104,25 @@ def as_path(text: str | Path) -> Path:
 
 
 def absolute(text: str | Path) -> Path:
-    """The same place, whatever the current folder is. Raises InputError for links that lead in a circle."""
+    """The absolute path. Raises InputError for symbolic links that form a circle."""
     path = as_path(text)
     if is_remote(path):
         return path
     try:
         return path.resolve()
-    except (OSError, RuntimeError) as e:  # which of them depends on the version of Python
+    except (OSError, RuntimeError) as e:  # the type depends on the version of Python
         raise InputError(f"{path} cannot be followed: {e}; its links lead in a circle, or a name is too long") from e
 
 
 def file_system(path: Path) -> tuple[Any, str]:
-    """A remote path's fsspec file system, and its name there."""
+    """fsspec file system of a remote path, and the path's name in it."""
     return path.fs, path.path  # type: ignore[attr-defined]
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What is raised when a file system or a store does not do what is asked. (A store that is away is no OSError.)"""
-    if "botocore" not in sys.modules:  # nothing has been asked of a store
+    """Exceptions that a file system or a store may raise.
+    A separate list, because a connection error of a store is not an OSError."""
+    if "botocore" not in sys.modules:  # no store has been used
         return (OSError,)
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -136,8 +137,8 @@ _OUTSIDE = {
 
 
 def is_outside(error: BaseException) -> bool:
-    """Whether a failure is none of ours: the store's answer, or what a file system says of a file that the error names
-    (permissions, a full disk, a missing path)."""
+    """Whether a failure has a cause outside this program: an answer of the store, or an error of the file system that names a
+    file (permissions, a full disk, a missing path)."""
     if not isinstance(error, failures()):
         return False
     if isinstance(error, OSError) and not isinstance(error.__cause__, failures()):
@@ -146,10 +147,10 @@ def is_outside(error: BaseException) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the reason of an error may pass by itself: a file server or a store that is away, slow or asks to slow down.
+    """Whether the cause of an error may go away by itself: a file server or a store that is down, slow or asks to slow down.
 
-    Looks at what the error was raised from, too. A store's own answer counts before what a library made of it. A full disk, a
-    missing file and a missing permission do not pass.
+    Chained causes are examined, too. A store's own answer counts more than the exception that a library made of it. A full
+    disk, a missing file and a missing permission do not go away.
     """
     causes: list[BaseException] = []
     cause: BaseException | None = error
@@ -172,15 +173,15 @@ def _passes(error: BaseException) -> bool:
 
 
 def remedy_for(error: BaseException) -> str | None:
-    """What the user can do about an error of the machine (disk full, no permission); None if it is another kind of error."""
-    if isinstance(error, PermissionError) and error.errno is None:  # a store's answer
+    """Advice for an error of the machine (disk full, no permission); None for any other error."""
+    if isinstance(error, PermissionError) and error.errno is None:  # raised for a store's answer
         return _REMEDIES[errno.EACCES]
     return _REMEDIES.get(error.errno) if isinstance(error, OSError) and error.errno is not None else None
 
 
 @contextlib.contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """Tell what a store answers as one InputError: no credentials, no bucket, nobody there, no permission."""
+    """Raise a store's errors as one InputError: no credentials, no bucket, no connection, no permission."""
     try:
         yield
     except failures() as e:
@@ -191,9 +192,9 @@ def reported(path: Path) -> Iterator[None]:
 
 
 def check_readable(path: Path) -> None:
-    """Raise InputError unless a remote folder's store answers; nothing to do for a local one.
+    """Raise InputError unless the store of a remote folder answers. Does nothing for a local folder.
 
-    Whether the folder is there is another question. Nothing outside of it is listed: a policy may allow no more.
+    Does not check that the folder exists. Lists nothing outside the folder, because an access policy may forbid it.
     """
     if is_remote(path):
         system, name = file_system(path)
@@ -201,12 +202,12 @@ def check_readable(path: Path) -> None:
             try:
                 system.info(name)
             except FileNotFoundError as e:
-                if e.__cause__ is not None:  # the store's own answer: no such bucket
+                if e.__cause__ is not None:  # the store answered, for example that the bucket is missing
                     raise
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError unless an object can be written below a remote folder, and deleted; nothing to do for a local one."""
+    """Raise InputError unless an object below a remote folder can be written and deleted. Does nothing for a local folder."""
     if is_remote(path):
         probe = path / f".probe-{uuid.uuid4().hex}"
         with reported(path):
@@ -215,9 +216,9 @@ def check_writable(path: Path) -> None:
 
 
 def create_exclusively(path: Path, data: bytes) -> bool:
-    """Write a small remote object unless there is one of this name: False then. One of many that try succeeds.
+    """Write a small remote object if none has this name; else return False. Of several concurrent writers, one succeeds.
 
-    S3 may answer 409 to writes of one name at the same moment, and asks that they be tried again.
+    S3 may answer 409 to simultaneous writes of one name and asks for a retry.
     """
     system, name = file_system(path)
     for wait_s in (*_CONFLICT_WAITS_S, None):
@@ -241,27 +242,27 @@ def _is_conflict(error: OSError) -> bool:
 
 
 def entity_tag(path: Path) -> str | None:
-    """What S3 calls an object's present content; None of a store that has no such tags."""
+    """S3's entity tag of an object's present content; None for a store without such tags."""
     system, name = file_system(path)
     tag = system.info(name).get("ETag")
     return None if tag is None else str(tag)
 
 
 def entity_tags(folder: Path) -> dict[str, str]:
-    """The tags of the objects in a remote folder by their names, from one listing; none of a store that has no such tags."""
+    """Entity tags of the objects in a remote folder by name, from a single listing; empty for a store without such tags."""
     system, name = file_system(folder)
     listed = ((PurePosixPath(found["name"]).name, found.get("ETag")) for found in system.ls(name, detail=True))
     return {name: str(tag) for name, tag in listed if tag is not None}
 
 
 def replace_if_unchanged(path: Path, data: bytes, tag: str | None) -> None:
-    """Write a small remote object anew if it still has this entity tag. Raises OSError if it has another."""
+    """Overwrite a small remote object if it still has this entity tag. Raises OSError if it has another one."""
     system, name = file_system(path)
     system.pipe_file(name, data, **({} if tag is None else {"IfMatch": tag}))
 
 
 def read_range(path: Path, begin: int, num_bytes: int) -> bytes:
-    """Bytes of a file, fewer where it ends early. Of a remote one nothing else is transferred."""
+    """A range of bytes of a file; fewer where the file ends. Only this range of a remote file is transferred."""
     if not is_remote(path):
         with open(path, "rb") as raw:
             raw.seek(begin)
@@ -271,9 +272,9 @@ def read_range(path: Path, begin: int, num_bytes: int) -> bytes:
 
 
 def read_ranges_into(path: Path, begin: int, view: memoryview) -> None:
-    """Fill a buffer from a remote file by ranges, some of which are read side by side.
+    """Fill a buffer from a remote file, reading several ranges in parallel.
 
-    Raises EOFError when the file ends before, and what the store raised when that is not the reason.
+    Raises EOFError when the file is too short, and otherwise the store's own error.
     """
     system, name = file_system(path)
     all_starts = range(0, view.nbytes, _PARALLEL_BYTES)
@@ -296,10 +297,10 @@ def read_ranges_into(path: Path, begin: int, view: memoryview) -> None:
 
 
 def remove_tree(folder: Path, is_strict: bool = False) -> None:
-    """Remove a folder and what is in it; one that is not there is fine. No link is followed.
+    """Remove a folder and its content. A missing folder is no error. Symbolic links are not followed.
 
-    is_strict: raise OSError if anything stays. Otherwise what cannot be removed (a worker that was given up may still write
-    to it) stays.
+    is_strict: raise OSError if anything cannot be removed. Otherwise such files are left in place, since a worker that was
+    given up may still be writing to the folder.
     """
     if not is_remote(folder):
         with contextlib.suppress(FileNotFoundError):
@@ -311,10 +312,10 @@ def remove_tree(folder: Path, is_strict: bool = False) -> None:
 
 
 def local_copies(folder: Path, names: list[str], owner: object) -> Path:
-    """A local folder with copies of small files of a remote one, for libraries that read only local files; it is removed when
-    `owner` is.
+    """A local folder with copies of small files of a remote one, for libraries that read only local files. It is removed
+    together with `owner`.
 
-    Of one owner: another thread may be reading the same files at this moment.
+    Each owner gets its own copies, because another thread may be reading the same files.
     """
     local = Path(tempfile.mkdtemp(prefix="hcsmoe-side-files-"))
     weakref.finalize(owner, shutil.rmtree, local, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The files of a text: what a run file names, listed, checked and opened. Imports nothing heavy: the driver uses it too."""
+"""Lists, checks and opens the files of a text. Imports nothing heavy, because the driver uses it too."""
 
 import bz2
 import gzip
@@ -25,30 +25,30 @@ _HIDDEN = (".", "_")
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of a text. name: what tells it apart in the identity of the text; its own, or that in the folder given."""
+    """A file of a text. name: identifies it within the text: its own name, or its path in the given folder."""
 
     path: Path
     name: str
 
 
 def kind_of(name: str) -> str | None:
-    """Kind of a file by its name: text, json, parquet or ids; None for a name that says nothing that is read."""
+    """Kind of a file by its name: text, json, parquet or ids; None for a name of no supported kind."""
     kind = KINDS.get(content_suffix(name))
     is_compressed = name.lower().endswith(COMPRESSED)
     return None if is_compressed and kind not in ("text", "json") else kind
 
 
 def content_suffix(name: str) -> str:
-    """What a name says about the decompressed content: `.json` of `c4.JSON.gz`."""
+    """Suffix of the decompressed content: `.json` for `c4.JSON.gz`."""
     path = Path(name.lower())
     return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def list_files(data: Sequence[str], place: str) -> list[TextFile]:
-    """The files that a text is made of: those named, in their order, and all below each folder named, in order of their paths.
+    """Files of a text: named files in their order, and all files below each named folder in order of their paths.
 
-    In folders, names that begin with `.` or `_` are skipped. Raises InputError for a name that is not there, for anything
-    that is not a regular file or may not be read, for a file named twice, and for files of several kinds or an unknown one.
+    In folders, names that begin with `.` or `_` are skipped. Raises InputError for a missing name, for a file that is not
+    regular or not readable, for a file named twice, and for files of several kinds or an unknown one.
     """
     files: list[TextFile] = []
     for name in data:
@@ -59,7 +59,7 @@ def list_files(data: Sequence[str], place: str) -> list[TextFile]:
     seen: set[Path] = set()
     for file in files:
         _check_file(file.path, place)
-        path = file.path.parent.resolve() / file.path.name  # a link counts by its own name: two may lead to one content
+        path = file.path.parent.resolve() / file.path.name  # keep a link's own name: two may share a target
         if path in seen:
             raise InputError(f"{place}.data names {path} twice; name each file once")
         seen.add(path)
@@ -76,7 +76,7 @@ def _mode(path: Path, place: str) -> int:
         raise InputError(
             f"{place}.data: {path} does not exist; give a file, or a dataset of the hub as org/name[:split]"
         ) from e
-    except (OSError, ValueError) as e:  # no permission, a name that is too long or holds a zero byte
+    except (OSError, ValueError) as e:  # no permission, or a name that is too long or has a zero byte
         raise InputError(f"{place}.data: {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
 
 
@@ -126,7 +126,7 @@ def _check_kinds(files: Sequence[TextFile], place: str) -> None:
 
 
 def open_text(path: Path) -> io.BufferedIOBase:
-    """The content of a file, decompressed if its name says that it is compressed."""
+    """The content of a file, decompressed if its name has a compression suffix."""
     match path.suffix.lower():
         case ".gz":
             return gzip.open(path)

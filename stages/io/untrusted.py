@@ -1,4 +1,4 @@
-"""Small files that somebody else wrote: read whole, but only regular files, and only up to a stated size."""
+"""Reads small untrusted files: only regular ones, and only up to a stated size."""
 
 import errno
 import json
@@ -11,25 +11,26 @@ from stages.contracts.errors import InputError
 from stages.io.storage import is_remote
 
 MAX_SMALL_BYTES = 1 << 28
-"""Bound for configs, indices and tokenizers. The largest that we know, an index of 90,000 tensors, takes 10 MB."""
+"""Bound for configs, indices and tokenizers. The largest known, an index of 90,000 tensors, takes 10 MB."""
 
 MAX_SHOWN = 1000
-"""Characters of a name that an error shows; longer names are shortened."""
+"""Maximum number of characters of a name in an error message. Longer names are shortened."""
 
 
 def shown(text: str) -> str:
-    """Text from outside as an error shows it: one line, not too long. What models really have is shown as it is."""
+    """Untrusted text as error messages show it: one line, shortened if too long. Ordinary names are unchanged."""
     shortened = text if len(text) <= MAX_SHOWN else f"{text[:80]}... ({len(text):,} characters)"
     return shortened if shortened.isprintable() else ascii(shortened)
 
 
 def check_regular(path: Path) -> None:
-    """Raise InputError unless path is a regular file or a link to one. A pipe or a device may never end, or never begin.
+    """Raise InputError unless path is a regular file or a link to one. Reading a pipe or a device may never end, or never
+    begin.
 
-    Raises FileNotFoundError when there is nothing at all, a link that leads nowhere included.
+    Raises FileNotFoundError when the path does not exist or is a broken link.
     """
     if is_remote(path):
-        return  # an object store holds nothing else
+        return  # an object is always a regular file
     try:
         mode = path.stat().st_mode
     except OSError as e:
@@ -42,9 +43,9 @@ def check_regular(path: Path) -> None:
 
 
 def read_small(path: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
-    """Content of a small regular file. Raises InputError for anything else, FileNotFoundError when there is nothing.
+    """Content of a small regular file. Raises InputError for any other file, FileNotFoundError when there is none.
 
-    The file is opened without waiting, so a pipe cannot hang the reader even if it takes the file's place meanwhile.
+    The file is opened without blocking, so that the reader cannot hang even if a pipe replaces the file at that moment.
     """
     check_regular(path)
     if is_remote(path):
@@ -63,12 +64,12 @@ def read_small(path: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
 
 
 def read_json(path: Path, max_bytes: int = MAX_SMALL_BYTES) -> Any:
-    """Parse a JSON file. Raises InputError when it is missing, too large, no regular file, or not JSON."""
+    """Parse a JSON file. Raises InputError when it is missing, too large, not regular, or not JSON."""
     try:
         return json.loads(read_small(path, max_bytes).decode("utf-8"))
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist") from e
-    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number or a nesting without end
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, an endless number or too deep a nesting
         if isinstance(e, InputError):
             raise
         raise InputError(f"{path} is not valid JSON: {e}") from e

@@ -1,1 +1,1 @@
-"""A checkpoint as transformers runs it: families, adapter, layer shards, streaming, expert weights."""
+"""Runs a checkpoint with transformers: families, adapter, layer shards, streaming, expert weights."""

@@ -1,8 +1,8 @@
-"""transformers as the model adapter: a model without weights, and what each tensor on disk becomes in it.
+"""Adapter to transformers: builds a model without weights, and finds the parameter that each tensor on disk belongs to.
 
-Semi-private names of transformers are used here, in `model_config.py`, `trial.py`, `layer_shard.py`, `direct_load.py`,
-`tied.py` and calibrate's `products.py` only; `tests/stages/test_contract.py`, `test_model_config.py`, `test_direct_load.py`
-and `test_products.py` check them against the installed version.
+Only this module, `model_config.py`, `trial.py`, `layer_shard.py`, `direct_load.py`, `tied.py` and `products.py` use
+semi-private names of transformers. `tests/stages/test_contract.py`, `test_model_config.py`, `test_direct_load.py` and
+`test_products.py` check these names against the installed version.
 """
 
 from collections import defaultdict
@@ -30,10 +30,10 @@ from stages.model.tied import BASE_KEY, MODELING_FILE, class_name, is_tied, mode
 
 @dataclass(frozen=True)
 class Target:
-    """What transformers makes of a name on disk.
+    """The parameter that transformers fills from a tensor on disk.
 
-    parameter: the parameter or buffer it becomes part of, empty when transformers does not load it. renamed: the name it
-    would have in the model. pattern: of the converter that it matched, if one did.
+    parameter: the parameter or buffer that the tensor becomes part of; empty when transformers does not load it. renamed: the
+    tensor's name in the model. pattern: pattern of the converter that it matched, if any.
     """
 
     parameter: str
@@ -42,7 +42,7 @@ class Target:
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype the model computes in: the config's, else that of most of the checkpoint's floating-point bytes."""
+    """The dtype the model computes in: the config's, or else the dtype of most floating-point bytes in the checkpoint."""
     named = stated_dtype(checkpoint)
     if named is not None:
         return named
@@ -56,7 +56,7 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def auto_classes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Names of transformers' Auto classes that know a checkpoint's model type, and of the class that each gives."""
+    """transformers Auto classes that know a checkpoint's model type: name of each, and of the class that it gives."""
     config = load_config(checkpoint)
     found = {}
     for name in dir(transformers):
@@ -67,9 +67,9 @@ def auto_classes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _tied_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
-    """The model class of a tied checkpoint that we wrote, if its file is to the byte what we write.
+    """Model class of a tied checkpoint, if its code file equals byte for byte the one that this program writes.
 
-    The compared text itself is run, not the file: Python would run a compiled copy beside it instead, whatever that holds.
+    The compared text is executed, not the file: Python would prefer a compiled copy beside the file, whatever that contains.
     """
     path, text = checkpoint.folder / MODELING_FILE, modeling_source(checkpoint.config)
     try:
@@ -84,10 +84,10 @@ def _tied_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
 
 
 def build_meta_model(checkpoint: Checkpoint, num_experts: int | None = None, device: str = "meta") -> PreTrainedModel:
-    """Build the model's modules on the meta device: shapes and code, no weights.
+    """Build the model's modules on the meta device, which gives shapes and code without weights.
 
-    num_experts: if given, build it with this number of routed experts instead of the config's. device: another one, under a
-    mode of torch in which its tensors have no weights either.
+    num_experts: if given, build with this number of routed experts instead of the config's. device: another device, under a
+    torch mode in which its tensors have no weights either.
     """
     transformers.utils.logging.disable_progress_bar()
     config = load_config(checkpoint)
@@ -98,7 +98,7 @@ def build_meta_model(checkpoint: Checkpoint, num_experts: int | None = None, dev
                 setattr(text, name, num_experts)
     dtype = checkpoint_dtype(checkpoint)
     with torch.device(device):
-        if is_tied(checkpoint.config):  # our own class, for a config that its source was built from: no input to blame
+        if is_tied(checkpoint.config):  # our own class: its errors are bugs, not bad input
             return _tied_class(checkpoint)._from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
         with reads_config(checkpoint.folder, "build this model"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -106,10 +106,10 @@ def build_meta_model(checkpoint: Checkpoint, num_experts: int | None = None, dev
 
 
 def expert_axes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Axis of the experts of every parameter that has one.
+    """Axis of the experts of every parameter that has such an axis.
 
-    Derived, not listed: the shapes of two models whose configs differ in nothing but the expert count. Raises InputError
-    where an axis holds more than the routed experts.
+    The axes are found by comparing the shapes of two models whose configs differ only in the number of experts. Raises
+    InputError if an axis contains more than the routed experts.
     """
     num_experts = num_experts_in(checkpoint.config, str(checkpoint.folder))
     ours = {name: tensor.shape for name, tensor in build_meta_model(checkpoint).state_dict().items()}
@@ -127,7 +127,7 @@ def expert_axes(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 class AdaptedModel:
-    """A checkpoint and the meta model that it fills.
+    """A checkpoint and the meta model to be filled from it.
 
     Attributes: `checkpoint`, `model` (on meta), `weight_mapping` (transformers' conversions from disk to module).
     """
@@ -139,7 +139,7 @@ class AdaptedModel:
 
     @cached_property
     def decoder(self) -> nn.Module:
-        """The module that owns the decoder layers."""
+        """The module that contains the decoder layers."""
         decoder = self.model.get_decoder()
         if isinstance(getattr(decoder, "layers", None), nn.ModuleList):
             return decoder  # type: ignore[no-any-return]
@@ -165,7 +165,7 @@ class AdaptedModel:
         raise AssertionError("the decoder is not part of the model")
 
     def layer_of(self, parameter: str) -> int | None:
-        """Decoder layer of a parameter, or None."""
+        """Index of the decoder layer that a parameter belongs to, or None."""
         if not parameter.startswith(self.layers_prefix):
             return None
         index = parameter[len(self.layers_prefix) :].split(".", 1)[0]
@@ -173,7 +173,7 @@ class AdaptedModel:
 
     @cached_property
     def targets(self) -> dict[str, Target]:
-        """What every tensor on disk becomes."""
+        """The target of every tensor on disk."""
         renamings = [entry for entry in self.weight_mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.weight_mapping if isinstance(entry, WeightConverter)]
         state = self.model.state_dict()
@@ -187,9 +187,10 @@ class AdaptedModel:
 
     @cached_property
     def ignored(self) -> set[str]:
-        """Of the names in the model of what transformers does not load, those that it does not even report as unexpected.
+        """Model names of tensors that transformers neither loads nor reports as unexpected.
 
-        Its own rules decide: what a class lists, and what all of them left behind (`rotary_emb.inv_freq` in each layer).
+        transformers' rules decide: names listed by the model class, and names that old checkpoints contain
+        (`rotary_emb.inv_freq` in each layer).
         """
         unloaded = {target.renamed for target in self.targets.values() if not target.parameter}
         info = LoadStateDictInfo(
@@ -201,16 +202,17 @@ class AdaptedModel:
 
     @cached_property
     def tied_without_tensor(self) -> frozenset[str]:
-        """Parameters that the config ties to another one and of which the checkpoint has no tensor.
+        """Parameters without a tensor in the checkpoint that the config ties to another parameter.
 
-        transformers fills them from the other one. Where it has tensors of both and they differ, it ties nothing.
+        transformers fills them from the other one. If the checkpoint has tensors of both and they differ, transformers ties
+        nothing.
         """
         found = {target.parameter for target in self.targets.values()}
         return frozenset(name for pair in self.model.all_tied_weights_keys.items() for name in pair if name not in found)
 
     @property
     def head_fills_embedding(self) -> bool:
-        """Whether the input embedding has no tensor and is the output embedding's, rather than the other way round."""
+        """Whether the input embedding has no tensor and is filled from the output embedding, not the other way round."""
         missing = self.tied_without_tensor
         return any(one in missing and other not in missing for other, one in self.model.all_tied_weights_keys.items())
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fills its model, from headers alone: nothing missing, nothing of another shape or kind."""
+"""Checks from headers alone that a checkpoint fills its model: no tensor is missing or has a wrong shape or type."""
 
 import math
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ _REMEDY = "config and weights do not belong together, or a file is missing"
 
 
 def check_complete(adapted: AdaptedModel) -> None:
-    """Raise InputError, naming file and tensor, where the checkpoint does not fill its model."""
+    """Raise InputError, naming file and tensor, if the checkpoint does not fill its model."""
     _check_kinds(adapted)
     _check_alike(adapted)
     _check_counts(adapted)
@@ -25,7 +25,7 @@ def check_complete(adapted: AdaptedModel) -> None:
 
 
 def _check_kinds(adapted: AdaptedModel) -> None:
-    """Shapes of the tensors that are taken as they are; and numbers where the model has numbers."""
+    """Check shapes of tensors loaded without conversion, and that floating-point parameters get floating-point tensors."""
     state = adapted.model.state_dict()
     for name, target in adapted.targets.items():
         if not target.parameter:
@@ -42,7 +42,7 @@ def _check_kinds(adapted: AdaptedModel) -> None:
 
 
 def _check_alike(adapted: AdaptedModel) -> None:
-    """Shapes of tensors that are joined to one parameter in the same way, as those of its experts."""
+    """Check that tensors joined to one parameter in the same way, such as those of its experts, have equal shapes."""
     groups: dict[tuple[str, str], list[TensorEntry]] = defaultdict(list)
     for name, target in adapted.targets.items():
         if target.parameter and target.pattern is not None and "*" in target.pattern:
@@ -58,7 +58,7 @@ def _check_alike(adapted: AdaptedModel) -> None:
 
 
 def _check_counts(adapted: AdaptedModel) -> None:
-    """Numbers of values: a per-expert tensor counts as its share of the parameter it joins."""
+    """Check numbers of values. A per-expert tensor counts as its share of the parameter that it joins."""
     state = adapted.model.state_dict()
     groups = _made_together(adapted)
     found: dict[str, int] = defaultdict(int)
@@ -83,7 +83,8 @@ def _check_counts(adapted: AdaptedModel) -> None:
 
 
 def _made_together(adapted: AdaptedModel) -> dict[str, tuple[str, ...]]:
-    """Parameters that one converter makes together (one tensor split in several): each maps to the whole group."""
+    """Parameters that one converter makes from the same tensors, such as a tensor split into several.
+    Maps each to its group."""
     state = adapted.model.state_dict()
     groups: dict[str, tuple[str, ...]] = {}
     for converter in adapted.weight_mapping:
@@ -98,9 +99,9 @@ def _made_together(adapted: AdaptedModel) -> dict[str, tuple[str, ...]]:
 
 
 def _unlike(adapted: AdaptedModel) -> list[str]:
-    """Tensors of parameters that are not made as those of a layer before them: the same conversion says the same again.
+    """Tensors to convert in the check. A parameter that is made in the same way as that of an earlier layer is skipped.
 
-    transformers takes half a millisecond for a tensor, and DeepSeek-V3 has 45,000 in 58 layers that are alike.
+    transformers takes half a millisecond per tensor, and DeepSeek-V3 has 45,000 tensors in 58 equal layers.
     """
     made_from: dict[str, list[str]] = defaultdict(list)
     for name, target in adapted.targets.items():
@@ -118,7 +119,7 @@ def _unlike(adapted: AdaptedModel) -> list[str]:
 
 
 def _check_conversion(adapted: AdaptedModel) -> None:
-    """Let transformers convert tensors without content: what it cannot join or fit, it would not load either."""
+    """Let transformers convert tensors without content. Raises InputError for a tensor that it cannot join or fit."""
     tensors = adapted.checkpoint.tensors
     names = _unlike(adapted)
     empty = {name: torch.empty(tensors[name].shape, dtype=TORCH_DTYPES[tensors[name].dtype], device="meta") for name in names}

@@ -1,6 +1,7 @@
-"""What a `config.json` must be before anything is built from it: writable again, of bounded numbers, and told in one file.
+"""Checks of a `config.json` before a model is built: it can be written again, its numbers are bounded, and it is
+self-contained.
 
-Nothing here needs torch, so that a run is refused before a process is started.
+This module does not need torch, so that a bad config is refused before a process is started.
 """
 
 import re
@@ -22,23 +23,24 @@ from stages.model.families import (
 )
 
 MAX_COUNT = 1 << 20
-"""Bound of layers, heads, labels, sizes and the like: transformers makes lists that long before it looks at a tensor."""
+"""Bound for layers, heads, labels, sizes and similar counts: transformers makes lists that long before reading a tensor."""
 _MAX_DEPTH = 100
 _COUNTS = re.compile(r"^(num|n)_|_(layers?|heads|experts|groups|labels|sizes?|dims?|rank|replace|interval|step|period)$|top_?k")
 _NO_COUNTS = re.compile(r"window|chunk|position|length|token|block_size|vocab")
-# A number for every layer is one number where all are equal; transformers' classes take a number.
+# transformers' classes take one number. A list with one entry per layer is accepted if all its entries are equal.
 _ALIKE = (
     *EXPERT_COUNT_FIELDS, *TOP_K_FIELDS, "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
     "num_shared_expert", "num_shared_experts", "n_shared_experts", "moe_num_shared_experts",
 )  # fmt: skip
-# Settings that tell transformers to read something else than what stands in this file and in the weight files.
+# Settings that make transformers read other files than this config and the weight files.
 _ELSEWHERE = {
     "configuration_files": "it names other config files for other versions of transformers",
 }
 
 
 def _check_layers(configs: Any, place: str) -> None:
-    """Layers may differ in attention, as in dots3_note. Experts of another number or size for a layer are not supported."""
+    """Layers may differ in attention, as in dots3_note.
+    A number or size of experts that differs between layers is not supported."""
     if not configs:
         return
     if not isinstance(configs, dict) or not all(isinstance(settings, dict) for settings in configs.values()):
@@ -53,9 +55,10 @@ def _check_layers(configs: Any, place: str) -> None:
 
 
 def check_config(checkpoint: Checkpoint) -> None:
-    """Raise InputError for a config that cannot be written again, hides what it means, or counts what the files do not hold.
+    """Raise InputError for a config that cannot be written again, refers to other files, or has counts that contradict the
+    files.
 
-    The family must be a supported one.
+    Also raises it for a family that is not supported.
     """
     config, place = checkpoint.config, str(checkpoint.folder / CONFIG_FILE)
     for path, value, depth in _values(config):
@@ -92,14 +95,14 @@ def check_config(checkpoint: Checkpoint) -> None:
 
 
 def without_lists(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A checked config with the number itself where it has a list of equal numbers, one for each layer."""
+    """A checked config in which each list of equal numbers, one per layer, is replaced by the number."""
     text = text_config(config)
     plain = {**text, **{name: text[name][0] for name in _ALIKE if isinstance(text.get(name), list)}}
     return plain if text is config else {**config, "text_config": plain}
 
 
 def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, int]]:
-    """Every value in a config with the keys that lead to it and its depth, without recursion: its depth is not bounded yet."""
+    """Every value in a config with its path of keys and its depth. Not recursive, because the depth is not bounded yet."""
     left: list[tuple[str, Any, int]] = [("", config, 0)]
     while left:
         path, value, depth = left.pop()

@@ -1,8 +1,8 @@
-"""Weights from the checkpoint's files straight into the model's own tensors: each byte is read once, and nothing is copied.
-Large matrices of experts are not even read where they can be mapped.
+"""Reads weights from the checkpoint's files directly into the model's own tensors, each byte once and without copies. Large
+matrices of experts are mapped instead of read where possible.
 
-What it covers follows from transformers' conversions: tensors that are only renamed, and experts that are stacked to one
-tensor, gate and up beside each other. Anything else (quantised, cast, transposed, split) is left to transformers itself.
+transformers' conversions decide which tensors are loaded here: those that are only renamed, and those of experts that are
+stacked to one tensor, with gate and up side by side. transformers itself loads all others (quantised, cast, transposed, split).
 """
 
 from collections import defaultdict
@@ -33,16 +33,17 @@ from stages.model.mapped import MappedFile, MappedRows, MappedStack
 from stages.model.upload import PinnedCopies, Upload
 
 _READ_BYTES = 1 << 20
-"""Read, then checked while it is still in the processor's cache."""
+"""Bytes read at a time. They are checked while still in the processor's cache."""
 _REMOTE_READ_BYTES = 1 << 28
-"""The same from object storage, where each request takes its time and ranges are read side by side."""
+"""The same for object storage, where each request has a latency and ranges are read in parallel."""
 MAPPED_BYTES = 8 << 20
-"""An expert's matrix of so many bytes is worth mapping. Small ones are multiplied together, and lie side by side for that."""
+"""Least size in bytes of an expert's matrix that is mapped.
+Smaller matrices are stored side by side, to be multiplied together."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor on disk and its place: expert `index` of the stack and rows from `row` on, or everything (index None)."""
+    """A tensor on disk and its place in a parameter: rows from `row` on of expert `index`, or all of it (index None)."""
 
     entry: TensorEntry
     index: int | None = None
@@ -52,11 +53,11 @@ class _Part:
 def load_directly(
     adapted: AdaptedModel, names: Iterable[str], device: torch.device, mappable: Collection[str] = ()
 ) -> tuple[list[str], dict[str, MappedStack]]:
-    """Fill the parameters that need no arithmetic; return the names of tensors that are left to transformers.
+    """Fill the parameters that need no arithmetic. Returns the names of the tensors left to transformers, and the mapped
+    parameters.
 
-    mappable: parameters, stacks of experts, that may be mapped instead where their matrices are large; those that were are
-    returned, and stay on the meta device.
-    Raises InputError, naming file and tensor, for NaN, infinity, or a file that has become shorter.
+    mappable: parameters (stacks of experts) that may be mapped if their matrices are large. Mapped parameters stay on the meta
+    device. Raises InputError, naming file and tensor, for NaN, infinity, or a file that has become shorter.
     """
     sources: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -83,12 +84,12 @@ def load_directly(
 
 
 def uploads(device: torch.device) -> AbstractContextManager[Upload | None]:
-    """How weights get to a device's memory; None where they are read right into it."""
+    """Copier of weights to a GPU's memory; None for a CPU, into whose memory weights are read directly."""
     return Upload(PinnedCopies(device)) if device.type == "cuda" else nullcontext()
 
 
 def _parts(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[_Part] | None:
-    """Where each tensor goes in a parameter like `due`, or None where that takes more than reading."""
+    """Place of each tensor in a parameter of the shape and dtype of `due`; None if it needs more than reading."""
     entries = {name: adapted.checkpoint.tensors[name] for name in names}
     if any(entry.packing is not None or TORCH_DTYPES.get(entry.dtype) != due.dtype for entry in entries.values()):
         return None
@@ -114,7 +115,7 @@ def _parts(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[_Part] 
 
 
 def _is_stack(converter: object) -> bool:
-    """Whether a conversion stacks experts and, of several tensors an expert, puts their rows below each other."""
+    """Whether a conversion stacks experts and, if an expert has several tensors, concatenates their rows."""
     if not isinstance(converter, WeightConverter) or len(converter.target_patterns) != 1:
         return False
     merge, *concatenate = converter.operations
@@ -126,7 +127,7 @@ def _is_stack(converter: object) -> bool:
 
 
 def _in_mapped_files(parts: list[_Part], opened: Callable[[str], MappedFile | None]) -> list[tuple[_Part, MappedFile]] | None:
-    """Parts with their files; None where a file cannot be mapped, or its numbers lie at no multiple of their size."""
+    """Parts with their mapped files; None if a file cannot be mapped or a tensor's first byte is not aligned to its dtype."""
     pairs = [(part, file) for part in parts if (file := opened(part.entry.file)) is not None]
     are_aligned = all(part.entry.begin % TORCH_DTYPES[part.entry.dtype].itemsize == 0 for part in parts)
     return pairs if are_aligned and len(pairs) == len(parts) else None
@@ -135,7 +136,7 @@ def _in_mapped_files(parts: list[_Part], opened: Callable[[str], MappedFile | No
 def _map(
     adapted: AdaptedModel, to_map: dict[str, list[tuple[_Part, MappedFile]]], state: dict[str, Tensor]
 ) -> dict[str, MappedStack]:
-    """Map parameters and check their numbers: whatever is not in the file cache is read, for that and for what comes."""
+    """Map parameters and check their numbers. The check also reads the files into the file cache for later use."""
     entries = [part.entry for pairs in to_map.values() for part, _ in pairs]
     read_ahead(adapted.checkpoint.folder, [(entry.file, entry.begin, entry.num_bytes) for entry in entries])
     stacks = {}
@@ -171,7 +172,7 @@ def _read(adapted: AdaptedModel, parts: list[_Part], due: Tensor, device: torch.
 
 
 def _fill(adapted: AdaptedModel, entry: TensorEntry, first: int, flat: Tensor) -> None:
-    """Fill host memory with a tensor's values from value `first` on."""
+    """Fill host memory with a tensor's values, starting at value `first`."""
     path = adapted.checkpoint.folder / entry.file
     begin, step = entry.begin + first * flat.element_size(), _REMOTE_READ_BYTES if is_remote(path) else _READ_BYTES
     for piece in flat.split(step // flat.element_size()):

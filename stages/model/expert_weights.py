@@ -1,6 +1,6 @@
-"""The weights of a layer's experts, wherever they are: in transformers' module, or mapped from the checkpoint's files.
+"""Weights of a layer's experts, either in transformers' module or mapped from the checkpoint's files.
 
-Dimensions: D hidden size, F intermediate size, P what the first product gives an expert (2 F with a gate, else F), E experts.
+Dimensions: D hidden size, F intermediate size, P columns of the first product (2 F with a gate, else F), E experts.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ NOTHING_MAPPED: Mapping[str, MappedStack] = {}
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """How an experts module keeps its weights: transformers' own flags where the module declares them."""
+    """How an experts module stores its weights, from the flags that transformers' module declares."""
 
     is_transposed: bool
     has_bias: bool
@@ -26,7 +26,8 @@ class ExpertsLayout:
 
     @classmethod
     def of(cls, experts: Any) -> "ExpertsLayout":
-        """Read the flags; Llama 4's module has none, and multiplies from the right. Raises InputError for any other without."""
+        """Read the flags. Llama 4's module has none and multiplies from the right.
+        Raises InputError for any other module without flags."""
         if all(isinstance(getattr(experts, flag, None), bool) for flag in ("is_transposed", "has_bias", "has_gate")):
             return cls(experts.is_transposed, experts.has_bias, experts.has_gate)
         if is_llama4(experts):
@@ -38,21 +39,20 @@ class ExpertsLayout:
 
     @property
     def first(self) -> str:
-        """Name of the weight that hidden states meet first."""
+        """Name of the weight in the first product, with the hidden states."""
         return "gate_up_proj" if self.has_gate else "up_proj"
 
 
 def is_llama4(experts: Any) -> bool:
-    """Whether a module is Llama 4's experts, or of a class that a tied export makes of it."""
+    """Whether a module is Llama 4's experts, or the subclass of it in a tied export."""
     names = [(base.__module__.split(".")[0], base.__name__) for base in type(experts).mro()]
     return ("transformers", "Llama4TextExperts") in names
 
 
 class ExpertWeights:
-    """Matrices to multiply with from the right, [D, P] (`layout.first`) and [F, D] (`down_proj`).
+    """Matrices for multiplication from the right: [D, P] (`layout.first`) and [F, D] (`down_proj`).
 
-    experts: transformers' module, with its layout flags; weights that are mapped are on its meta device.
-    mapped: by name of the weight.
+    experts: transformers' module with its layout flags; mapped weights are on its meta device. mapped: by name of the weight.
     """
 
     def __init__(self, experts: Any, mapped: Mapping[str, MappedStack] = NOTHING_MAPPED) -> None:
@@ -65,15 +65,16 @@ class ExpertWeights:
         self.device = torch.device("cpu") if "down_proj" in mapped else experts.down_proj.device
 
     def num_columns(self, name: str) -> int:
-        """Columns of a matrix: P or D."""
+        """Number of columns of a matrix: P or D."""
         return getattr(self.experts, name).shape[2 if self.layout.is_transposed else 1]  # type: ignore[no-any-return]
 
     def can_join(self, name: str) -> bool:
-        """Whether the matrices of neighbouring experts can be one."""
+        """Whether the matrices of neighbouring experts can be used as one matrix."""
         return not self.layout.is_transposed and name not in self._mapped
 
     def matrices(self, name: str, first: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """The matrices of experts [first, stop) side by side: column at which each begins, and the matrix."""
+        """Matrices of experts [first, stop).
+        Yields the column at which a matrix begins in the joint product, and the matrix."""
         if name not in self._mapped:
             weight = getattr(self.experts, name)[first:stop]
             if self.can_join(name):
@@ -88,11 +89,11 @@ class ExpertWeights:
                 yield (expert - first) * width + piece.row, matrix
 
     def bias(self, name: str, first: int, stop: int) -> Tensor | None:
-        """Biases of experts [first, stop), one after another, where they have any."""
+        """Biases of experts [first, stop), concatenated; None if the module has none."""
         return getattr(self.experts, f"{name}_bias")[first:stop].flatten() if self.layout.has_bias else None
 
     def release(self, name: str, first: int, stop: int) -> None:
-        """What is mapped of experts [first, stop) is not needed for the moment."""
+        """Release the mapped pages of experts [first, stop), which are not needed for the moment."""
         if name in self._mapped:
             for expert in range(first, stop):
                 self._mapped[name].release(expert)

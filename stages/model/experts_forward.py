@@ -1,11 +1,11 @@
-"""Runs the experts of one MoE layer in place of transformers' own module, and shows what they compute on the way.
+"""Runs the experts of one MoE layer in place of transformers' own module, and passes intermediate results to callbacks.
 
-Dimensions: T tokens, B tokens of a block, D hidden size, F intermediate size, P what the first product gives an expert (2 F
-with a gate, else F), E experts, S experts of a stack, k experts a token, R = T k routed pairs of a token and an expert.
+Dimensions: T tokens, B tokens of a block, D hidden size, F intermediate size, P columns of the first product (2 F with a gate,
+else F), E experts, S experts of a stack, k experts a token, R = T k routed pairs of a token and an expert.
 
-Activations a_e = act(W_gate x) * W_up x are made for a block of tokens and a stack of experts at a time, so that what is done
-with them element by element stays in the processor's cache. Of those only the routed rows are kept, for one product with W_down
-an expert.
+Activations a_e = act(W_gate x) * W_up x are computed for one block of tokens and one stack of experts at a time, so that
+elementwise operations on them stay in the processor's cache. Only the activations of routed pairs are kept, for one product
+with W_down per expert.
 """
 
 from collections import defaultdict
@@ -23,24 +23,26 @@ from stages.model.products import can_group, gates_by_halves, grouped_down, padd
 from stages.model.routing import Routing
 
 _BLOCK_BYTES = defaultdict(lambda: 1 << 28, cpu=1 << 21)
-"""Bytes of first products at a time, by kind of device: what a core's cache takes. A fixed number, since bits depend on it."""
+"""Bytes of first products computed at a time, by kind of device: the size of a core's cache.
+Fixed, because result bits depend on it."""
 _LEAST_BLOCK = 512
 _STACK_COLUMNS = 2048
-"""A product has about this many columns. Small experts are multiplied together, because every call has its price."""
+"""Approximate number of columns of a product. Small experts are multiplied together, because every call has a fixed cost."""
 _SUMMED_TOKENS = defaultdict(lambda: 1 << 20, cpu=128)
-"""Tokens whose float32 values are made at once to be added up, by kind of device. They must stay in the cache, too."""
+"""Tokens whose float32 values are summed at a time, by kind of device. These values must stay in the cache, too."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the work of a layer is cut, to tokens of a block and experts of a stack. Follows from shapes and kind of device."""
+    """Sizes of token blocks and expert stacks into which a layer's work is cut.
+    They follow from shapes and the kind of device."""
 
     num_tokens: int
     num_experts: int
 
     @classmethod
     def of(cls, weights: ExpertWeights) -> "Blocks":
-        """Experts are stacked only where their matrices can be one."""
+        """Compute the sizes. Experts are stacked only if their matrices can be used as one."""
         columns, can_join = weights.num_columns(weights.layout.first), weights.can_join(weights.layout.first)
         stack = min(weights.num_experts, max(1, _STACK_COLUMNS // columns)) if can_join else 1
         most = _BLOCK_BYTES[weights.device.type] // (stack * columns * weights.dtype.itemsize)
@@ -49,14 +51,15 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Activations:
-    """Activations of experts [first, stop) on a block of tokens, a_BSF, whether the tokens are routed to them or not."""
+    """Activations of experts [first, stop) on a block of tokens, a_BSF, routed to them or not."""
 
     first: int
     stop: int
     a_BSF: Tensor
 
     def add_to(self, total_SF: Tensor) -> None:
-        """Add the sum over tokens to float64 totals: float32 inside of the tokens that are added at once, float64 across."""
+        """Add the sum over tokens to float64 totals.
+        A few tokens at a time are summed in float32, and these sums in float64."""
         for part in self.a_BSF.split(_SUMMED_TOKENS[self.a_BSF.device.type]):
             total_SF += part.sum(0, dtype=torch.float32)
 
@@ -65,9 +68,9 @@ class Activations:
 class RoutedPairs:
     """The routed pairs of experts [first, stop), sorted by expert, then by token.
 
-    bounds: where the pairs of each expert begin, and the end. tokens_R: the token of each pair. gates_R: the weight that the
-    model gives it. output_RD: what W_down gives. gates_input: whether the gate multiplies the expert's input instead of its
-    output; it is then in output_RD.
+    bounds: first pair of each expert, and the end. tokens_R: token of each pair. gates_R: gate that the model gives to each
+    pair. output_RD: result of W_down. gates_input: whether the gate multiplies the expert's input instead of its output;
+    output_RD then already includes it.
     """
 
     first: int
@@ -80,7 +83,7 @@ class RoutedPairs:
 
     @property
     def experts(self) -> slice:
-        """Index of these experts in what has one entry for each expert of the layer."""
+        """These experts as a slice of an array with one entry for each expert of the layer."""
         return slice(self.first, self.stop)
 
     @cached_property
@@ -90,7 +93,7 @@ class RoutedPairs:
 
     @cached_property
     def num_pairs_S(self) -> Tensor:
-        """The same as a tensor."""
+        """Number of pairs of each expert, as a tensor [S]."""
         return torch.tensor(self.sizes, device=self.gates_R.device)
 
     @cached_property
@@ -101,16 +104,16 @@ class RoutedPairs:
 
     @cached_property
     def added_norms_R(self) -> Tensor:
-        """Norm, float32, of what each pair adds to the layer's output: gate * ||E_e(x)||, or ||E_e(gate x)||."""
+        """Norm, float32, of each pair's contribution to the layer's output: gate * ||E_e(x)||, or ||E_e(gate x)||."""
         return self.output_norms_R if self.gates_input else self.gates_R.float() * self.output_norms_R
 
     def sum_by_expert(self, values_R: Tensor) -> Tensor:
-        """Sum of one value a pair for each expert, float64 [S]."""
+        """Sum of one value per pair for each expert, float64 [S]."""
         return torch.stack([part.sum() for part in values_R.double().split(self.sizes)])
 
 
 class ExpertsForward:
-    """The forward of one layer's experts. What it returns is what the model's own gives, up to rounding."""
+    """The forward of one layer's experts. Its result equals that of the model's own forward, up to rounding."""
 
     def __init__(self, weights: ExpertWeights) -> None:
         self.weights, self.experts = weights, weights.experts
@@ -131,19 +134,18 @@ class ExpertsForward:
         see_routed: Callable[[RoutedPairs], None],
         see_unrouted: Callable[[Activations], None] | None = None,
     ) -> Tensor:
-        """The forward [T, D] where gates multiply outputs. The routing is what the model passes.
+        """The forward [T, D] for gates that multiply outputs. The routing is passed in by the model.
 
-        see_unrouted: if given, every expert runs on all tokens, once, and the routed rows are taken from there. Otherwise an
-        expert runs on its routed tokens only.
-        Gated outputs are rounded and summed over k as transformers' own `grouped_mm` does, so that later layers see what they
-        see in the model.
+        see_unrouted: if given, every expert runs once on all tokens, and the routed rows are taken from the results. Otherwise
+        an expert runs only on its routed tokens. Gated outputs are rounded and summed over k exactly as in transformers' own
+        `grouped_mm`, so that later layers get the same input as in the model.
         """
         num_experts = self.weights.num_experts
         routing = Routing(top_k_index_Tk, num_experts, self.blocks.num_tokens)
         gates_R = top_k_weights_Tk.flatten()[routing.slots_R]
         dtype = torch.promote_types(hidden_TD.dtype, gates_R.dtype)
         gated_RD = torch.empty((len(gates_R), hidden_TD.shape[1]), dtype=dtype, device=hidden_TD.device)
-        gated_RD[routing.begin(num_experts) :] = 0  # slots of no expert
+        gated_RD[routing.begin(num_experts) :] = 0  # pairs without an expert
         for first, stop in [(0, num_experts)] if self._is_grouped else self._stacks(0, num_experts):
             low, high = routing.begin(first), routing.begin(stop)
             bounds = routing.bounds(first, stop)
@@ -163,8 +165,8 @@ class ExpertsForward:
     def input_gated(self, gated_rows: Tensor, scores_TE: Tensor, see_routed: Callable[[RoutedPairs], None]) -> Tensor:
         """The forward of Llama 4, whose gates multiply inputs.
 
-        gated_rows [E T, D]: one block of rows for each expert, gate times x, and zeros where a token is not routed. scores_TE:
-        the gates.
+        gated_rows [E T, D]: one block of rows per expert, gate times x; zeros where a token is not routed. scores_TE: the
+        gates.
         """
         gated_ETD = gated_rows.view(self.weights.num_experts, -1, gated_rows.shape[-1])
         out_ETD = torch.zeros_like(gated_ETD)
@@ -182,30 +184,32 @@ class ExpertsForward:
             yield start, min(start + self.blocks.num_experts, stop)
 
     def _product(self, x: Tensor, name: str, first: int, stop: int, out: Tensor) -> Tensor:
-        """Fill `out` with rows times the matrices of experts [first, stop), biases added: [rows, (stop - first) P or D]."""
+        """Fill `out` with rows times the matrices of experts [first, stop), plus biases: [rows, (stop - first) P or D]."""
         for column, matrix in self.weights.matrices(name, first, stop):
             torch.mm(x, matrix, out=out[:, column : column + matrix.shape[1]])
         bias = self.weights.bias(name, first, stop)
         return out if bias is None else out.add_(bias)
 
     def _first_product(self, x: Tensor, first: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """[rows, (stop - first) P], in `out` if that is given; it may have more rows."""
+        """First products [rows, (stop - first) P], written to `out` if given, which may have more rows."""
         name = self.weights.layout.first
         if out is None:
             out = x.new_empty(len(x), (stop - first) * self.weights.num_columns(name))
         return self._product(x, name, first, stop, out[: len(x)])
 
     def activate(self, products: Tensor) -> Tensor:
-        """[..., P] to [..., F], by the module's own gate, in which families differ. Overwrites what it is given."""
+        """Activations [..., F] of first products [..., P] by the module's own gate, which differs between families.
+        Overwrites its input."""
         if not self.weights.layout.has_gate:
             return self.experts.act_fn(products)  # type: ignore[no-any-return]
-        if self._halves_gate:  # as the module does it, in less memory
+        if self._halves_gate:  # same result as the module's method, in less memory
             gate, up = products.chunk(2, dim=-1)
             return self.experts.act_fn(gate).mul_(up)  # type: ignore[no-any-return]
         return self.experts._apply_gate(products)  # type: ignore[no-any-return]
 
     def _activations(self, hidden_TD: Tensor, first: int, stop: int) -> Iterator[Activations]:
-        """Of a stack of experts on all tokens, block by block. A block's memory is used again for the next one."""
+        """Activations of a stack of experts on all tokens, block by block.
+        The next block reuses the memory of the previous one."""
         blocks = hidden_TD.split(self.blocks.num_tokens)
         products = self._first_product(blocks[0], first, stop)
         for number, hidden_BD in enumerate(blocks):
@@ -215,7 +219,7 @@ class ExpertsForward:
         self.weights.release(self.weights.layout.first, first, stop)
 
     def _expert_activations(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
-        """Activations of one expert on some tokens, [R, F]; below them, rows of padding (see `padded`)."""
+        """Activations [R, F] of one expert on some tokens, followed by rows of padding as `padded` requires."""
         padding = padded(len(tokens_R), hidden_TD.device) - len(tokens_R)
         x = hidden_TD[functional.pad(tokens_R, (0, padding))]
         activations = self.activate(self._first_product(x, expert, expert + 1))
@@ -225,7 +229,7 @@ class ExpertsForward:
     def _routed_rows(self, hidden_TD: Tensor, routing: Routing, first: int, stop: int) -> Tensor:
         """Activations [R', F] of the routed pairs of experts [first, stop), in their order.
 
-        Below them, rows of zeros (see `room_for`).
+        Rows of zeros follow, as many as `room_for` requires.
         """
         begin = routing.begin(first)
         rows_RF = self._new_rows(hidden_TD, routing.bounds(first, stop))
@@ -238,7 +242,7 @@ class ExpertsForward:
     def _rows_of_all(
         self, hidden_TD: Tensor, routing: Routing, first: int, stop: int, see: Callable[[Activations], None]
     ) -> Tensor:
-        """The same, taken from the activations on all tokens, each of which `see` is given."""
+        """Like `_routed_rows`, but taken from activations on all tokens. Each block of these is passed to `see`."""
         begin = routing.begin(first)
         rows_RF = self._new_rows(hidden_TD, routing.bounds(first, stop))
         for start, end in self._stacks(first, stop):
@@ -252,18 +256,18 @@ class ExpertsForward:
         return rows_RF
 
     def _new_rows(self, hidden_TD: Tensor, bounds: Sequence[int]) -> Tensor:
-        """Room for activations that `_down` takes: zeros below the last."""
+        """Memory for the activations that `_down` takes. The rows behind the last pair are zeros."""
         rows_RF = hidden_TD.new_empty(room_for(bounds, hidden_TD.device), self.weights.intermediate)
         rows_RF[bounds[-1] :] = 0
         return rows_RF
 
     def _down(self, rows_RF: Tensor, bounds: Sequence[int], first: int) -> Tensor:
-        """Outputs [R', D] of the rows of experts from `first` on. bounds: where each expert's rows begin, and the end.
+        """Outputs [R', D] of experts from `first` on. bounds: first row of each expert, and the end.
 
-        rows_RF has room for padding. A padded product runs into the rows of the next experts, whose own products then overwrite
-        what it put there.
+        rows_RF has room for padding. A padded product also writes rows of the next experts, whose own products then overwrite
+        them.
         """
-        if self._is_grouped and len(bounds) > 2:  # of one expert's rows, which may be none, there is nothing to group
+        if self._is_grouped and len(bounds) > 2:  # a single expert, which may have no rows, gains nothing by grouping
             return grouped_down(self.weights, rows_RF[: bounds[-1]], bounds, first)
         output_RD = rows_RF.new_empty(len(rows_RF), self.weights.hidden_size)
         for expert, (low, high) in enumerate(pairwise(bounds), first):

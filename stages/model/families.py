@@ -1,6 +1,6 @@
-"""What transformers does not say about a family and what therefore stands here, stated and tested.
+"""Facts about model families that transformers does not provide, stated here and tested.
 
-A family is a `model_type` of a language model. `docs/families.md` lists this table for users; a test keeps them equal.
+A family is a `model_type` of a language model. `docs/families.md` shows this table to users; a test keeps the two equal.
 """
 
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from typing import Any
 from stages.contracts.errors import InputError
 from stages.io.untrusted import shown
 
-# Names under which a config keeps the number of routed experts, and the number of experts a token is sent to.
+# Config names of the number of routed experts, and of the number of experts per token.
 EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 GROUP_COUNT_FIELDS = ("n_group", "num_expert_group")
 CHOSEN_GROUPS_FIELD = "topk_group"
-# Names under which a config counts the layers for predicting further tokens (MTP), which transformers does not load.
+# Config names of the number of layers that predict further tokens (MTP), which transformers does not load.
 MTP_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 
 
@@ -23,10 +23,10 @@ MTP_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_laye
 class Family:
     """One family's facts.
 
-    score: how the router turns logits to scores, "softmax" over the experts or "sigmoid" of each.
-    group_scores: of a router that first picks groups of experts, how many of a group's best scores rank it; 0 without groups.
-    gates_input: the gate multiplies the expert's input, and experts are handed one block of rows each.
-    refused_settings: settings of the config that must be absent, false or zero, with the reason.
+    score: how the router turns logits into scores: "softmax" over the experts or "sigmoid" of each. group_scores: for a router
+    that first picks groups of experts, number of best scores in a group that rank it; 0 without groups. gates_input: the gate
+    multiplies the expert's input, and the experts get one block of rows each. refused_settings: settings of the config that
+    must be absent, false or zero, with the reason.
     """
 
     score: str = "softmax"
@@ -108,7 +108,7 @@ REFUSED: dict[str, str] = {
     "zaya": "its router has a row that skips all experts, and hands its state on from layer to layer",
 }
 
-# Multimodal models of which the language model is merged and everything else is copied.
+# Multimodal models. Their language model is merged and everything else is copied.
 WRAPPERS: dict[str, str] = {"llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 
 
@@ -125,7 +125,7 @@ def family_name(config: Mapping[str, Any]) -> str:
 
 
 def family_of(config: Mapping[str, Any], place: str) -> Family:
-    """Return the facts of a raw config's family. Raises InputError, with the reason, for one that is not supported."""
+    """Facts of a raw config's family. Raises InputError, with the reason, for an unsupported family."""
     for part in ("text_config", "quantization_config"):
         if not isinstance(config.get(part), dict | None):
             raise InputError(
@@ -148,10 +148,10 @@ def family_of(config: Mapping[str, Any], place: str) -> Family:
 
 
 def number_in(config: Mapping[str, Any], name: str, place: str, least: int = 1, most: int | None = None) -> int | None:
-    """Return a whole number of a config; None where it is absent or null.
+    """A whole number from a config; None if it is absent or null.
 
-    A list, as some families have one entry for each layer, counts as its number where all entries are equal.
-    Raises InputError for anything else, and for a number below `least` or above `most`.
+    A list of equal numbers, as some families have with one entry per layer, counts as the number. Raises InputError for any
+    other value, and for a number below `least` or above `most`.
     """
     value = config.get(name)
     if value is None:
@@ -178,7 +178,7 @@ def expert_count_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def num_experts_in(config: Mapping[str, Any], place: str) -> int:
-    """Return the number of routed experts. Raises InputError for a model without experts, or with two different counts."""
+    """The number of routed experts. Raises InputError for a model without experts, or with two different counts."""
     text = text_config(config)
     counts = {name: number_in(text, name, place, least=0) or 0 for name in expert_count_fields(config)}
     if not counts or max(counts.values()) < 2:
@@ -192,7 +192,8 @@ def num_experts_in(config: Mapping[str, Any], place: str) -> int:
 
 
 def top_k_in(config: Mapping[str, Any], place: str) -> int:
-    """Return how many experts the router picks for a token. Raises InputError when the config does not say, or too many."""
+    """Number of experts that the router picks for a token.
+    Raises InputError when the config does not state it, or it is too large."""
     text = text_config(config)
     for name in TOP_K_FIELDS:
         top_k = number_in(text, name, place, most=num_experts_in(config, place))
@@ -203,7 +204,7 @@ def top_k_in(config: Mapping[str, Any], place: str) -> int:
 
 @dataclass(frozen=True)
 class Groups:
-    """A router's groups: how many there are, how many a token may use, and the best scores of a group that rank it."""
+    """Groups of a router: their number, how many of them a token may use, and the number of best scores that rank a group."""
 
     num_groups: int
     num_chosen: int
@@ -211,9 +212,9 @@ class Groups:
 
 
 def groups_in(config: Mapping[str, Any], place: str) -> Groups | None:
-    """The groups of a supported family's router, or None where it has a single one.
+    """The groups of a supported family's router, or None for a router without groups.
 
-    Raises InputError for groups that the experts do not fill equally, or of which a token may use more than there are.
+    Raises InputError if the experts do not divide equally into groups, or if a token may use more groups than exist.
     """
     text = text_config(config)
     num_scores = SUPPORTED[family_name(config)].group_scores
@@ -239,7 +240,7 @@ def groups_in(config: Mapping[str, Any], place: str) -> Groups | None:
 
 
 def stock_targets(config: Mapping[str, Any], place: str) -> list[int]:
-    """Every number of experts r that a stock export can have: top-k fits, and every group keeps equally many."""
+    """Every number of experts r possible in a stock export: at least top-k, and equally many in every group."""
     num_experts, top_k = num_experts_in(config, place), top_k_in(config, place)
     groups = groups_in(config, place)
     if groups is None:
@@ -249,6 +250,6 @@ def stock_targets(config: Mapping[str, Any], place: str) -> list[int]:
 
 
 def mtp_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Keys of the raw language-model config that count layers for predicting further tokens, where there are any."""
+    """Keys of the raw language-model config that state a nonzero number of layers that predict further tokens."""
     text = text_config(config)
     return tuple(name for name in MTP_FIELDS if isinstance(text.get(name), int) and text[name] > 0)

@@ -1,4 +1,4 @@
-"""What a checkpoint is and what its merged versions would weigh, from config and headers alone."""
+"""Describes a checkpoint and the sizes of its merged versions, from config and headers alone."""
 
 from collections import defaultdict
 from typing import Any
@@ -19,10 +19,10 @@ EXPERT_MAP_BYTES = 8
 
 
 def inspect_checkpoint(folder: str) -> dict[str, Any]:
-    """Facts of a checkpoint, JSON values, sizes in bytes.
+    """Facts of a checkpoint as JSON values, sizes in bytes.
 
-    `reason` is None for a supported one; else it says why not, and only what needs no model class is there.
-    Raises InputError for a folder whose config or headers cannot be read.
+    `reason` is None for a supported checkpoint. Otherwise it states why the checkpoint is not supported, and only facts that
+    need no model class are included. Raises InputError for a folder whose config or headers cannot be read.
     """
     checkpoint = Checkpoint(folder)
     dtypes: dict[str, int] = defaultdict(int)
@@ -80,7 +80,7 @@ def _layout(roles: list[TensorRole]) -> str:
 
 
 def bytes_by_role(roles: list[TensorRole]) -> dict[str, int]:
-    """Bytes of values: experts, router, attention, embeddings, MTP layers, and all else (norms, dense and shared experts)."""
+    """Bytes of values by role: experts, router, attention, embeddings, MTP layers, rest (norms, dense and shared experts)."""
     sizes = dict.fromkeys(("experts", "router", "attention", "embeddings", "mtp", "other"), 0)
     for role in roles:
         name = role.parameter or role.entry.name
@@ -97,9 +97,9 @@ def bytes_by_role(roles: list[TensorRole]) -> dict[str, int]:
 
 
 def target_bytes(roles: list[TensorRole], num_experts: int, stock: list[int]) -> list[dict[str, int | None]]:
-    """For every r from 1 to E the bytes of a tied export, and of a stock one where it is possible.
+    """For every r from 1 to E: bytes of a tied export, and bytes of a stock export if one is possible.
 
-    Sizes are of values, so those of a quantised source as they would be written.
+    A quantised source counts with its dequantised values, which an export would contain.
     """
     sizes = bytes_by_role(roles)
     fixed = sum(sizes.values()) - sizes["experts"] - sizes["router"] - sizes["mtp"]

@@ -1,7 +1,7 @@
-"""A layer shard: contiguous decoder layers of one checkpoint in memory, run on hidden states with transformers' own code.
+"""A layer shard: contiguous decoder layers of a checkpoint in memory, run on hidden states by transformers' own code.
 
-The rest of the model stays on the meta device. The decoder's own forward is run with stand-ins for its layers: it then
-tells what it would hand to each layer (masks, position embeddings), and finishes a forward from given hidden states.
+The rest of the model stays on the meta device. The decoder's own forward runs with stand-ins for its layers. This reveals the
+arguments (masks, position embeddings) that the decoder passes to each layer, and completes a forward from given hidden states.
 
 Dimensions: B sequences of a micro-batch, T tokens, D hidden size, V vocabulary.
 """
@@ -32,11 +32,11 @@ LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Stop(BaseException):
-    """Leaves the decoder's forward once its layers' arguments are known."""
+    """Leaves the decoder's forward once the arguments of its layers are known."""
 
 
 class _StandIn(nn.Module):
-    """Takes a decoder layer's place in the decoder's loop; any other attribute is the layer's own."""
+    """Replaces a decoder layer in the decoder's loop. All attributes but `forward` are those of the layer."""
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -56,15 +56,13 @@ def choose_device() -> torch.device:
 
 
 class LayerShard:
-    """Decoder layers [first, stop) of a checkpoint, loaded; plus what is outside of the layers at both ends of the model.
+    """Loaded decoder layers [first, stop) of a checkpoint. The first and the last shard also load tensors outside the layers.
 
-    has_head: whether `logits` is to be called; without it the output embedding stays on disk, and so does all else outside of
-    the layers where layer 0 is not among them.
-    maps_experts: whether large matrices of experts may stay in their files, on the CPU; only `expert_weights` gives them then,
-    and the experts' own forward cannot be called.
-    num_threads: CPU threads for this process; a setting, so that results do not depend on the machine. bytes_read: of the
-    checkpoint.
-    Raises InputError, naming the tensors, when the checkpoint does not fill these layers.
+    has_head: whether `logits` will be called. If not, the output embedding stays on disk, and all other tensors outside the
+    layers are loaded only with layer 0. maps_experts: whether large matrices of experts may stay in their files, on a CPU. They
+    are then accessible only through `expert_weights`, and the experts' own forward cannot be called. num_threads: CPU threads
+    of this process; a setting, so that results do not depend on the machine. bytes_read: bytes read of the checkpoint. Raises
+    InputError, naming the tensors, when the checkpoint does not fill these layers.
     """
 
     def __init__(
@@ -91,7 +89,7 @@ class LayerShard:
         return [f"{self.adapted.layers_prefix}{layer}." for layer in range(first, stop)]
 
     def _names(self, first: int, stop: int) -> list[str]:
-        """Tensors on disk of layers [first, stop), and at the model's ends of what is outside of the layers."""
+        """Tensors on disk of layers [first, stop). At the model's ends also the needed tensors outside the layers."""
         prefixes = tuple(self._prefixes(first, stop))
         is_end = first == 0 or (self._has_head and stop == len(self.adapted.layers))
         unused = "" if self._has_head else self._head_prefix()
@@ -104,16 +102,17 @@ class LayerShard:
         return [name for name, target in self.adapted.targets.items() if is_wanted(target.parameter)]
 
     def _head_prefix(self) -> str:
-        """Name of the output embedding with a trailing dot; empty where the input embedding is made of its tensors."""
+        """Name of the output embedding with a trailing dot; empty if the input embedding is filled from its tensors."""
         head = self.model.get_output_embeddings()
         if head is None or self.adapted.head_fills_embedding:
             return ""
         return next(f"{name}." for name, module in self.model.named_modules() if module is head)
 
     def read_ahead(self, args: object) -> None:
-        """Start to read other layers' bytes into the system's file cache while this shard computes, if they are of this model.
+        """Start to read another shard's layers into the system's file cache while this shard computes, if they are of this
+        model.
 
-        The cache takes memory that nobody else needs, and gives it back when somebody does. Nothing is waited for.
+        The cache uses only free memory and gives it back on demand. The call does not wait for the read.
         """
         if isinstance(args, LayerShardArgs) and args.model == str(self.adapted.checkpoint.folder):
             entries = (self.adapted.checkpoint.tensors[name] for name in self._names(args.first, args.stop))
@@ -122,7 +121,8 @@ class LayerShard:
             read_ahead(self.adapted.checkpoint.folder, stretches)
 
     def close(self) -> None:
-        """Free all weights immediately. Models contain reference cycles: they would live until the garbage collector runs."""
+        """Free all weights immediately.
+        Models contain reference cycles, so they would otherwise live until the garbage collector runs."""
         for module in self.model.modules():
             module._parameters.clear()
             module._buffers.clear()
@@ -130,7 +130,7 @@ class LayerShard:
         self._arguments.clear()
 
     def _mappable(self, prefixes: list[str]) -> dict[str, tuple[int, str]]:
-        """Layer and name of the experts' weights that may be mapped, by parameter."""
+        """Layer and weight name of the experts' parameters that may be mapped, by parameter."""
         if self.device.type != "cpu" or is_remote(self.adapted.checkpoint.folder):
             return {}
         modules = {id(experts): layer for layer, experts in self.adapted.experts_modules().items()}
@@ -141,7 +141,7 @@ class LayerShard:
         }  # fmt: skip
 
     def _load(self, wanted: list[str], mappable: dict[str, tuple[int, str]]) -> Collection[str]:
-        """Fill the layers; names of the parameters that are mapped instead."""
+        """Fill the layers. Returns the names of the parameters that were mapped instead of read."""
         self.bytes_read = sum(self.adapted.checkpoint.tensors[name].stored_bytes for name in wanted)
         names, mapped = load_directly(self.adapted, wanted, self.device, mappable)
         self._mapped: dict[int, dict[str, MappedStack]] = defaultdict(dict)
@@ -151,13 +151,13 @@ class LayerShard:
         if names:
             self._convert(names)
         if self._has_head or self.adapted.head_fills_embedding:
-            # as from_pretrained does: tensors of both that differ stay apart, whatever the config says
+            # as in from_pretrained: tied tensors that differ on disk stay separate, whatever the config says
             self.model.tie_weights(missing_keys=set(self.adapted.tied_without_tensor), recompute_mapping=False)
         self.model.requires_grad_(False)
         return mapped.keys()
 
     def _convert(self, names: list[str]) -> None:
-        """Load what takes more than reading by transformers' own conversion."""
+        """Load tensors that need more than reading, by transformers' own conversion."""
         dtype = self.model.dtype
         config = LoadStateDictConfig(
             dtype=dtype,
@@ -186,7 +186,7 @@ class LayerShard:
                     raise InputError(f"{reader.place(name)} holds NaN or infinity; download the checkpoint again")
 
     def _initialise_buffers(self, prefixes: tuple[str, ...]) -> None:
-        """Compute the buffers that no checkpoint holds (rotary frequencies), as transformers does after loading."""
+        """Compute buffers that no checkpoint contains (rotary frequencies), as transformers does after loading."""
         for name, module in self.model.named_modules():
             inside_layers = f"{name}.".startswith(self.adapted.layers_prefix)
             if inside_layers and not f"{name}.".startswith(prefixes):
@@ -206,7 +206,7 @@ class LayerShard:
             raise InputError(f"{self.adapted.checkpoint.folder} lacks tensors for {', '.join(missing[:5])}")
 
     def expert_weights(self, layer: int) -> ExpertWeights:
-        """Weights of the experts of a MoE layer of this shard."""
+        """Weights of the experts in a MoE layer of this shard."""
         return ExpertWeights(self.adapted.experts_modules()[layer], self._mapped.get(layer, NOTHING_MAPPED))
 
     @contextmanager
@@ -226,7 +226,7 @@ class LayerShard:
             self.adapted.decoder.layers = layers
 
     def embed(self, token_ids_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] that the decoder hands to layer 0."""
+        """Hidden states [B, T, D] that the decoder passes to layer 0."""
         captured: list[Tensor] = []
 
         def capture(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -238,7 +238,7 @@ class LayerShard:
         return captured[0]
 
     def _layer_arguments(self, hidden_BTD: Tensor) -> list[LayerArguments]:
-        """What the decoder hands to each layer besides the hidden states; it depends on B and T only."""
+        """Arguments that the decoder passes to each layer besides the hidden states. They depend only on B and T."""
         shape = (hidden_BTD.shape[0], hidden_BTD.shape[1])
         if shape not in self._arguments:
             arguments: list[LayerArguments] = []
@@ -262,12 +262,12 @@ class LayerShard:
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Logits [B, T, V] from the hidden states after the last layer, by the model's own final norm and head."""
+        """Logits [B, T, V] from the hidden states after the last layer, by the model's own final norm and output embedding."""
         with self._stand_ins(lambda index, hidden, args, kwargs: hidden_BTD):
             out = self.model(inputs_embeds=hidden_BTD, use_cache=False)
         return out.logits  # type: ignore[no-any-return]
 
 
 def open_layer_shard(args: LayerShardArgs) -> LayerShard:
-    """Load a layer shard, which a worker holds for all token shards."""
+    """Load a layer shard. A worker holds it for all token shards."""
     return LayerShard(Checkpoint(args.model), args.first, args.stop, args.num_threads)

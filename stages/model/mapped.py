@@ -1,6 +1,6 @@
-"""Tensors that stay in their files: mapped, so that reading them takes pages of the system's file cache and no memory of ours.
+"""Tensors that stay in their files: mapped, so that they occupy the system's file cache and no memory of this process.
 
-The kernel gives such pages to whoever needs memory, and reads them again when they are used again.
+The kernel reclaims such pages when memory is needed, and reads them again on the next use.
 """
 
 import errno
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class MappedFile:
-    """A file in the address space. It must not become shorter while it is used: the kernel ends the process (SIGBUS)."""
+    """A mapped file. It must not become shorter while it is used: the kernel would end the process (SIGBUS)."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as raw:
@@ -26,7 +26,7 @@ class MappedFile:
 
     @classmethod
     def open(cls, path: Path) -> Self | None:
-        """Map a file; None where its file system cannot (some that are FUSE), or where the process may map no more."""
+        """Map a file. Returns None if its file system cannot map (some FUSE ones), or if the process may not map more."""
         try:
             return cls(path)
         except OSError as e:
@@ -35,14 +35,14 @@ class MappedFile:
             raise
 
     def tensor(self, begin: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """A tensor whose memory is the file's, from byte `begin` on. Read only: writing to it ends the process."""
+        """A tensor whose memory is the file, from byte `begin` on. Read only: writing to it ends the process."""
         count = torch.Size(shape).numel()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable")
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(*shape)
 
     def release(self, begin: int, num_bytes: int) -> None:
-        """Stop counting pages as this process's; they stay in the file cache, from where the next use takes them."""
+        """Stop counting pages as memory of this process. They stay in the file cache, so the next use is fast."""
         first = begin // mmap.PAGESIZE * mmap.PAGESIZE
         self._map.madvise(mmap.MADV_DONTNEED, first, begin + num_bytes - first)
 
@@ -57,17 +57,17 @@ class MappedRows:
     values: Tensor
 
     def release(self) -> None:
-        """See MappedFile."""
+        """Release the pages of these rows, as `MappedFile.release` does."""
         self.file.release(self.begin, self.values.nbytes)
 
 
 @dataclass(frozen=True)
 class MappedStack:
-    """What would be one tensor [E, rows, columns], expert by expert in pieces."""
+    """Replaces a tensor [E, rows, columns] by mapped pieces, grouped by expert."""
 
     experts: Sequence[Sequence[MappedRows]]
 
     def release(self, expert: int) -> None:
-        """See MappedFile."""
+        """Release the pages of one expert, as `MappedFile.release` does."""
         for piece in self.experts[expert]:
             piece.release()

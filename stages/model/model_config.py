@@ -1,4 +1,4 @@
-"""transformers' config objects from raw configs: what they refuse is one line, and what they run is always the same code.
+"""Makes transformers' config objects from raw configs: errors become one line, and no foreign code is run.
 
 Semi-private names of transformers are used here; `tests/stages/test_model_config.py` checks them.
 """
@@ -21,9 +21,9 @@ from stages.io.untrusted import shown
 from stages.model.config_checks import without_lists
 
 COMPUTES = ("bfloat16", "float16", "float32", "float64")
-"""Dtypes that a model can be built and run in."""
+"""Dtypes in which a model can be built and run."""
 
-# Settings of a config that change what a forward returns, not what it computes.
+# Config settings that change the form of a forward's result, not its values.
 _RETURNS = {
     "output_attentions": False,
     "output_hidden_states": False,
@@ -32,8 +32,8 @@ _RETURNS = {
     "use_cache": False,
 }
 
-# What Python, torch and transformers raise for a value that they cannot use: of a wrong type, size, name or combination.
-# MemoryError and interrupts are not among them, nor is a GPU that is full (a RuntimeError): those are not the input's.
+# Exceptions of Python, torch and transformers for an unusable value: wrong type, size, name or combination.
+# Excluded are MemoryError, interrupts and a full GPU (a RuntimeError), because they are no fault of the input.
 _REFUSALS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, StrictDataclassError,
     TypeError, ValueError,
@@ -44,9 +44,9 @@ _CLASS_NAMES = re.compile(r"\b\w+Error: ")
 
 @contextmanager
 def reads_config(folder: Path, what: str) -> Iterator[None]:
-    """Around calls of transformers on somebody's config, and nothing else: what they raise becomes an InputError of one line.
+    """Context for calls of transformers on an untrusted config: their exceptions become an InputError of one line.
 
-    what: what transformers does then, such as "build this model".
+    what: the action of transformers, for the message, such as "build this model".
     """
     try:
         yield
@@ -57,7 +57,7 @@ def reads_config(folder: Path, what: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """transformers' own words on one line, without names of exceptions, which say nothing to a user."""
+    """transformers' own message on one line, without exception names, which mean nothing to a user."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = _CLASS_NAMES.sub("", " ".join(text.split()))
     if isinstance(error, KeyError) and " " not in text:
@@ -69,10 +69,10 @@ def _reason(error: BaseException) -> str:
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """The config as transformers' own class reads it, without what would make a forward return or run something else.
+    """The config as transformers' own class, without settings that make a forward return another form or run other code.
 
-    Code that comes with a checkpoint (`auto_map`) is never run here, and neither is attention that a config names: that may
-    be code from the hub.
+    Code that comes with a checkpoint (`auto_map`) is never run here. Neither is an attention implementation that a config
+    names: it may be code from the hub.
     """
     with reads_config(checkpoint.folder, "read this config"):
         raw = PreTrainedConfig._decode_special_floats(without_lists(checkpoint.config))
@@ -88,7 +88,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 
 def stated_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
-    """The dtype that a config names. Raises InputError for one that cannot compute."""
+    """The dtype that a config names. Raises InputError for one that a model cannot compute in."""
     text = checkpoint.config.get("text_config")
     sections = (checkpoint.config, text if isinstance(text, dict) else {})
     found = [(key, section.get(key)) for section in sections for key in ("dtype", "torch_dtype")]
@@ -102,5 +102,5 @@ def stated_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
 
 
 def writable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A raw config without NaN and infinity, which JSON has no numbers for: they are written as transformers writes them."""
+    """A raw config in which NaN and infinity, which JSON cannot represent, are replaced as transformers replaces them."""
     return PreTrainedConfig._encode_special_floats(dict(config))  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""How an expert's products are best made, by device and module.
+"""Efficient matrix products of experts, by device and module.
 
-No GPU has run `grouped_down`; a CPU does, in tests, to the same results (tests/stages/test_products.py).
+`grouped_down` has not been run on a GPU. Tests run it on a CPU, with the same results (tests/stages/test_products.py).
 
 Dimensions: D hidden size, F intermediate size, E experts, R routed pairs of a token and an expert, sorted by expert.
 """
@@ -17,17 +17,17 @@ from transformers.integrations.moe import _default_apply_gate
 from stages.model.expert_weights import ExpertWeights, is_llama4
 
 _GROUPED_ALIGNMENT = 16
-"""Bytes that rows of both operands must be a multiple of."""
+"""Required alignment in bytes of the rows of both operands."""
 _LEAST_STEP = 64
 _STEPS_PER_DOUBLING = 8
 
 
 def padded(num_rows: int, device: torch.device) -> int:
-    """Rows that a product of num_rows rows runs over: on a CPU more, so that few different numbers occur.
+    """Number of rows to which a product of num_rows rows is padded. Only on a CPU is it larger than num_rows.
 
-    oneDNN makes a kernel for every new number of rows, and keeps it; how many tokens are routed to an expert is a new number
-    almost every time. Few numbers are left when they are rounded up to a multiple of 64 and, above 1,024, by at most an eighth.
-    The bits of a row may depend on how many rows there are, so the steps are fixed.
+    oneDNN compiles and caches a kernel for every new number of rows, and the number of tokens routed to an expert is new almost
+    every time. Rounding it up to a multiple of 64, and above 1,024 by at most an eighth, leaves few different numbers. The
+    steps are fixed, because the bits of a row may depend on the number of rows.
     """
     if device.type != "cpu":
         return num_rows
@@ -36,22 +36,23 @@ def padded(num_rows: int, device: torch.device) -> int:
 
 
 def room_for(bounds: Sequence[int], device: torch.device) -> int:
-    """Rows of a buffer in which each expert's product may be padded. bounds: where each one's rows begin, and the end."""
+    """Rows of a buffer in which each expert's product may be padded. bounds: first row of each expert, and the end."""
     return max(low + padded(high - low, device) for low, high in pairwise(bounds))
 
 
 def gates_by_halves(experts: Any) -> bool:
-    """Whether a module gates as most do: act(first half) * second half. Llama 4's has no method for it, and does the same.
+    """Whether a module computes its gate as most do: act(first half) * second half. Llama 4 does, but has no method for it.
 
-    Nor has a module without a gate, which is not asked.
+    Not to be called for a module without a gate.
     """
     return is_llama4(experts) or getattr(type(experts), "_apply_gate", None) is _default_apply_gate
 
 
 def gate_order(experts: Any) -> str:
-    """How a module with a gate keeps what it multiplies: "halves" where all gates come first, "interleaved" for pairs.
+    """Order of the columns of gate and up: "halves" if all gate columns come first, "interleaved" if they alternate.
 
-    Found by trial, since modules with an activation of their own do either: which neuron does the second column belong to?
+    Modules with their own activation use either order. It is found by trial: by the neuron whose value the second column
+    changes.
     """
     if gates_by_halves(experts):
         return "halves"
@@ -63,9 +64,9 @@ def gate_order(experts: Any) -> str:
 
 
 def can_group(weights: ExpertWeights) -> bool:
-    """Whether all experts' products with W_down are to be one call: on a GPU, in the dtype and shapes that its kernel takes.
+    """Whether all experts' products with W_down should be one call: on a GPU, if its kernel supports the dtype and shapes.
 
-    A CPU gains nothing by it: there the call is a loop over experts.
+    A CPU gains nothing, because the call is a loop over experts there.
     """
     sizes = (weights.hidden_size, weights.intermediate)
     are_aligned = all(size * weights.dtype.itemsize % _GROUPED_ALIGNMENT == 0 for size in sizes)
@@ -73,7 +74,7 @@ def can_group(weights: ExpertWeights) -> bool:
 
 
 def grouped_down(weights: ExpertWeights, rows_RF: Tensor, bounds: Sequence[int], first: int) -> Tensor:
-    """Outputs [R, D] of experts from `first` on, biases added. bounds: where each expert's rows begin, and the end."""
+    """Outputs [R, D] of experts from `first` on, biases added. bounds: first row of each expert, and the end."""
     stop = first + len(bounds) - 1
     down = weights.experts.down_proj[first:stop]
     ends = torch.tensor(bounds[1:], dtype=torch.int32, device=rows_RF.device)

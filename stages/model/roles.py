@@ -1,4 +1,4 @@
-"""What every tensor on disk is to the merge: derived from the meta model, from headers alone."""
+"""Role of every tensor on disk in a merge, derived from the meta model and the headers alone."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -16,16 +16,15 @@ from stages.model.products import gate_order
 
 @dataclass(frozen=True)
 class TensorRole:
-    """What a tensor on disk is to the model.
+    """Role of a tensor on disk.
 
-    parameter: the transformers parameter or buffer it becomes part of; empty when transformers does not load it.
-    layer: decoder layer, or None outside of the layers.
-    role: "copy", "expert" (one expert's), "fused_expert" (all experts'), "router" (anything else with an expert axis) or
-    "mtp" (of the layers that predict further tokens). What transformers does not load is copied, unless it is of such layers.
-    expert, template: for "expert", its index and the name with {} in the index's place.
-    expert_axis: for "fused_expert" and "router".
-    neuron_axis: of an expert's neurons in one expert's part, where its values belong to neurons. neuron_order: "single" value
-    of a neuron along it, or two, of gate and up: all gates first ("halves"), or in turn ("interleaved").
+    parameter: the transformers parameter or buffer it becomes part of; empty when transformers does not load it. layer: decoder
+    layer, or None outside the layers. role: "copy", "expert" (one expert's), "fused_expert" (all experts'), "router" (any other
+    with an expert axis) or "mtp" (of the layers that predict further tokens). A tensor that transformers does not load is
+    "copy", unless it is of such layers. expert, template: for "expert", its index, and its name with {} in place of the index.
+    expert_axis: for "fused_expert" and "router". neuron_axis: axis of the neurons in one expert's part, if the values belong to
+    neurons. neuron_order: "single" if the axis has one value per neuron. With two values, of gate and up: "halves" if all gates
+    come first, "interleaved" if they alternate.
     """
 
     entry: TensorEntry
@@ -40,9 +39,9 @@ class TensorRole:
 
 
 def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
-    """What every tensor on disk is, in the order of the checkpoint's files and bytes.
+    """Role of every tensor on disk, in the order of the checkpoint's files and bytes.
 
-    Raises InputError, naming file and tensor, where the names do not account for every expert exactly once.
+    Raises InputError, naming file and tensor, if the names do not account for every expert exactly once.
     """
     axes = expert_axes(adapted.checkpoint)
     num_experts = num_experts_in(adapted.checkpoint.config, str(adapted.checkpoint.folder))
@@ -81,7 +80,7 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
 
 @dataclass(frozen=True)
 class _Neurons:
-    """Neurons in one expert's part of a parameter: their axis, how many, and how gate and up lie where it has both."""
+    """Neurons in one expert's part of a parameter: their axis, their number, and the order of gate and up if it has both."""
 
     axis: int
     number: int
@@ -89,7 +88,7 @@ class _Neurons:
 
 
 def _neuron_axes(adapted: AdaptedModel) -> dict[str, _Neurons]:
-    """Neurons in every parameter of an experts module whose values belong to neurons: all but the bias of W_down."""
+    """Neuron axes of all parameters of experts modules whose values belong to neurons: all but the bias of W_down."""
     found: dict[str, _Neurons] = {}
     for index, experts in adapted.experts_modules().items():
         layout, size = ExpertsLayout.of(experts), ExpertWeights(experts).intermediate
@@ -110,9 +109,9 @@ def _neuron_axes(adapted: AdaptedModel) -> dict[str, _Neurons]:
 def _with_neurons(
     role: TensorRole, shape: tuple[int, ...], neuron_axes: Mapping[str, _Neurons], adapted: AdaptedModel
 ) -> TensorRole:
-    """A role with the axis of its neurons. shape: of one expert's part on disk, gate and up together or each for itself.
+    """A role with its neuron axis added. shape: shape of one expert's part on disk, with gate and up together or separate.
 
-    Raises InputError where the axis has another size, so that transformers turns the tensor when it loads it.
+    Raises InputError if the axis has the wrong size, which shows that transformers transposes the tensor on loading.
     """
     neurons = neuron_axes.get(role.parameter)
     if neurons is None:
@@ -130,9 +129,9 @@ def _with_neurons(
 def _is_mtp(adapted: AdaptedModel, entry: TensorEntry, target: Target, blocks: tuple[str, ...]) -> bool:
     """Whether a tensor that transformers does not load belongs to a layer that predicts further tokens.
 
-    blocks: prefixes of the modules that hold the experts and routers of the layers. Raises InputError for a layer that the
-    config does not know, and for what looks like a part of experts or routers but is no part of the model: a merge could not
-    keep it true to the merged experts. Anything else is as little of the model's as transformers says.
+    blocks: prefixes of the modules around experts and routers. Raises InputError for a layer that the config does not declare,
+    and for a tensor that looks like part of experts or routers but is no part of the model: a merge could not adapt it to the
+    merged experts. Any other tensor is safe to copy, since transformers ignores it.
     """
     place = f"{adapted.checkpoint.folder / entry.file}: tensor {entry.name}"
     if any(part.startswith(("mtp", "nextn")) for part in entry.name.split(".")):
@@ -174,7 +173,7 @@ def _names_under(model: nn.Module, module: nn.Module, prefix: str) -> Iterable[s
 
 
 def _per_expert_names(adapted: AdaptedModel, axes: Mapping[str, int], num_experts: int) -> dict[str, tuple[int, str]]:
-    """Expert index and name template of every tensor that holds one expert's part of a parameter."""
+    """Expert index and name template of every tensor that contains one expert's part of a parameter."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, target in adapted.targets.items():
         if target.parameter in axes and target.pattern is not None and "*" in target.pattern:
@@ -206,7 +205,7 @@ def _per_expert_names(adapted: AdaptedModel, axes: Mapping[str, int], num_expert
 
 
 def router_modules(adapted: AdaptedModel, roles: Iterable[TensorRole]) -> dict[int, nn.Module]:
-    """The module of every MoE layer that owns the router's weight [E, D] and returns the logits first."""
+    """For every MoE layer, the module that contains the router's weight [E, D] and returns the logits first."""
     routers = {}
     for role in roles:
         if role.role == "router" and len(role.entry.shape) == 2 and role.expert_axis == 0 and role.layer is not None:

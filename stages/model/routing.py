@@ -1,4 +1,4 @@
-"""Which expert meets which tokens of a micro-batch.
+"""Assigns the tokens of a micro-batch to experts.
 
 Dimensions: T tokens, k experts a token, R = T k routed pairs of a token and an expert.
 """
@@ -10,8 +10,8 @@ from torch import Tensor
 class Routing:
     """The routed pairs of a micro-batch, sorted by expert, then by token.
 
-    slots_R: position of each pair in the flattened [T, k]. tokens_R: its token. rank_R: inverse permutation of slots_R.
-    Pairs of expert e in token block b stand at [begin(e, b), begin(e, b + 1)).
+    slots_R: position of each pair in the flattened [T, k]. tokens_R: its token. rank_R: inverse permutation of slots_R. Pairs
+    of expert e in token block b are at [begin(e, b), begin(e, b + 1)).
     """
 
     def __init__(self, index_Tk: Tensor, num_experts: int, block: int) -> None:
@@ -26,9 +26,10 @@ class Routing:
         self._begins: list[int] = [0, *ends.tolist()]
 
     def begin(self, expert: int, block: int = 0) -> int:
-        """Where the pairs of an expert from a block of tokens on begin; the next expert's first is this one's end."""
+        """First pair of an expert whose token is in this block or a later one.
+        The last pair ends where the next expert's first begins."""
         return self._begins[expert * self.num_blocks + block]
 
     def bounds(self, first: int, stop: int) -> list[int]:
-        """Where the pairs of each of the experts [first, stop) begin, counted from the first one's, and the end."""
+        """First pair of each of the experts [first, stop), relative to that of the first one, and the end."""
         return [self.begin(expert) - self.begin(first) for expert in range(first, stop + 1)]

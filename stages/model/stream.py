@@ -1,4 +1,4 @@
-"""A token shard's way through a layer shard: from token ids or stored hidden states to stored hidden states or logits.
+"""Runs a token shard through a layer shard: from token ids or stored hidden states to stored hidden states or logits.
 
 Dimensions: S sequences, B sequences of a micro-batch, T tokens, D hidden size, V vocabulary.
 """
@@ -25,13 +25,13 @@ _KEY = "hidden_states"
 
 @dataclass(frozen=True)
 class Stream:
-    """Hidden states on their way. A unit may send several through the same layers, such as the source's and those of a student
-    whose experts are replaced.
+    """Hidden states that pass through a layer shard. A unit may send several streams through the same layers, such as those of
+    the source and of a student whose experts are replaced.
 
-    reads: file that the layer shard before wrote; None for the first one, which embeds the tokens.
-    writes: file for the layer shard that follows; None where nothing reads it.
-    around: given a layer, the context in which this stream passes it: a watcher, `replaced_forward`, or several of them.
-    see_logits: given logits [B, T, V] and token ids [B, T] of each micro-batch after the model's last layer.
+    reads: file that the previous layer shard wrote; None for the first one, which embeds the tokens. writes: file for the next
+    layer shard; None if nothing reads it. around: given a layer, the context in which this stream passes it: a watcher,
+    `replaced_forward`, or several of them. see_logits: called with logits [B, T, V] and token ids [B, T] of each micro-batch
+    after the model's last layer.
     """
 
     reads: Path | None = None
@@ -42,7 +42,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Passed:
-    """Hidden states [B, T, D] of each micro-batch behind the layer shard, by stream, and the files that were written."""
+    """Hidden states [B, T, D] of each micro-batch after the layer shard, by stream, and the written files."""
 
     hidden: Mapping[str, list[Tensor]]
     files: tuple[WrittenFile, ...]
@@ -54,9 +54,9 @@ def read_token_ids(path: Path) -> Tensor:
 
 
 def pass_through(shard: LayerShard, token_ids_ST: Tensor, micro_batch: int, streams: Mapping[str, Stream]) -> Passed:
-    """Run a token shard through a layer shard, layer by layer; every layer is passed by one stream after another, in order.
+    """Run a token shard through a layer shard, layer by layer. In every layer the streams run one after another, in order.
 
-    micro_batch: sequences. Results are not bitwise batch-invariant, so this is a setting.
+    micro_batch: sequences per micro-batch. This is a setting, because the bits of results depend on it.
     """
     ids = list(token_ids_ST.split(micro_batch))
     hidden = {name: _enter(shard, ids, stream.reads) for name, stream in streams.items()}
@@ -73,7 +73,7 @@ def pass_through(shard: LayerShard, token_ids_ST: Tensor, micro_batch: int, stre
 
 
 def hidden_files(part_dir: Path, args: StreamArgs, shard: LayerShard) -> tuple[Path | None, Path | None]:
-    """Files that a token shard's hidden states are read from and written to at a layer shard; None at the model's ends."""
+    """Files from which a layer shard reads hidden states and to which it writes them; None at the model's ends."""
     reads = hidden_file(part_dir, shard.first, args.shard) if shard.first else None
     writes = None if args.is_last else hidden_file(part_dir, shard.stop, args.shard)
     return reads, writes
@@ -81,7 +81,7 @@ def hidden_files(part_dir: Path, args: StreamArgs, shard: LayerShard) -> tuple[P
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Have another forward stand in for a module's own, such as that of a layer's experts."""
+    """Replace a module's forward by another one, such as the forward of a layer's experts, while the context lasts."""
     module.forward = forward
     try:
         yield
@@ -90,7 +90,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
 
 
 def _enter(shard: LayerShard, ids: list[Tensor], path: Path | None) -> list[Tensor]:
-    """Hidden states [B, T, D] of each micro-batch as they enter the layer shard."""
+    """Hidden states [B, T, D] of each micro-batch at the input of the layer shard."""
     if path is None:
         return [shard.embed(ids_BT) for ids_BT in ids]
     hidden_STD = (load(path.read_bytes()) if is_remote(path) else load_file(path))[_KEY]

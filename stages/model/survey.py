@@ -1,4 +1,4 @@
-"""What a checkpoint is made of, from its config and headers alone."""
+"""Surveys a checkpoint: its dimensions, sizes and tensors, from config and headers alone."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ MERGED = ("expert", "fused_expert", "router")
 def survey(checkpoint: Checkpoint) -> tuple[Survey, list[TensorRole]]:
     """The survey of a checkpoint and the role of each of its tensors.
 
-    Raises InputError for a checkpoint that is not MoE, incomplete, inconsistent, or of a family that we cannot merge.
+    Raises InputError for a checkpoint that is not MoE, is incomplete or inconsistent, or is of an unsupported family.
     """
     place = str(checkpoint.folder)
     family_of(checkpoint.config, place)
@@ -119,5 +119,5 @@ def survey_checkpoint(model: str) -> tuple[Survey, list[TensorRow]]:
 
 
 def _first_place(checkpoint: Checkpoint, roles: list[TensorRole]) -> str | None:
-    """How a message names the first of some tensors."""
+    """Name of the first of some tensors for messages, with its file; None if there are none."""
     return f"{checkpoint.folder / roles[0].entry.file}: tensor {roles[0].entry.name}" if roles else None

@@ -1,8 +1,8 @@
-"""The tied checkpoint: E router rows, fewer experts, and a small file of model code that knows which is which.
+"""The tied checkpoint: E router rows, fewer experts, and a small file of model code that maps router rows to experts.
 
-A layer's `experts` module becomes a subclass of its own class: its expert axis is shortened to r, and a persistent
-int64 buffer `expert_map` [E] sends each routed index to the expert that stands for it. A token that chose two members
-of one cluster thus adds both gate weights, as HC-SMoE does.
+A layer's `experts` module becomes a subclass of its own class: its expert axis is shortened to r, and a persistent int64 buffer
+`expert_map` [E] maps each routed index to the merged expert. A token that chose two members of one cluster thus adds both gate
+weights, as in HC-SMoE.
 """
 
 from collections.abc import Mapping
@@ -109,22 +109,22 @@ class {name}(_Merged, {base}):
 
 
 def class_name(base: str) -> str:
-    """Name of the tied class. It holds the base's, which transformers asks for the kind of cache."""
+    """Name of the tied class. It contains the base's name, from which transformers infers the kind of cache."""
     return f"HCSMoE{base}"
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a raw config is that of a tied checkpoint."""
+    """Whether a raw config belongs to a tied checkpoint."""
     return CONFIG_KEY in text_config(config)
 
 
 def tied_config(
     config: Mapping[str, Any], base: str, auto_classes: Mapping[str, str], num_experts: Mapping[int, int]
 ) -> dict[str, Any]:
-    """The source's raw config, without names of model code, with what a tied checkpoint adds.
+    """Config of a tied checkpoint: the source's raw config, without names of model code, plus the settings of the tied form.
 
-    base: transformers' class for the language model. auto_classes: of every Auto class that knows the source's model type, the
-    class that it gives; each gets a tied one, so that no Auto class ever builds the plain model. num_experts: kept experts of
+    base: transformers class of the language model. auto_classes: for every Auto class that knows the source's model type, the
+    class that it gives. Each gets a tied class, so that no Auto class ever builds the plain model. num_experts: kept experts of
     each MoE layer.
     """
     edited = deepcopy(dict(config))
@@ -142,7 +142,7 @@ def tied_config(
 
 
 def modeling_source(config: Mapping[str, Any]) -> str:
-    """Text of the model file that belongs to a tied config. Raises InputError for a base that is no class of transformers."""
+    """Text of the model file for a tied config. Raises InputError for a base that is not a transformers class."""
     base = text_config(config).get(BASE_KEY)
     prefix = f"{MODELING_FILE.removesuffix('.py')}.{class_name('')}"
     auto_map = config.get("auto_map")

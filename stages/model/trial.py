@@ -1,6 +1,6 @@
-"""A forward without numbers: what transformers would refuse at the first token of a run is refused before the run.
+"""Trial forward without values: finds errors before the run that transformers would raise at its first token.
 
-Weights would take the memory of the model; torch's fake tensors have shapes and dtypes only, so this takes seconds.
+Real weights would take the memory of the model. torch's fake tensors have only shapes and dtypes, so the trial takes seconds.
 """
 
 import traceback
@@ -17,11 +17,11 @@ from stages.model.expert_weights import ExpertsLayout
 from stages.model.model_config import reads_config
 
 _SHAPE = (2, 2)
-"""Sequences and tokens."""
+"""Numbers of sequences and tokens in the trial."""
 
 
 def check_experts(adapted: AdaptedModel) -> None:
-    """Raise InputError for experts of a class whose weights and arithmetic are not known."""
+    """Raise InputError for experts of a class whose weights and arithmetic are unknown to this program."""
     for layer, experts in adapted.experts_modules().items():
         try:
             ExpertsLayout.of(experts)
@@ -30,12 +30,12 @@ def check_experts(adapted: AdaptedModel) -> None:
 
 
 def check_forward(checkpoint: Checkpoint) -> None:
-    """Raise InputError, with transformers' reason, where a forward by this config would fail.
+    """Raise InputError, with transformers' reason, if a forward with this config would fail.
 
-    Experts are not called, as their kernels ask for numbers; their sizes and names are checked elsewhere.
+    Experts are skipped, because their kernels need values. Their sizes and names are checked elsewhere.
     """
     try:
-        # fakes of the CPU, so that the few tensors that models make of numbers are fakes like the others
+        # fake CPU tensors, so that the few tensors that models make from numbers are fake, too
         with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
             model = build_meta_model(checkpoint, device="cpu")
             for name, module in model.named_modules():
@@ -49,7 +49,8 @@ def check_forward(checkpoint: Checkpoint) -> None:
 
 
 def _needs_numbers(reason: BaseException | None) -> bool:
-    """Whether fake tensors themselves gave up, as where rotary frequencies depend on positions: only a run can tell then."""
+    """Whether the trial failed because it needs values, for example if rotary frequencies depend on positions.
+    Then only a run can tell."""
     frames = traceback.extract_tb(reason.__traceback__) if reason is not None else []
     return bool(frames) and Path(fake_tensor.__file__).parent in Path(frames[-1].filename).parents
 

@@ -1,6 +1,6 @@
-"""From files to a GPU's memory: while one block is copied there, the next is read.
+"""Uploads files to GPU memory: while one block is copied to the GPU, the next is read.
 
-No GPU has run `PinnedCopies`; what is tested is when blocks are filled anew (tests/stages/test_upload.py).
+`PinnedCopies` has not been run on a GPU. Tests check when blocks are reused (tests/stages/test_upload.py).
 """
 
 from collections.abc import Callable
@@ -14,42 +14,43 @@ NUM_BLOCKS = 3
 
 
 class Copies(Protocol):
-    """Copies from host to device that run beside what the host does."""
+    """Copies from host to device that run in the background."""
 
     def block(self) -> Tensor:
         """Host memory to copy from: uint8 [BLOCK_BYTES]."""
 
     def start(self, to: Tensor, source: Tensor) -> Any:
-        """Begin a copy of bytes; neither may be touched until `wait` has been given what is returned here."""
+        """Start to copy bytes. Neither tensor may be touched until `wait` was called with the returned value."""
 
     def wait(self, started: Any) -> None:
-        """Return once a copy is done."""
+        """Return once a copy is finished."""
 
 
 class PinnedCopies:
-    """Copies of a CUDA device: page-locked host memory, which its copy engine reads by itself, and a stream of their own."""
+    """Copies to a CUDA device from page-locked host memory, which its copy engine reads directly, on a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
     def block(self) -> Tensor:
-        """See Copies."""
+        """Page-locked host memory to copy from: uint8 [BLOCK_BYTES]."""
         return torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
 
     def start(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
-        """See Copies. Waits on the device for what is queued there: the memory may just have been somebody else's."""
+        """Start a copy after the work queued on the device, which may still use the memory that `to` has been given."""
         self._stream.wait_stream(torch.cuda.current_stream(to.device))
         with torch.cuda.stream(self._stream):
             to.copy_(source, non_blocking=True)
             return self._stream.record_event()  # type: ignore[no-any-return]
 
     def wait(self, started: torch.cuda.Event) -> None:
-        """See Copies."""
+        """Wait until the device has recorded the end of the copy."""
         started.synchronize()
 
 
 class Upload:
-    """Fills tensors on a device through a few blocks of host memory. Use as a context manager: all is there when it ends."""
+    """Fills tensors on a device through a few blocks of host memory.
+    A context manager: all copies are finished when it exits."""
 
     def __init__(self, copies: Copies) -> None:
         self._copies = copies
@@ -65,7 +66,7 @@ class Upload:
             self._copies.wait(started)
 
     def fill(self, flat: Tensor, read: Callable[[int, Tensor], None]) -> None:
-        """Fill a flat tensor on the device. read: fills host values of the same dtype with those from an index on."""
+        """Fill a flat tensor on the device. read(index, block): fills a host block, same dtype, with values from `index` on."""
         per_block = BLOCK_BYTES // flat.element_size()
         for index, to in enumerate(flat.split(per_block)):
             source = self._free_block()[: to.nbytes].view(flat.dtype)

@@ -1,1 +1,1 @@
-"""prepare: check the checkpoint from its headers, plan by layer, and cut the texts into token shards."""
+"""prepare: surveys the checkpoint from its headers, and cuts the texts into token shards."""

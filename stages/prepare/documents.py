@@ -1,7 +1,8 @@
-"""Documents of a text in a seeded order, whatever its files: bounded memory, no copy on disk, no seeking.
+"""Documents of a text in a seeded order for all kinds of files: with bounded memory, no copy on disk and no seeking.
 
-A first pass counts the documents. A seeded permutation of their numbers then says which are wanted, some at a time, and each
-further pass picks those out of the files: a compressed file can be read in no other way, and any machine finds the same.
+A first pass counts the documents. A seeded permutation of their numbers then gives the order. Each further pass over the files
+picks the next batch of documents in that order. Passes are necessary because compressed files cannot be sought. The result is
+the same on any machine.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,17 +17,18 @@ from stages.prepare.reading import Reader, failing
 from stages.prepare.rows import ParquetReader
 
 MAX_ORDERED = 1 << 24
-"""Documents that the permutation covers: 128 MiB. Of more, as many are considered, evenly spaced over all."""
+"""Maximum number of documents in the permutation, which then takes 128 MiB.
+Of more documents, this many are used, evenly spaced."""
 _CHARACTERS_A_TOKEN = 6
-"""More than most tokenizers make of most texts: one pass picks enough then."""
+"""More characters per token than in most texts with most tokenizers, so that one pass usually picks enough documents."""
 
 _READERS: dict[str | None, type[Reader]] = {"json": JsonReader, "text": TextReader, "parquet": ParquetReader}
 
 
 def read_documents(files: Sequence[Path], text_field: str, seed: int, max_characters: int, place: str) -> Iterator[str]:
-    """Documents of files of one kind in a seeded order; of a longer one its first max_characters.
+    """Documents of files of one kind in a seeded order. Documents longer than max_characters are cut.
 
-    Raises InputError for a file that is damaged or has something else than text in text_field.
+    Raises InputError for a damaged file, or one whose text_field is not text.
     """
     readers = [_READERS[kind_of(path.name)](path, text_field, place) for path in files]
     sizes = []
@@ -46,14 +48,14 @@ def read_documents(files: Sequence[Path], text_field: str, seed: int, max_charac
 
 
 def seeded_order(num_documents: int, seed: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    """Numbers of the documents in the order in which they are read, int64 [at most MAX_ORDERED]."""
+    """Numbers of the documents in reading order, int64 [at most MAX_ORDERED]."""
     num_ordered = min(num_documents, MAX_ORDERED)
     order_D: np.ndarray[tuple[int], np.dtype[np.int64]] = np.random.default_rng(seed).permutation(num_ordered)
     return order_D if num_ordered == num_documents else order_D * num_documents // num_ordered
 
 
 def _pick(readers: Sequence[Reader], starts: Sequence[int], wanted: Sequence[int], max_characters: int) -> dict[int, str]:
-    """Texts by number, of documents whose numbers are sorted. starts: first number of each file, and the total."""
+    """Texts by document number. wanted: sorted numbers. starts: number of each file's first document, and the total."""
     texts: dict[int, str] = {}
     for reader, (start, stop) in zip(readers, pairwise(starts), strict=True):
         first, last = np.searchsorted(wanted, [start, stop])

@@ -1,4 +1,4 @@
-"""Token ids that somebody else made: read from a file, no more of it than is used, and checked against the model."""
+"""Reads token ids from a user's file, only as many as are used, and checks them against the model's vocabulary."""
 
 from pathlib import Path
 from tokenize import TokenError
@@ -17,8 +17,8 @@ Ids = np.ndarray[Any, np.dtype[np.integer[Any]]]
 def read_ids(path: Path, num_sequences: int, sequence_length: int, place: str) -> Ids:
     """The first num_sequences rows and sequence_length columns of the ids [sequences, tokens] in a file.
 
-    The file is a `.npy` file or a safetensors file with one tensor. Raises InputError for any other content, and when it has
-    fewer rows or columns.
+    The file is a `.npy` file or a safetensors file with one tensor. Raises InputError for any other content, and when the file
+    has fewer rows or columns.
     """
     reader = _read_npy if path.suffix.lower() == ".npy" else _read_safetensors
     return reader(path, num_sequences, sequence_length, place)
@@ -28,7 +28,7 @@ def _read_npy(path: Path, num_sequences: int, sequence_length: int, place: str) 
     try:
         ids_ST = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OverflowError, OSError, TypeError, SyntaxError, RecursionError, TokenError) as e:
-        # all of these come from numpy's reading of a damaged header
+        # exceptions of numpy for a damaged header
         raise InputError(f"{place}.data: {path} is not a plain numeric .npy file: {_one_line(e)}") from e
     _check_form(path, list(ids_ST.shape), str(ids_ST.dtype), ids_ST.dtype.kind in "iu", place)
     _check_size(path, list(ids_ST.shape), num_sequences, sequence_length, place)
@@ -72,7 +72,7 @@ def _check_size(path: Path, shape: list[int], num_sequences: int, sequence_lengt
 
 
 def checked_ids(ids_ST: Ids, vocab_size: int, place: str) -> "np.ndarray[Any, np.dtype[np.int32]]":
-    """The ids as int32, of whatever integers they are. Raises InputError when one is not among the model's."""
+    """The ids as int32, from any integer dtype. Raises InputError when an id is not in the model's vocabulary."""
     lowest, highest = int(ids_ST.min()), int(ids_ST.max())
     if lowest < 0 or highest >= vocab_size:
         raise InputError(

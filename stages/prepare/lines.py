@@ -1,4 +1,4 @@
-"""Documents of text and JSON files, also compressed ones: a document is held in memory, a file never."""
+"""Reads documents of text and JSON files, compressed or not. Only one document is in memory at a time, never a whole file."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,18 +8,18 @@ from stages.io.texts import content_suffix, open_text
 from stages.prepare.reading import Reader, Size
 
 MAX_LINE_BYTES = 1 << 26
-"""Bound of a line of JSON, and of a JSON file that is one list: what is parsed at a time."""
+"""Maximum size of a JSON line, and of a JSON file that is a single list, because these are parsed in one piece."""
 PIECE_BYTES = 1 << 20
-"""A text file with more bytes than this is several documents."""
+"""Maximum size of a document in a text file. A larger file is cut into several documents."""
 _START_BYTES = 1 << 12
 _BOM = b"\xef\xbb\xbf"
 
 
 class JsonReader(Reader):
-    """One object a line, empty lines left out; or, in a `.json` file, one list of objects."""
+    """One object per line, skipping empty lines; or, in a `.json` file, a single list of objects."""
 
     def measure(self) -> Size:
-        """Count lines. They are not parsed."""
+        """Count lines without parsing them."""
         objects = self._list()
         if objects is not None:
             return Size(len(objects), MAX_LINE_BYTES)
@@ -30,7 +30,7 @@ class JsonReader(Reader):
         return Size(num_documents, num_bytes)
 
     def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """Parse the lines wanted."""
+        """Parse the wanted lines."""
         objects = self._list()
         if objects is not None:
             yield from ((number, self._text(objects[number], f"element {number + 1:,}")) for number in wanted)
@@ -62,7 +62,7 @@ class JsonReader(Reader):
                     yield line_number, line
 
     def _list(self) -> list[Any] | None:
-        """The elements of a `.json` file that is one list; None of any other."""
+        """Elements of a `.json` file that is a single list; None for any other file."""
         if content_suffix(self.path.name) != ".json":
             return None
         with open_text(self.path) as raw:
@@ -93,15 +93,15 @@ class JsonReader(Reader):
 
 
 class TextReader(Reader):
-    """A file is one document; a large one is cut at line ends to pieces of at most PIECE_BYTES."""
+    """A file is one document. A large file is cut at line ends into pieces of at most PIECE_BYTES."""
 
     def measure(self) -> Size:
-        """Count pieces."""
+        """Count the pieces."""
         lengths = [len(piece) for _, piece in self._pieces()]
         return Size(len(lengths), sum(lengths))
 
     def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """Decode the pieces wanted. Line ends become `\\n`."""
+        """Decode the wanted pieces. Line ends become `\\n`."""
         left = set(wanted)
         for number, (begin, piece) in enumerate(self._pieces()):
             if number in left:
@@ -116,7 +116,7 @@ class TextReader(Reader):
                     return
 
     def _pieces(self) -> Iterator[tuple[int, bytes]]:
-        """First byte and bytes of each piece."""
+        """Each piece with the position of its first byte."""
         begin, rest = 0, b""
         with open_text(self.path) as raw:
             while piece := rest + raw.read(PIECE_BYTES - len(rest)):
@@ -126,7 +126,7 @@ class TextReader(Reader):
 
 
 def _line_end(piece: bytes) -> int:
-    """Where to cut: behind the last line end, or else before the last character, which may not be all there."""
+    """Position at which to cut: after the last line end, or else before the last character, which may be incomplete."""
     cut = piece.rfind(b"\n") + 1
     if cut:
         return cut

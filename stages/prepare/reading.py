@@ -1,4 +1,4 @@
-"""What every reader of a kind of text file does, and its errors."""
+"""Base class of readers of text files, and their errors."""
 
 import lzma
 import zlib
@@ -18,7 +18,7 @@ _FAILURES = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 @dataclass(frozen=True)
 class Size:
-    """Documents of a file, and their bytes: as they are read, so decompressed."""
+    """Number of documents in a file, and their decompressed size in bytes."""
 
     num_documents: int
     num_bytes: int
@@ -32,18 +32,18 @@ class Reader(ABC):
 
     @abstractmethod
     def measure(self) -> Size:
-        """Count the documents; their text is not looked at."""
+        """Count the documents without looking at their text."""
 
     @abstractmethod
     def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """Number and text of each document wanted; the numbers are sorted."""
+        """Number and text of each wanted document. wanted: sorted numbers."""
 
     def error(self, what: str) -> InputError:
-        """An error of this file."""
+        """An InputError that names this file."""
         return InputError(f"{self.place}.data: {self.path}{what}")
 
     def checked(self, value: Any, where: str) -> str:
-        """The text that a field holds. where: row, line or element."""
+        """The text in a field. Raises InputError for another type. where: row, line or element, for the message."""
         if isinstance(value, bytes):
             value = self.decoded(value, where)
         if not isinstance(value, str):
@@ -58,14 +58,14 @@ class Reader(ABC):
         return value
 
     def decoded(self, data: bytes, where: str) -> str:
-        """Text of bytes in UTF-8."""
+        """UTF-8 bytes as text. Raises InputError for other bytes."""
         try:
             return data.decode()
         except UnicodeDecodeError as e:
             raise self.error(f", {where}: byte {e.start + 1:,} is not UTF-8; convert the file to UTF-8") from e
 
     def missing(self, fields: Sequence[str], where: str = "") -> InputError:
-        """The error for a row without the field."""
+        """The error for a row that lacks the text field."""
         return self.error(
             f"{where} has no field {self.text_field!r}; it has {', '.join(fields) or 'none'}: set {self.place}.text_field"
         )
@@ -73,7 +73,7 @@ class Reader(ABC):
 
 @contextmanager
 def failing(path: Path, place: str) -> Iterator[None]:
-    """Tell what reading a file raises as one InputError that names it."""
+    """Raise errors from reading a file as an InputError that names the file."""
     try:
         yield
     except _FAILURES as e:

@@ -1,4 +1,4 @@
-"""Documents of Parquet files: of all columns only the text is read, a few rows at a time."""
+"""Reads documents of Parquet files: only the text column, a few rows at a time."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ _BUFFER_BYTES = 1 << 20
 
 
 class ParquetReader(Reader):
-    """One row, one document. The column may hold strings or bytes of UTF-8, also by a dictionary."""
+    """Each row is one document. The column may contain strings or UTF-8 bytes, dictionary-encoded or not."""
 
     def measure(self) -> Size:
-        """Rows and bytes of the column, from the footer alone."""
+        """Number of rows and size of the column, from the file's footer alone."""
         with self._open() as file:
             schema = file.schema_arrow
             if self.text_field not in schema.names:
@@ -37,7 +37,7 @@ class ParquetReader(Reader):
             return Size(sum(group.num_rows for group in groups), max(0, num_bytes))
 
     def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """Read the row groups that hold rows wanted."""
+        """Read the row groups that contain wanted rows."""
         with self._open() as file:
             start = 0
             for group in range(file.metadata.num_row_groups):

@@ -1,4 +1,4 @@
-"""The stage prepare: the survey of the checkpoint, and the token shards of each text."""
+"""The stage prepare: makes the survey of the checkpoint, and the token shards of each text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class SurveyArgs:
 
 @dataclass(frozen=True)
 class SurveyFacts:
-    """num_tensors: of the checkpoint."""
+    """num_tensors: tensors in the checkpoint."""
 
     num_tensors: int
 
 
 @dataclass(frozen=True)
 class TextArgs:
-    """A text and what is drawn from it; settings as in `TextData`.
+    """A text and the sequences to draw from it. Settings as in `TextData`.
 
     place: the section that names the text, for messages. model: checkpoint folder, for the tokenizer. data: paths of files and
     folders.
@@ -56,7 +56,7 @@ class TokensArgs:
 
 @dataclass(frozen=True)
 class TokensFacts:
-    """num_tokens: in all token shards."""
+    """num_tokens: tokens in all token shards."""
 
     num_tokens: int
 
@@ -64,11 +64,11 @@ class TokensFacts:
 SURVEY = UnitCall("stages.prepare.units:survey_unit", SurveyArgs, SurveyFacts)
 TOKENS = UnitCall("stages.prepare.units:tokens_unit", TokensArgs, TokensFacts)
 SEQUENCES = UnitCall("stages.prepare.units:sequences", TextArgs, TokensFacts)
-"""Not a unit: what `plan` calls to see whether a text holds enough."""
+"""Not a unit: `plan` calls it to check that a text has enough tokens."""
 
 
 class Prepare(StageSpec):
-    """Survey and token shards."""
+    """Makes the survey and the token shards."""
 
     name = "prepare"
     version = 4
@@ -83,7 +83,7 @@ class Prepare(StageSpec):
             yield run.new_part(self, place, _settings(run, place, data), {"model": survey})
 
     def units(self, run: Run) -> Iterator[Unit]:
-        """One for the survey, one for each text."""
+        """One unit for the survey, and one per text."""
         yield run.unit(run.part(self.name, SURVEY_PART), "survey", SURVEY.on(SurveyArgs(str(run.model))), "checkpoint")
         for place, data in texts_of(run.config).items():
             args = TokensArgs(_text_args(run, place, data), data.sequences_per_shard)
@@ -94,19 +94,20 @@ class Prepare(StageSpec):
         return StagePlan(str(1 + len(texts_of(run.config))), "CPU")
 
     def rehearsals(self, run: Run) -> Iterator[Call]:
-        """Draw the sequences of each text that is here."""
+        """Draw the sequences of each text whose files are present."""
         for place, data in texts_of(run.config).items():
             if run.dataset_commit(place) is None:
                 yield SEQUENCES.on(_text_args(run, place, data))
 
     def remarks(self, run: Run) -> Iterator[str]:
-        """What the checkpoint holds beside the weights that transformers loads."""
+        """Lines about data in the checkpoint that transformers does not load."""
         survey = run.survey
         return unread_lines(survey.ignored_files, survey.unloaded_tensors, survey.first_unloaded_tensor)
 
 
 def _settings(run: Run, place: str, data: TextData) -> dict[str, JsonValue]:
-    """What decides the token shards. `data` and `revision` say where a text is; what it is stands in its identity."""
+    """Settings that determine the token shards.
+    `data` and `revision` are left out: they only locate a text, whose content is in its identity."""
     include = {"text_field", "num_sequences", "sequence_length", "seed"}
     settings: dict[str, JsonValue] = data.model_dump(include=include)
     settings |= {

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, as transformers loads it; whatever it raises becomes one line."""
+"""Loads the checkpoint's tokenizer with transformers. Any exception of the libraries becomes a one-line error."""
 
 import os
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ _FILES = (
 )  # fmt: skip
 _PANIC = "PanicException"
 _NO_CACHE = {"TIKTOKEN_CACHE_DIR": ""}
-"""tiktoken would keep a copy of a vocabulary by its path, and read that when the file has changed."""
+"""Switches off tiktoken's cache, which identifies a vocabulary by its path and would be read even if the file has changed."""
 
 
 class Tokenizer:
-    """Turns documents into ids.
+    """Turns documents into token ids.
 
-    Raises InputError for a tokenizer that is missing, damaged or of an unknown kind; code that comes with it runs only if
-    trusted.
+    Raises InputError for a tokenizer that is missing, damaged or of an unknown kind. Code that comes with the checkpoint runs
+    only if trust_remote_code is set.
     """
 
     def __init__(self, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
@@ -42,7 +42,7 @@ class Tokenizer:
             self._encode = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
     def encode(self, document: str) -> Tokens:
-        """Ids of a document with the tokenizer's own special tokens, int64 [T]."""
+        """Token ids of a document, int64 [T], including the tokenizer's own special tokens."""
         with self._reported("fails as a tokenizer on a document of the text"):
             ids = self._encode(document, verbose=False)["input_ids"]
             ids_T = np.asarray(ids)
@@ -55,7 +55,7 @@ class Tokenizer:
 
     @contextmanager
     def _reported(self, what: str) -> Iterator[None]:
-        """Only around calls of the libraries: `tokenizers` raises bare Exception, or panics, and transformers anything."""
+        """Context only for calls of libraries: `tokenizers` raises bare Exception or panics, and transformers any exception."""
         try:
             yield
         except (MemoryError, KeyboardInterrupt, SystemExit):
@@ -73,7 +73,8 @@ class Tokenizer:
 
 
 def _check_file(path: Path) -> None:
-    """Raise InputError for anything but a regular file, and for settings that are no JSON object. Absent is fine."""
+    """Raise InputError for a file that is not regular, and for settings that are not a JSON object.
+    A missing file is no error."""
     if not path.exists() and not path.is_symlink():
         return
     try:

@@ -1,4 +1,4 @@
-"""Sequences from documents: joined, cut to T tokens, and drawn by a seed."""
+"""Makes sequences from documents: joins the documents, cuts them into sequences of T tokens, and draws some by a seed."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,8 +8,8 @@ import numpy as np
 from stages.contracts.errors import InputError
 
 POOL_FACTOR = 16
-"""Tokens in the pool that sequences are drawn from, for each token asked for. Also characters read of one document: so it takes
-several to fill the pool, unless they are fewer."""
+"""The pool, from which sequences are drawn, has this many times the requested tokens. At most as many characters are read of
+one document as the pool has tokens, so that several documents are needed to fill it."""
 
 Tokens = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -19,8 +19,8 @@ def draw_sequences(
 ) -> "np.ndarray[Any, np.dtype[np.int64]]":
     """Token ids [num_sequences, sequence_length] drawn without replacement from the joined documents.
 
-    Documents are taken until the pool holds POOL_FACTOR times what is asked for. Raises InputError when all of them hold
-    fewer tokens than asked for; source: what they are, for the message.
+    Documents are read until the pool has POOL_FACTOR times the requested tokens. Raises InputError when all documents together
+    have fewer than the requested tokens. source: name of the documents, for the message.
     """
     pieces: list[Tokens] = []
     num_pooled, wanted = 0, num_sequences * sequence_length

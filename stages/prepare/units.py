@@ -40,7 +40,7 @@ def tokens_unit(job: Job[TokensArgs]) -> UnitResult[TokensFacts]:
 def sequences(args: TextArgs) -> Array:
     """Token ids int32 [S, T] of one text.
 
-    Raises InputError for a text that is too short or unreadable, and for ids that are not the model's.
+    Raises InputError for a text that is too short or unreadable, and for ids outside the model's vocabulary.
     """
     place, num_sequences, sequence_length = args.place, args.num_sequences, args.sequence_length
     checkpoint = Checkpoint(args.model)

@@ -1,1 +1,1 @@
-"""report: every number of a run in one file."""
+"""report: writes every number of a run into one file."""

@@ -1,4 +1,4 @@
-"""The stage report: every number of a run in one file."""
+"""The stage report: writes every number of a run into one file."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from stages.contracts.units import Facts, Unit, UnitCall
 class ReportedTarget:
     """A finished checkpoint.
 
-    name: of its folder. target: its variant and number of experts. variant: empty where the run file lists none. path:
-    relative to the run directory. assembled: facts of its folder. evaluate_dir: of its scores, or None. dendrogram_dir: of
-    what is known of its clustering, or None where its method has no dendrogram. unweighted_clusters: by layer, merged experts
-    whose members no token was sent to.
+    name: name of its folder. target: its variant and number of experts. variant: empty if the run file lists none. path:
+    relative to the run directory. assembled: facts of its folder. evaluate_dir: directory of its scores, or None.
+    dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
+    unweighted_clusters: by layer, merged experts whose members got no token.
     """
 
     name: str
@@ -37,11 +37,12 @@ class ReportedTarget:
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """What a report is made of.
+    """Inputs of a report.
 
-    survey_dir: relative to the run directory. source_name, source_path: of the model. source_evaluate_dir: of its scores, or
-    None. never_routed: by layer, experts that no calibration token was sent to. is_sampled: whether standard errors are known.
-    settings: the run file. versions: of the libraries that computed each part.
+    survey_dir: relative to the run directory. source_name, source_path: name and path of the model. source_evaluate_dir:
+    directory of the model's scores, or None. never_routed: by layer, experts to which no calibration token was routed.
+    is_sampled: whether standard errors are known. settings: the run file. versions: versions of the libraries that computed
+    each part.
     """
 
     survey_dir: str
@@ -57,7 +58,7 @@ class ReportArgs:
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """num_models: that the report lists."""
+    """num_models: number of models in the report."""
 
     num_models: int
 
@@ -68,19 +69,19 @@ REPORT = UnitCall("stages.report.units:report_unit", ReportArgs, ReportFacts)
 
 
 class Report(StageSpec):
-    """Every number of a run in one file."""
+    """Writes every number of a run into one file."""
 
     name = "report"
     version = 2
     after = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate")
 
     def parts(self, run: Run) -> Iterator[Part]:
-        """One. It shows the settings that are in its key: `resources`, which change no result, are in neither."""
+        """One part. The report shows exactly the settings in its key. Both leave out `resources`, which change no result."""
         upstream = {part.full_name: part for stage in ("assemble", "evaluate") for part in run.parts(stage)}
         yield run.new_part(self, "", {"run": _shown_settings(run)}, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
-        """One."""
+        """One unit."""
         args = ReportArgs(
             survey_dir=run.part("prepare", "model").dir,
             source_name=run.config.name,
@@ -99,7 +100,7 @@ class Report(StageSpec):
         return StagePlan("1", "CPU")
 
     def publications(self, run: Run) -> Iterator[Publication]:
-        """The report."""
+        """The report file."""
         yield Publication(f"{run.part(self.name).dir}/{REPORT_FILE}", REPORT_FILE, is_folder=False)
 
 
@@ -112,7 +113,7 @@ def _dir_of(run: Run, stage: str, name: str) -> str | None:
 
 
 def _by_layer(run: Run, stage: str, part_dir: str, fact: str) -> dict[int, tuple[int, ...]]:
-    """A list of indices that units report, by the layer that they report with it; layers with empty lists are left out."""
+    """Lists of indices that units report in the fact named `fact`, by layer. Layers with empty lists are left out."""
     found: dict[int, tuple[int, ...]] = {}
     for unit in run.units(stage):
         sealed = run.sealed(unit) if unit.part_dir == part_dir else None

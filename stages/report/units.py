@@ -1,4 +1,4 @@
-"""Unit of report: `report.json`."""
+"""The unit of report, which writes `report.json`."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from stages.report.spec import ReportArgs, ReportedTarget, ReportFacts
 from stages.report.warning_lines import of_certainty, of_scores
 
 Values = dict[str, Any]
-"""Values of a JSON object, as they are written."""
+"""Values of a JSON object."""
 
 
 def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
@@ -68,7 +68,7 @@ def _scores(job: Job[ReportArgs], evaluate_dir: str | None) -> Values:
 
 
 def _tied_stock_gaps(models: Sequence[Values]) -> list[Values]:
-    """Perplexity of stock minus that of tied, for each target exported as both; null where either has none."""
+    """Perplexity of stock minus that of tied, for each target exported in both formats; null if either has no perplexity."""
     by_target: dict[str, dict[str, Values]] = {}
     for model in models:
         if "perplexity" in model:
@@ -82,11 +82,11 @@ def _tied_stock_gaps(models: Sequence[Values]) -> list[Values]:
 
 
 def _certainty(job: Job[ReportArgs]) -> Values:
-    """Under sampling: mean and largest relative standard error of mean outputs, and for each target and layer how often halves
-    of the data give its labels again, and how alike they are.
+    """Uncertainty under sampling: mean and largest relative standard error of mean outputs; and for each target and layer, how
+    often halves of the data reproduce its labels, and how similar the labels are.
 
-    A standard error that is not finite is null, and left out of the mean and the largest; those are null where none is finite.
-    Errors are those of the calibration, so they are the same for all variants. Methods without a dendrogram are left out.
+    A standard error that is not finite becomes null and is left out of the mean and the maximum. These are null if no error is
+    finite. Errors belong to the calibration, so all variants share them. Methods without a dendrogram are left out.
     """
     with_dendrogram = [(target, target.dendrogram_dir) for target in job.args.targets if target.dendrogram_dir is not None]
     errors = {

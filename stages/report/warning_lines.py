@@ -1,11 +1,11 @@
-"""Warnings of a report: each says in one line which number is null, and why. Such models exist, so they are no errors."""
+"""Warnings of a report: each line names a number that is null, and why. They are no errors, because such models exist."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
 def of_scores(models: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Of evaluated models (rows of the report) whose loss or perplexity is null."""
+    """Warnings for evaluated models (rows of the report) whose loss or perplexity is null."""
     for model in models:
         if "loss" not in model:
             continue
@@ -22,7 +22,7 @@ def of_scores(models: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def of_certainty(certainty: Mapping[str, Any] | None) -> Iterator[str]:
-    """Of experts whose relative standard error is null: finite outputs leave it undefined only where their mean is zero."""
+    """Warnings for experts whose relative standard error is null: with finite outputs, this means that their mean is zero."""
     errors = certainty["relative_standard_errors"] if certainty else {}
     for layer, values in errors.items():
         for expert, error in enumerate(values):

@@ -1,1 +1,1 @@
-"""Collectors: each keeps some sums of evidence, one class a file. Importing them does not import torch."""
+"""Collectors of evidence, one class per file. Importing them does not import torch."""

@@ -1,4 +1,4 @@
-"""What every collector has. No torch is imported here or in a collector, because the driver reads what they declare.
+"""Base class of collectors. Neither this module nor a collector imports torch, because the driver reads their declarations.
 
 Dimensions: C cells, D hidden size, E experts, F intermediate size.
 """
@@ -18,39 +18,40 @@ if TYPE_CHECKING:
     from stages.contracts.arrow import Array
 
 Sums = Mapping[str, "Tensor"]
-"""The sums of one collector over one token shard, by name; the first axis is that of the experts."""
+"""Sums of one collector over one token shard, by name. Their first axis is the experts."""
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum that a collector keeps for each expert. shape: of one expert's part, letters of the legend above in brackets.
+    """A sum that a collector keeps for each expert. shape: axes of one expert's part, as letters of the legend above in
+    brackets.
 
-    A sum is kept by cell if C is in its shape, and in total otherwise.
+    A sum with C in its shape is kept separately for each cell, any other in total.
     """
 
     name: str
     shape: str = ""
 
     def sizes(self, size_of: Mapping[str, int]) -> tuple[int, ...]:
-        """Size of each axis, that of the experts first."""
+        """Size of each axis. The first axis is the experts."""
         return tuple(size_of[letter] for letter in ("E", *self.shape.strip("[]").split()))
 
 
 class Summed(Protocol):
-    """What `Collector.finish` may use besides the sums of the collector."""
+    """Data that `Collector.finish` may use besides the collector's own sums."""
 
     @property
     def num_tokens(self) -> int:
-        """Calibration tokens."""
+        """Number of calibration tokens."""
 
     def through_w_down(self, activation_sum_ECF: Array) -> Array:
         """Sums of outputs, float64 [E, C, D], from un-routed activations summed by cell."""
 
 
 class Collector:
-    """One or several sums over tokens for every expert of a layer. It holds no state: sums are passed in.
+    """One or several sums over tokens for every expert of a layer. A collector has no state: sums are passed in.
 
-    columns: of the evidence, and what they mean.
+    columns: the evidence columns that it computes, with their meaning.
     """
 
     name: ClassVar[str]
@@ -58,22 +59,24 @@ class Collector:
 
     @property
     def sums(self) -> tuple[Sum, ...]:
-        """What is kept of a token shard: the columns themselves, unless `finish` makes them from something else."""
+        """Sums kept for a token shard: by default the columns themselves.
+        A collector that overrides `finish` may keep other sums."""
         return tuple(Sum(column.name, column.shape) for column in self.columns)
 
     def observe_router(self, sums: Sums, router: RouterView) -> None:
-        """Add what the router says of a micro-batch."""
+        """Add the router's output for a micro-batch."""
 
     def observe_unrouted(self, sums: Sums, unrouted: UnroutedView) -> None:
-        """Add activations of experts that run on tokens whether they are routed to them or not."""
+        """Add activations of experts that run on given tokens, routed to them or not."""
 
     def observe_routed(self, sums: Sums, routed: RoutedView) -> None:
         """Add routed pairs with their gates and outputs."""
 
     def add(self, one: Mapping[str, Array], other: Mapping[str, Array]) -> Mapping[str, Array]:
-        """The sums over two successive token shards. What is no sum, such as a maximum, needs a method of its own."""
+        """Combine sums over two successive token shards.
+        A collector that keeps something else, such as a maximum, must override this."""
         return {name: values + other[name] for name, values in one.items()}
 
     def finish(self, sums: Mapping[str, Array], summed: Summed) -> Mapping[str, Array]:
-        """The columns, from sums over all token shards."""
+        """The columns, computed from the sums over all token shards."""
         return sums

@@ -1,4 +1,4 @@
-"""What an expert adds to the layer's output on the tokens that are routed to it."""
+"""Collector of each expert's contribution to the layer's output on its routed tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class GatedOutput(Collector):
-    """The sum of what an expert adds, a vector. One float64 copy of the routed outputs of a stack of experts is made for it."""
+    """Sum of an expert's gated outputs, a vector. Needs one float64 copy of the routed outputs of a stack of experts."""
 
     name = "gated_output"
     columns = (Column("gated_output_sum", "sum over routed tokens of gate * E_e(x)", "[D]"),)

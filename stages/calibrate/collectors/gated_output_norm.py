@@ -1,4 +1,4 @@
-"""How much an expert adds to the layer's output."""
+"""Collector of the size of each expert's contribution to the layer's output."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 
 class GatedOutputNorm(Collector):
-    """The numerator of REAP's saliency (arXiv:2510.13999); its denominator is the number of routed tokens."""
+    """Sum of the norms of gated outputs: the numerator of REAP's saliency (arXiv:2510.13999).
+    Its denominator is the number of routed tokens."""
 
     name = "gated_output_norm"
     columns = (Column("gated_output_norm_sum", "sum over routed tokens of gate * ||E_e(x)||_2"),)
 
     def observe_routed(self, sums: Sums, routed: RoutedView) -> None:
-        """Add norms of what pairs add to the output."""
+        """Add the norms of the pairs' contributions to the layer's output."""
         pairs = routed.pairs
         sums["gated_output_norm_sum"][pairs.experts] += pairs.sum_by_expert(pairs.added_norms_R)

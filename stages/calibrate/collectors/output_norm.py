@@ -1,4 +1,4 @@
-"""How large an expert's outputs are, whatever its gate."""
+"""Collector of the size of each expert's outputs, without the gates."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class OutputNorm(Collector):
-    """The numerator of the expert activation norm (EAN; a baseline of REAP, arXiv:2510.13999).
+    """Sum of output norms: the numerator of the expert activation norm (EAN; a baseline of REAP, arXiv:2510.13999).
 
-    Where the gate multiplies the expert's input (Llama 4), it is ||E_e(gate x)||: the model computes no other output.
+    Where the gate multiplies the expert's input (Llama 4), the norm is ||E_e(gate x)||: the model computes no other output.
     """
 
     name = "output_norm"

@@ -1,4 +1,4 @@
-"""What an expert gives on average, whether tokens are routed to it or not."""
+"""Collector of each expert's mean output over all tokens, routed to it or not."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from stages.contracts.arrow import Array
 
 BY_CELL = "output_sum_by_cell"
-"""Name under which `finish` gives the sums by cell, float64 [E, C, D]; they have a file of their own."""
+"""Name under which `finish` returns the sums by cell, float64 [E, C, D]. They are stored in a separate file."""
 
 
 class OutputSum(Collector):
     """HC-SMoE's expert feature (arXiv:2410.08589, eq. 4), as a sum.
 
-    Kept before W_down, because sum_t W_down a_t = W_down sum_t a_t: the second product runs once a layer, not once a token.
+    The sum is taken before W_down, because sum_t W_down a_t = W_down sum_t a_t. So W_down is applied once per layer and not
+    once per token.
     """
 
     name = "output_sum"
@@ -27,7 +28,7 @@ class OutputSum(Collector):
 
     @property
     def sums(self) -> tuple[Sum, ...]:
-        """What W_down is applied to, act(W_gate x) * W_up x, by cell."""
+        """The input of W_down, act(W_gate x) * W_up x, summed by cell."""
         return (Sum("activation_sum", "[C F]"),)
 
     def observe_unrouted(self, sums: Sums, unrouted: UnroutedView) -> None:

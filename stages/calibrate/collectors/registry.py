@@ -1,4 +1,4 @@
-"""Which collectors there are: those of every run, and by name those that only some methods need."""
+"""Registry of collectors: those that every run uses, and by name those that only some methods need."""
 
 from collections.abc import Iterable
 
@@ -13,15 +13,15 @@ from stages.contracts.errors import InputError
 from stages.contracts.evidence import Column
 
 DEFAULT: tuple[Collector, ...] = (Usage(), GatedOutputNorm(), RouterScores(), OutputSum())
-"""Gathered by every run, in one file; in the order of the file's metadata."""
+"""Used by every run. Their columns share one file, in the order of this tuple."""
 FURTHER: dict[str, Collector] = {collector.name: collector for collector in (OutputNorm(), GatedOutput())}
-"""Gathered where a method requires one of their columns; each column has a file of its own."""
+"""Used only if a method requires one of their columns. Each column has a separate file."""
 
 DEFAULT_COLUMNS: tuple[Column, ...] = tuple(column for collector in DEFAULT for column in collector.columns)
 
 
 def register(collector: Collector) -> None:
-    """Make a collector known. Names of collectors and columns must be new."""
+    """Register a collector. Its name and its columns must not be taken."""
     known = (*DEFAULT, *FURTHER.values())
     assert collector.name not in {one.name for one in known}, f"{collector.name} is taken"
     columns = {column.name for one in known for column in one.columns} | {"statistics", "groups"}  # names of files
@@ -30,12 +30,13 @@ def register(collector: Collector) -> None:
 
 
 def collectors(further: Iterable[str]) -> tuple[Collector, ...]:
-    """Those of every run, then others by name."""
+    """The collectors that every run uses, then the named ones."""
     return (*DEFAULT, *(FURTHER[name] for name in further))
 
 
 def gathering(required: Iterable[str]) -> tuple[str, ...]:
-    """Names, sorted, of the further collectors whose columns are required. Raises InputError for a column that none gathers."""
+    """Sorted names of the further collectors that gather the required columns.
+    Raises InputError for a column of no collector."""
     by_column = {column.name: collector.name for collector in FURTHER.values() for column in collector.columns}
     default = {column.name for column in DEFAULT_COLUMNS}
     names = set()

@@ -1,4 +1,4 @@
-"""Scores and logits of the router on all tokens, whichever experts it picks."""
+"""Collector of the router's scores and logits on all tokens, whichever experts it picks."""
 
 from __future__ import annotations
 

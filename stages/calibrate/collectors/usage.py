@@ -1,4 +1,4 @@
-"""How often an expert is used, and with which weight."""
+"""Collector of how often the router picks each expert, and with which gates."""
 
 from __future__ import annotations
 
