@@ -33,7 +33,7 @@ bench: install  ## measure against a script by hand, the compute limit and the d
 SEED ?= 0
 RUNS ?= 10
 
-chaos: install  ## RUNS runs whose workers, nodes and drivers are killed at random moments; under a minute each
+chaos: install  ## RUNS runs whose workers, nodes and drivers are killed at random moments, under a minute each, and one without Ray
 	$(BIN)/python -m tests.cluster.campaign --seed $(SEED) --runs $(RUNS)
 
 install: $(VENV)/.installed

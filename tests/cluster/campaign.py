@@ -1,7 +1,8 @@
 """A longer, randomised campaign: `python -m tests.cluster.campaign --seed 1 --runs 20`, or `make chaos`.
 
 On a cluster of several raylets on this machine, worker processes, whole nodes and the driver are killed at random moments of
-each run; a killed driver's command is given again. Every run has to finish with the bytes of an undisturbed local run.
+each run; a killed driver's command is given again. In one run more, the driver computes by itself and is killed. Every run has
+to finish with the bytes of an undisturbed local run.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from ray.cluster_utils import Cluster
@@ -34,6 +36,7 @@ NUM_NODES = 2
 FAULTS = {"worker": 6, "node": 2, "driver": 2}
 """How often each is chosen, of ten."""
 _MAX_FAULTS = 6
+_MAX_LOCAL_FAULTS = 20
 _PAUSE_S = (0.2, 6.0)
 _LIMIT_S = 600
 _MAX_WAIT_S = 120
@@ -75,15 +78,16 @@ def worker_pids(cluster: Cluster) -> list[int]:
 
 
 class Disturbed:
-    """One run and its driver, which is started again when it is killed."""
+    """One run and its driver, which is started again when it is killed. cluster: None where the driver computes by itself."""
 
-    def __init__(self, cluster: Cluster, path: Path, rng: random.Random) -> None:
+    def __init__(self, cluster: Cluster | None, path: Path, rng: random.Random) -> None:
         self._cluster, self._path, self._rng = cluster, path, rng
         self.record = RunRecord()
         self._driver = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "pipeline", "run", str(self._path), "--address", self._cluster.address]
+        where = ["--address", self._cluster.address] if self._cluster else ["--executor", "local"]
+        command = [sys.executable, "-m", "pipeline", "run", str(self._path), *where]
         with open(self._path.with_name("driver.log"), "ab") as log:
             return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True)
 
@@ -91,11 +95,15 @@ class Disturbed:
         """Disturb the run until it is over, or was disturbed enough; then let it finish."""
         started = time.monotonic()
         self._wait_for_first_unit()
-        while self._driver.poll() is None and self.record.faults.total() < _MAX_FAULTS:
+        max_faults = _MAX_FAULTS if self._cluster else _MAX_LOCAL_FAULTS
+        while self._driver.poll() is None and self.record.faults.total() < max_faults:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._driver.wait(self._rng.uniform(*_PAUSE_S))
                 break
-            self._strike(self._rng.choices(list(FAULTS), list(FAULTS.values()))[0])
+            if self._cluster is None:
+                self._strike_driver()
+            else:
+                self._strike(self._rng.choices(list(FAULTS), list(FAULTS.values()))[0], self._cluster)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._driver.wait(_LIMIT_S)
         self.end()
@@ -114,22 +122,27 @@ class Disturbed:
         while time.monotonic() < deadline and self._driver.poll() is None and not events_of(self._path):
             time.sleep(0.1)
 
-    def _strike(self, fault: str) -> None:
+    def _strike(self, fault: str, cluster: Cluster) -> None:
+        if fault == "driver":
+            return self._strike_driver()
         if fault == "worker":
-            pids = worker_pids(self._cluster)
+            pids = worker_pids(cluster)
             if not pids:
-                return
+                return None
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._rng.choice(pids), signal.SIGKILL)
-        elif fault == "node":
-            nodes = sorted(self._cluster.worker_nodes, key=lambda node: node.unique_id)
-            self._cluster.remove_node(self._rng.choice(nodes), allow_graceful=False)
-            add_node(self._cluster)
         else:
-            self._driver.kill()
-            self._driver.wait(_MAX_WAIT_S)
-            self._driver = self._start()
+            nodes = sorted(cluster.worker_nodes, key=lambda node: node.unique_id)
+            cluster.remove_node(self._rng.choice(nodes), allow_graceful=False)
+            add_node(cluster)
         self.record.faults[fault] += 1
+        return None
+
+    def _strike_driver(self) -> None:
+        self._driver.kill()
+        self._driver.wait(_MAX_WAIT_S)
+        self._driver = self._start()
+        self.record.faults["driver"] += 1
 
     def end(self) -> None:
         """Kill the driver if it is still there."""
@@ -172,15 +185,21 @@ def campaign(seed: int, num_runs: int, folder: Path, console: Console) -> list[R
     settings = {**SETTINGS, **MORE_SETTINGS}
     expected = FinishedRun.of(write_run_file(folder / "undisturbed", model, ids, settings)).results()
     records: list[RunRecord] = []
+
+    def disturb(cluster: Cluster | None, more: dict[str, Any]) -> None:
+        number = len(records)
+        path = write_run_file(folder / f"run-{number}", model, ids, settings | more)
+        run = Disturbed(cluster, path, random.Random(f"{seed} {number}"))
+        try:
+            records.append(run.go(expected))
+        finally:
+            run.end()
+        console.print(f"run {number}: {_faults(records[-1])}; finished: {records[-1].is_finished}", highlight=False)
+
     with _cluster() as cluster:
-        for number in range(num_runs):
-            path = write_run_file(folder / f"run-{number}", model, ids, settings)
-            run = Disturbed(cluster, path, random.Random(f"{seed} {number}"))
-            try:
-                records.append(run.go(expected))
-            finally:
-                run.end()
-            console.print(f"run {number}: {_faults(records[-1])}; finished: {records[-1].is_finished}", highlight=False)
+        for _ in range(num_runs):
+            disturb(cluster, {})
+    disturb(None, {"resources.num_gpus": None, "resources.num_workers": None})
     return records
 
 
@@ -188,7 +207,7 @@ def main() -> int:
     """Exit code 1 if a run did not finish with the same bytes; its folder is kept then."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--seed", type=int, default=0, help="of the random moments and faults")
-    parser.add_argument("--runs", type=int, default=10, help="how many runs are disturbed")
+    parser.add_argument("--runs", type=int, default=10, help="how many runs on the cluster are disturbed")
     options = parser.parse_args()
     console = Console(width=140)
     folder = Path(tempfile.mkdtemp(prefix="hcsmoe-chaos-"))
