@@ -193,7 +193,7 @@ def test_variants_share_one_calibration_and_carry_their_names(
     {
         "variants=[best]": "variants: best: there is no preset named best; known presets: ean, ",
         "variants=[hc-smoe, hc-smoe]": "variants: 2 are named hc-smoe; give each its own name",
-        "variants=[{name: a, refit: {}}]": "variants.0.refit is not a setting",
+        "variants=[{name: a, colour: {}}]": "variants.0.colour is not a setting",
         "variants=[{name: a, clustering: {linkage: far}}]": "variants: a: clustering.linkage: Input should be 'average'",
         "variants=[{name: a, clustering: {num_experts: 4}}]": "variants: a: clustering.num_experts holds for all variants",
         "variants=[{name: a-4e}]": "variants.0.name: use at most 48 letters, digits",

@@ -92,7 +92,8 @@ class RunState:
         self._running: Counter[str] = Counter()
         self._ended: list[StageSpec] = []
         self._finished: set[str] = set()
-        self._wanted: set[str] = set()
+        self._num_readers: Counter[str] = Counter()
+        """Units that are still to read each transient file."""
         self._is_reported = False
         self._started = time.monotonic()
         self._events: EventLog | None = None
@@ -196,7 +197,7 @@ class RunState:
                 )
             return []
         self._delete(leftovers(units, selected))
-        self._wanted |= {path for unit in selected for path in unit.reads}
+        self._num_readers.update(path for unit in selected for path in unit.reads)
         self._num_run += len(selected)
         self._num_reused += len(units) - len(selected)
         self._reporter.begin(spec.name, len(selected), len(units) - len(selected))
@@ -235,8 +236,10 @@ class RunState:
         self._write(STARTED, unit=f"{unit.part_dir}/{unit.name}")
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
-        """A unit is sealed: delete the transient files it read, and those it wrote that no unit of this run reads."""
-        self._delete([*unit.reads, *(set(unit.writes) - self._wanted)])
+        """A unit is sealed: delete the transient files that no unit will read: some of its input, perhaps of its output."""
+        self._num_readers.subtract(unit.reads)
+        unread = [path for path in unit.reads if not self._num_readers[path]]
+        self._delete([*unread, *(path for path in unit.writes if path not in self._num_readers)])
         self._reporter.done(unit, outcome)
         self._write_event(SEALED, unit, outcome)
         self._running[unit.stage] -= 1

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pipeline.display.problems import problems
 from stages.contracts.errors import InputError
 from stages.contracts.method import Method, Methods, Preset
-from stages.contracts.settings import Clustering, Export, Merging, RunConfig, Section, VariantEntry, check_target_formats
+from stages.contracts.settings import Clustering, Export, Merging, Refit, RunConfig, Section, VariantEntry, check_target_formats
 from stages.contracts.targets import Variant
 from stages.registry import stage_specs
 
@@ -48,7 +48,7 @@ def variants_of(config: RunConfig) -> tuple[Variant, ...]:
     if config.variants is None:
         method = methods()[config.clustering.method]
         _check_fits(method, "merging" in config.model_fields_set, config.export, "export")
-        return (Variant("", method, config.clustering, config.merging, config.export),)
+        return (Variant("", method, config.clustering, config.merging, config.refit, config.export),)
     (name, count), *_ = Counter(entry.name for entry in config.variants).most_common(1)
     if count > 1:
         raise InputError(f"variants: {count} are named {name}; give each its own name")
@@ -69,6 +69,7 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
     clustering = _section(method.settings, {**counts, **chosen}, f"{place}: clustering")
     given = {**preset.get("merging", {}), **entry.merging}
     merging = _section(Merging, given, f"{place}: merging")
+    refit = _section(Refit, {**preset.get("refit", {}), **entry.refit}, f"{place}: refit")
     exported = {**config.export.model_dump(), **preset.get("export", {}), **entry.export}
     export = _section(Export, exported, f"{place}: export")
     _check_fits(method, bool(given), export, f"{place}: export")
@@ -76,7 +77,7 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
         check_target_formats(clustering.num_experts, export.formats)
     except ValueError as e:
         raise InputError(f"{place}: {e}") from e
-    return Variant(entry.name, method, clustering, merging, export)
+    return Variant(entry.name, method, clustering, merging, refit, export)
 
 
 def _check_fits(method: Method[Any], has_merging: bool, export: Export, place: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from stages.contracts.naming import hub_name
-from stages.contracts.settings import RunConfig
+from stages.contracts.settings import RunConfig, Section
 from stages.contracts.spec import Run
 from stages.contracts.targets import Target
 
@@ -76,10 +76,12 @@ def _labels(data: Sequence[str], commit: str | None) -> list[str]:
 
 def _settings(config: RunConfig, target: Target, commit: str | None) -> dict[str, JsonValue]:
     """A run file for one target alone. With the same input files, the same command makes the same checkpoint from it."""
-    exclude = {"run_dir", "cache_dir", "resources", "evaluation", "variants", "clustering", "merging", "export"}
+    exclude = {"run_dir", "cache_dir", "resources", "evaluation", "variants", "clustering", "merging", "refit", "export"}
     settings: dict[str, JsonValue] = config.model_dump(mode="json", exclude=exclude, exclude_none=True)
     variant = target.variant
-    sections = {"clustering": variant.clustering, "export": variant.export}
+    sections: dict[str, Section] = {"clustering": variant.clustering, "export": variant.export}
+    if variant.refit.mode != "none":
+        sections["refit"] = variant.refit
     if variant.method.reads_merging:
         sections["merging"] = variant.merging
     for name, section in sections.items():

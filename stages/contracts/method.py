@@ -19,7 +19,7 @@ from stages.contracts.settings import Clustering, Merging
 S = TypeVar("S", bound=Clustering)
 
 Preset = Mapping[str, Mapping[str, JsonValue]]
-"""Settings by section: clustering, merging, export."""
+"""Settings by section: clustering, merging, refit, export."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ def hidden_file(part_dir: Path, layer: int, shard: int) -> Path:
     return part_dir / TRANSIENT_DIRS[0] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.safetensors"
 
 
+def student_file(part_dir: Path, layer: int, shard: int) -> Path:
+    """Hidden states of a token shard as they enter a layer, behind layers that are already refitted; transient."""
+    return part_dir / TRANSIENT_DIRS[0] / f"layer-{layer:04d}" / f"student-{shard:04d}.safetensors"
+
+
 def partial_evidence_file(part_dir: Path, layer: int, shard: int) -> Path:
     """Sums of one layer over one token shard; transient."""
     return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.arrow"

@@ -134,6 +134,16 @@ class Merging(Section):
     """Weights of the cluster members: usage frequency, equal weights, REAP's saliency, or only the most used member."""
 
 
+class Refit(Section):
+    """Whether W_down of every merged or kept expert is solved anew, so that each layer's output stays what it was."""
+
+    mode: Literal["none", "sequential"] = "none"
+    """sequential: layer after layer, each also making good what the layers before it lost."""
+    ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of six strengths
+    the one with the least error on the last eighth of the calibration tokens."""
+
+
 class Export(Section):
     """What an export contains."""
 
@@ -191,6 +201,7 @@ class VariantEntry(Section):
     """Name of a preset, a predefined set of settings."""
     clustering: dict[str, JsonValue] = {}
     merging: dict[str, JsonValue] = {}
+    refit: dict[str, JsonValue] = {}
     export: dict[str, JsonValue] = {}
 
     @field_validator("name")
@@ -230,11 +241,12 @@ class RunConfig(Section):
     calibration: Calibration
     clustering: Clustering
     merging: Merging = Merging()
+    refit: Refit = Refit()
     export: Export = Export()
     variants: tuple[Annotated[VariantEntry, BeforeValidator(_by_preset)], ...] | None = None
     """Ways from one calibration to checkpoints. Omit for a single way, given by the sections above. With variants, `clustering`
-    contains only `num_experts`, and `merging` belongs into each variant. `export` applies to every variant that does not change
-    it."""
+    contains only `num_experts`; `merging` and `refit` belong into each variant. `export` applies to every variant that does
+    not change it."""
     evaluation: Evaluation | None = None
     """Omit to skip evaluation."""
     resources: Resources = Resources()

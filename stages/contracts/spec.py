@@ -144,6 +144,12 @@ class Run(Protocol):
         """The record of a finished unit; None before it is finished."""
 
 
+def plans_of(run: Run, target: Target) -> Part:
+    """The part that holds a target's layer plans: what its refit has made of them, or its method's own."""
+    refitted = [part for part in run.parts("recombine") if part.name == target.part]
+    return refitted[0] if refitted else run.part("cluster", target.part)
+
+
 class StageSpec(ABC):
     """A stage.
 

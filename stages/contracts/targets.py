@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.contracts.keys import key_of
 from stages.contracts.method import Method
-from stages.contracts.settings import Clustering, Export, Merging
+from stages.contracts.settings import Clustering, Export, Merging, Refit
 
 NumExperts = int | tuple[int, ...]
 """Experts that each MoE layer keeps: one number for all layers, or one per layer."""
@@ -20,6 +20,7 @@ class Variant:
     method: Method[Any]
     clustering: Clustering
     merging: Merging
+    refit: Refit
     export: Export
 
     @property

@@ -104,10 +104,10 @@ class Unit:
     run_dir: absolute path of the run directory. stage: name of the stage. part_dir: directory of the stage's part, relative to
     run_dir. name: unique in the part, a readable path. call: the function and its arguments. label: name of the unit in logs.
     reads, writes: transient files (relative to the run directory) that the unit reads and writes. A unit waits for the units
-    that write its input, and its input is deleted once it is sealed. A unit that writes transient files makes nothing else, and
-    runs only when a reader needs them. after: ids of further units that it waits for. hold: set for units that share a loaded
-    layer shard. on_worker: run on a worker (GPU) and not as a CPU task. memory_bytes: estimated memory, for messages; 0 if
-    small.
+    that write its input; a file is deleted once all its readers are sealed. A unit that writes transient files makes nothing
+    else, and runs only when a reader needs them. after: ids of further units that it waits for. hold: set for units that share
+    a loaded layer shard. on_worker: run on a worker (GPU) and not as a CPU task. memory_bytes: estimated memory, for messages;
+    0 if small.
     """
 
     run_dir: str

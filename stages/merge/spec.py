@@ -9,7 +9,7 @@ from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.settings import RunConfig
-from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec
+from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec, plans_of
 from stages.contracts.targets import Target
 from stages.contracts.units import Unit, UnitCall
 from stages.merge.layout import OutputFile, output_files
@@ -52,7 +52,7 @@ class Merge(StageSpec):
     name = "merge"
     version = 2
     libraries = ("numpy", "torch")
-    after = ("prepare", "cluster")
+    after = ("prepare", "cluster", "recombine")
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
         """Raise InputError for a stock target with fewer experts than the router picks, or one that does not divide into the
@@ -89,7 +89,7 @@ class Merge(StageSpec):
         for target in run.targets:
             export = target.variant.export
             settings: dict[str, JsonValue] = {"max_file_bytes": export.max_file_bytes, "dtype": export.dtype}
-            upstream = {"model": run.part("prepare", "model"), "plans": run.part("cluster", target.part)}
+            upstream = {"model": run.part("prepare", "model"), "plans": plans_of(run, target)}
             yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
@@ -100,7 +100,7 @@ class Merge(StageSpec):
                 args = MergeArgs(
                     model=str(run.model),
                     survey_dir=run.part("prepare", "model").dir,
-                    plan_dir=run.part("cluster", target.part).dir,
+                    plan_dir=plans_of(run, target).dir,
                     num_experts=run.survey.num_experts,
                     num_merged=target.counts(run.survey.moe_layers),
                     format=target.format,

@@ -218,6 +218,10 @@ class ExpertsForward:
             yield Activations(first, stop, self.activate(products.view(len(hidden_BD), stop - first, -1)))
         self.weights.release(self.weights.layout.first, first, stop)
 
+    def activations_of(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
+        """Activations [R, F] of one expert on some tokens."""
+        return self._expert_activations(hidden_TD, tokens_R, expert)[: len(tokens_R)]
+
     def _expert_activations(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
         """Activations [R, F] of one expert on some tokens, followed by rows of padding as `padded` requires."""
         padding = padded(len(tokens_R), hidden_TD.device) - len(tokens_R)

@@ -4,7 +4,7 @@ A family is a `model_type` of a language model. `docs/families.md` shows this ta
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stages.contracts.errors import InputError
@@ -25,25 +25,28 @@ class Family:
 
     score: how the router turns logits into scores: "softmax" over the experts or "sigmoid" of each. group_scores: for a router
     that first picks groups of experts, number of best scores in a group that rank it; 0 without groups. gates_input: the gate
-    multiplies the expert's input, and the experts get one block of rows each. refused_settings: settings of the config that
-    must be absent, false or zero, with the reason.
+    multiplies the expert's input, and the experts get one block of rows each. normalises_outputs: a norm stands between the
+    experts' outputs and the residual stream, so that a refit cannot solve for them. refused_settings: settings of the config
+    that must be absent, false or zero, with the reason.
     """
 
     score: str = "softmax"
     group_scores: int = 0
     gates_input: bool = False
+    normalises_outputs: bool = False
     refused_settings: Mapping[str, str] = field(default_factory=dict)
 
 
 _SOFTMAX, _SIGMOID, _GROUPS = Family(), Family("sigmoid"), Family("sigmoid", group_scores=2)
+_SIGMOID_NORMED, _GROUPS_NORMED = replace(_SIGMOID, normalises_outputs=True), replace(_GROUPS, normalises_outputs=True)
 
 SUPPORTED: dict[str, Family] = {
-    "afmoe": _SIGMOID,
+    "afmoe": _SIGMOID_NORMED,
     "aria_text": _SOFTMAX,
-    "axk1": _GROUPS,
+    "axk1": _GROUPS_NORMED,
     "axk2": _GROUPS,
     "bailing_hybrid": _GROUPS,
-    "beam": _GROUPS,
+    "beam": _GROUPS_NORMED,
     "cohere2_moe": _SOFTMAX,
     "deepseek_v2": Family(group_scores=1),
     "deepseek_v3": _GROUPS,
@@ -52,13 +55,14 @@ SUPPORTED: dict[str, Family] = {
     "dots3_note_text": _GROUPS,
     "ernie4_5_moe": _SOFTMAX,
     "exaone_moe": _GROUPS,
-    "flex_olmo": _SOFTMAX,
+    "flex_olmo": Family(normalises_outputs=True),
     "flint": _SIGMOID,
     "gemma4_text": Family(
+        normalises_outputs=True,
         refused_settings={
             "num_kv_shared_layers": "its last layers reuse keys and values of earlier ones, which layer shards do not pass on",
             "hidden_size_per_layer_input": "every layer has its own embedding of the tokens, which layer shards do not pass on",
-        }
+        },
     ),
     "glm4_moe": _GROUPS,
     "glm4_moe_lite": _GROUPS,
@@ -71,7 +75,7 @@ SUPPORTED: dict[str, Family] = {
     "hy_v3": _SIGMOID,
     "jamba": _SOFTMAX,
     "kimi_linear": _GROUPS,
-    "kolibri1": _SIGMOID,
+    "kolibri1": _SIGMOID_NORMED,
     "laguna": Family(
         "sigmoid",
         refused_settings={"moe_apply_router_weight_on_input": "its gate multiplies the expert's input, which is not tested"},

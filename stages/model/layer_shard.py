@@ -254,11 +254,11 @@ class LayerShard:
             self._arguments[shape] = arguments
         return self._arguments[shape]
 
-    def run_layer(self, layer: int, hidden_BTD: Tensor) -> Tensor:
-        """Hidden states [B, T, D] after one decoder layer of this shard."""
+    def run_layer(self, layer: int, hidden_BTD: Tensor, module: nn.Module | None = None) -> Tensor:
+        """Hidden states [B, T, D] after one decoder layer of this shard. module: that takes the layer's place."""
         args, kwargs = self._layer_arguments(hidden_BTD)[layer]
         with torch.inference_mode():
-            out = self.adapted.layers[layer](hidden_BTD, *args, **kwargs)
+            out = (module or self.adapted.layers[layer])(hidden_BTD, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:

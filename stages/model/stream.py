@@ -59,12 +59,12 @@ def pass_through(shard: LayerShard, token_ids_ST: Tensor, micro_batch: int, stre
     micro_batch: sequences per micro-batch. This is a setting, because the bits of results depend on it.
     """
     ids = list(token_ids_ST.split(micro_batch))
-    hidden = {name: _enter(shard, ids, stream.reads) for name, stream in streams.items()}
+    hidden = {name: read_hidden(shard, ids, stream.reads) for name, stream in streams.items()}
     for layer in range(shard.first, shard.stop):
         for name, stream in streams.items():
             with stream.around(layer):
                 hidden[name] = [shard.run_layer(layer, hidden_BTD) for hidden_BTD in hidden[name]]
-    files = [_leave(stream.writes, hidden[name]) for name, stream in streams.items() if stream.writes is not None]
+    files = [write_hidden(stream.writes, hidden[name]) for name, stream in streams.items() if stream.writes is not None]
     for name, stream in streams.items():
         if stream.see_logits is not None:
             for hidden_BTD, ids_BT in zip(hidden[name], ids, strict=True):
@@ -89,7 +89,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
         del module.forward
 
 
-def _enter(shard: LayerShard, ids: list[Tensor], path: Path | None) -> list[Tensor]:
+def read_hidden(shard: LayerShard, ids: list[Tensor], path: Path | None) -> list[Tensor]:
     """Hidden states [B, T, D] of each micro-batch at the input of the layer shard."""
     if path is None:
         return [shard.embed(ids_BT) for ids_BT in ids]
@@ -97,6 +97,6 @@ def _enter(shard: LayerShard, ids: list[Tensor], path: Path | None) -> list[Tens
     return [hidden_BTD.to(shard.device) for hidden_BTD in hidden_STD.split([len(ids_BT) for ids_BT in ids])]
 
 
-def _leave(path: Path, hidden: list[Tensor]) -> WrittenFile:
+def write_hidden(path: Path, hidden: list[Tensor]) -> WrittenFile:
     """Store the hidden states [S, T, D] in the model's own dtype."""
     return write_bytes(path, save({_KEY: torch.cat(hidden).contiguous().cpu()}))

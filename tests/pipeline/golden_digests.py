@@ -29,7 +29,8 @@ UPSTREAM = {
     "prepare": (),
     "calibrate": ("prepare",),
     "cluster": ("calibrate",),
-    "merge": ("prepare", "cluster"),
+    "recombine": ("prepare", "cluster"),
+    "merge": ("prepare", "cluster", "recombine"),
     "assemble": ("prepare", "merge"),
     "evaluate": ("prepare", "assemble"),
     "report": ("prepare", "assemble", "evaluate"),
@@ -144,6 +145,7 @@ def found_in(folder: Path) -> dict[str, Any]:
         "prepare": {"plan": {"digest": _digest(plan)}, **{one.full_name: _tables(done.run_dir / one.dir) for one in prepared}},
         "calibrate": _tables(done.calibrate_dir),
         "cluster": {one.full_name: _tables(done.run_dir / one.dir) for one in done.view.parts("cluster")},
+        "recombine": {},  # what it solves depends on the processor's roundings; tests/stages/test_recombine.py compares it
         "merge": {one.name: _weights(done.model(one.part)) for one in targets},
         "assemble": {one.name: _assembled(done.model(one.part)) for one in targets},
         "evaluate": scores,

@@ -34,7 +34,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def run_file(tmp_path: Path, tiny_checkpoint: Checkpoints, token_ids: Path) -> Path:
-    return write_run_file(tmp_path, tiny_checkpoint("mixtral"), token_ids, {})
+    """A run in which every stage has something to do."""
+    return write_run_file(tmp_path, tiny_checkpoint("mixtral"), token_ids, {"refit.mode": "sequential"})
 
 
 def seals(run_dir: Path) -> dict[str, int]:

@@ -206,7 +206,9 @@ def test_random_groups_are_equally_large() -> None:
 def test_a_method_says_where_it_is_from_and_what_it_cannot_do(name: str) -> None:
     method = methods()[name]
     assert method.source and method.limits.endswith(".") and method.title
-    assert method.presets and all(preset.keys() <= {"clustering", "merging", "export"} for preset in method.presets.values())
+    assert method.presets and all(
+        preset.keys() <= {"clustering", "merging", "refit", "export"} for preset in method.presets.values()
+    )
 
 
 def test_the_page_of_methods_lists_all_presets_with_their_methods_and_formats() -> None:

@@ -64,5 +64,6 @@ METHOD = Method(
             "clustering": {"feature": "expert_output", "distance": "euclidean", "linkage": "average"},
             "merging": {"method": "frequency"},
         },
+        "hc-refit": {"merging": {"method": "frequency"}, "refit": {"mode": "sequential"}},
     },
 )

@@ -31,5 +31,8 @@ METHOD = Method(
     plan=plan,
     formats=("stock",),
     reads_merging=False,
-    presets={"reap": {"export": {"formats": ["stock"]}}},
+    presets={
+        "reap": {"export": {"formats": ["stock"]}},
+        "reap-refit": {"export": {"formats": ["stock"]}, "refit": {"mode": "sequential"}},
+    },
 )

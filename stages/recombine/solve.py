@@ -1,0 +1,203 @@
+"""W_down of all slots of a layer by ridge regression on what the layer's experts have to give.
+
+Dimensions: T tokens, R tokens that are routed to a slot, D hidden size, F neurons of a slot, S slots, N = S F.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.contracts.errors import InputError
+
+RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""Shares of the mean diagonal of the moments, of which the held-out tokens choose."""
+HELD_OUT = 8
+"""One token of so many, the last ones, chooses."""
+JOINT_COLUMNS = 4096
+"""Up to so many columns N all slots are solved together; else one after another (Gauss-Seidel), each on what the others leave.
+A fixed number, because results depend on it."""
+SWEEPS = 2
+_BLOCK = 2048
+"""Tokens whose columns are made at a time."""
+
+
+@dataclass(frozen=True)
+class SlotTokens:
+    """Tokens that are routed to a slot, ascending, and the sum of the weights that routing gives it there, float32 [R]."""
+
+    tokens_R: Tensor
+    gates_R: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be solved.
+
+    slots: routing to each slot. activations: of a slot on some tokens [R, F]. target_TD: what the slots' outputs, less their
+    biases, have to add up to. weight_T: of each token. start: W_down [D, F] of each slot as it is.
+    """
+
+    slots: Sequence[SlotTokens]
+    activations: Callable[[int, Tensor], Tensor]
+    target_TD: Tensor
+    weight_T: Tensor
+    start: Sequence[Tensor]
+    place: str
+
+    def columns(self, slot: int, tokens_R: Tensor, gates_R: Tensor) -> Tensor:
+        """Weighted columns of a slot on some of its tokens, float64 [R, F]."""
+        scale_R = gates_R.double() * self.weight_T[tokens_R].double()
+        return self.activations(slot, tokens_R).double() * scale_R[:, None]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """weights: W_down float32 [D, F] of each slot. ridge: the strength that was used. error_before, error_after: weighted
+    squared error over that of giving nothing, on all tokens."""
+
+    weights: tuple[Tensor, ...]
+    ridge: float
+    error_before: float
+    error_after: float
+
+
+def solve(problem: Problem, ridge: float | None) -> Solution:
+    """Minimise sum_t weight_t^2 |target_t - sum_s gate_ts W_s a_s(x_t)|^2 + ridge * mean(diag A) * |W - start|^2.
+
+    ridge: None for the one of RIDGES with the least error on the last tokens, from a solution on the others.
+    """
+    num_columns = sum(weight.shape[1] for weight in problem.start)
+    return _joint(problem, ridge) if num_columns <= JOINT_COLUMNS else _one_by_one(problem, ridge)
+
+
+def _held_out_from(num_tokens: int) -> int:
+    return num_tokens - num_tokens // HELD_OUT
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """A = H^T H [N, N], C = H^T Y [N, D] and |Y|^2 over some tokens, float64."""
+
+    gram_NN: Tensor
+    cross_ND: Tensor
+    total: float
+
+    def __add__(self, other: "_Moments") -> "_Moments":
+        return _Moments(self.gram_NN + other.gram_NN, self.cross_ND + other.cross_ND, self.total + other.total)
+
+    def error(self, weight_ND: Tensor) -> float:
+        """|Y - H W|^2, from the moments alone."""
+        linear = float((weight_ND * self.cross_ND).sum())
+        return self.total - 2 * linear + float((weight_ND * (self.gram_NN @ weight_ND)).sum())
+
+
+def _ridge_solution(moments: _Moments, start_ND: Tensor, ridge: float, place: str) -> Tensor:
+    """W [N, D]. Raises InputError where the moments are not positive definite in spite of the ridge."""
+    gram_NN = moments.gram_NN.clone()
+    strength = ridge * float(gram_NN.diagonal().mean())
+    if strength == 0:  # no token is routed here: nothing to go by
+        return start_ND
+    gram_NN.diagonal().add_(strength)
+    factor, info = torch.linalg.cholesky_ex(gram_NN)
+    if int(info):
+        raise InputError(
+            f"{place}: the moments of {len(gram_NN)} columns are not positive definite at ridge {ridge:g} (column "
+            f"{int(info)}); set refit.ridge to a larger number"
+        )
+    change_ND = torch.cholesky_solve(moments.cross_ND - moments.gram_NN @ start_ND, factor)
+    return start_ND + change_ND
+
+
+def _chosen(train: _Moments, held: _Moments, start_ND: Tensor, ridge: float | None, place: str) -> float:
+    if ridge is not None:
+        return ridge
+    errors = {one: held.error(_ridge_solution(train, start_ND, one, place)) for one in RIDGES}
+    return min(RIDGES, key=lambda one: errors[one])
+
+
+def _joint(problem: Problem, ridge: float | None) -> Solution:
+    num_tokens = len(problem.target_TD)
+    split = _held_out_from(num_tokens)
+    train, held = (_joint_moments(problem, low, high) for low, high in ((0, split), (split, num_tokens)))
+    start_ND = torch.cat([weight.double().T for weight in problem.start])
+    chosen = _chosen(train, held, start_ND, ridge, problem.place)
+    both = train + held
+    weight_ND = _ridge_solution(both, start_ND, chosen, problem.place)
+    sizes = [weight.shape[1] for weight in problem.start]
+    return Solution(
+        tuple(part.T.float().contiguous() for part in weight_ND.split(sizes)),
+        chosen,
+        both.error(start_ND) / both.total,
+        both.error(weight_ND) / both.total,
+    )
+
+
+def _joint_moments(problem: Problem, low: int, high: int) -> _Moments:
+    device, hidden_size = problem.target_TD.device, problem.target_TD.shape[1]
+    sizes = [weight.shape[1] for weight in problem.start]
+    gram_NN = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=device)
+    cross_ND = torch.zeros(sum(sizes), hidden_size, dtype=torch.float64, device=device)
+    total = 0.0
+    for first in range(low, high, _BLOCK):
+        stop = min(first + _BLOCK, high)
+        columns_BN = torch.zeros(stop - first, sum(sizes), dtype=torch.float64, device=device)
+        begin = 0
+        for number, (slot, size) in enumerate(zip(problem.slots, sizes, strict=True)):
+            inside_R = (slot.tokens_R >= first) & (slot.tokens_R < stop)
+            tokens_R = slot.tokens_R[inside_R]
+            columns_BN[tokens_R - first, begin : begin + size] = problem.columns(number, tokens_R, slot.gates_R[inside_R])
+            begin += size
+        target_BD = problem.target_TD[first:stop].double() * problem.weight_T[first:stop].double()[:, None]
+        gram_NN.addmm_(columns_BN.T, columns_BN)
+        cross_ND.addmm_(columns_BN.T, target_BD)
+        total += float(target_BD.square().sum())
+    return _Moments(gram_NN, cross_ND, total)
+
+
+def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
+    """Gauss-Seidel over slots: each is solved on what the others leave. The ridge is that of the first sweep's first slot."""
+    weight_T1 = problem.weight_T.double()[:, None]
+    left_TD = problem.target_TD.double() * weight_T1
+    total = float(left_TD.square().sum())
+    weights = [weight.double() for weight in problem.start]
+    for number, slot in enumerate(problem.slots):
+        _add(problem, left_TD, number, slot, -weights[number])
+    before = float(left_TD.square().sum())
+    chosen = ridge
+    split = _held_out_from(len(left_TD))
+    for _ in range(SWEEPS):
+        for number, slot in enumerate(problem.slots):
+            _add(problem, left_TD, number, slot, weights[number])
+            train, held = _slot_moments(problem, left_TD, number, slot, split)
+            start_ND = problem.start[number].double().T
+            chosen = _chosen(train, held, start_ND, ridge if ridge is not None else chosen, problem.place)
+            weights[number] = _ridge_solution(train + held, start_ND, chosen, problem.place).T
+            _add(problem, left_TD, number, slot, -weights[number])
+    assert chosen is not None
+    after = float(left_TD.square().sum())
+    return Solution(tuple(weight.float().contiguous() for weight in weights), chosen, before / total, after / total)
+
+
+def _add(problem: Problem, left_TD: Tensor, number: int, slot: SlotTokens, weight_DF: Tensor) -> None:
+    """Add what a slot gives with these weights."""
+    for tokens_R, gates_R in zip(slot.tokens_R.split(_BLOCK), slot.gates_R.split(_BLOCK), strict=True):
+        left_TD.index_add_(0, tokens_R, problem.columns(number, tokens_R, gates_R) @ weight_DF.T)
+
+
+def _slot_moments(problem: Problem, left_TD: Tensor, number: int, slot: SlotTokens, split: int) -> tuple[_Moments, _Moments]:
+    """Moments of one slot on the tokens before `split`, and from there on."""
+    size, hidden_size = problem.start[number].shape[1], left_TD.shape[1]
+    found = []
+    for inside_R in (slot.tokens_R < split, slot.tokens_R >= split):
+        gram_FF = torch.zeros(size, size, dtype=torch.float64, device=left_TD.device)
+        cross_FD = torch.zeros(size, hidden_size, dtype=torch.float64, device=left_TD.device)
+        total = 0.0
+        for tokens_R, gates_R in zip(slot.tokens_R[inside_R].split(_BLOCK), slot.gates_R[inside_R].split(_BLOCK), strict=True):
+            columns_RF = problem.columns(number, tokens_R, gates_R)
+            gram_FF.addmm_(columns_RF.T, columns_RF)
+            cross_FD.addmm_(columns_RF.T, left_TD[tokens_R])
+            total += float(left_TD[tokens_R].square().sum())
+        found.append(_Moments(gram_FF, cross_FD, total))
+    return found[0], found[1]

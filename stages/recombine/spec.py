@@ -1,0 +1,162 @@
+"""The stage recombine: W_down of the experts that a layer plan leaves, solved anew, layer after layer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import filesize
+
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts import paths
+from stages.contracts.errors import InputError
+from stages.contracts.keys import Part
+from stages.contracts.partition import held_bytes
+from stages.contracts.settings import RunConfig
+from stages.contracts.spec import Run, StagePlan, StageSpec
+from stages.contracts.stream_units import LayerShardArgs
+from stages.contracts.targets import Target
+from stages.contracts.units import Hold, HoldCall, NoFacts, Unit, UnitCall
+from stages.model.families import family_of
+
+
+@dataclass(frozen=True)
+class SolveArgs:
+    """A MoE layer of a target.
+
+    tokens_dir, plan_dir: of the calibration set and of the method's plans, relative to the run directory. micro_batch:
+    sequences that run at once. ridge: None to be chosen.
+    """
+
+    tokens_dir: str
+    plan_dir: str
+    layer: int
+    num_shards: int
+    micro_batch: int
+    ridge: float | None
+
+
+@dataclass(frozen=True)
+class SolveFacts:
+    """ridge: that was used. error_before, error_after: of the layer's output, squared, over that of giving nothing."""
+
+    layer: int
+    ridge: float
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class AdvanceArgs:
+    """A token shard through a layer, as the source has it and as it is refitted. has_plan: whether the layer has experts."""
+
+    tokens_dir: str
+    layer: int
+    shard: int
+    micro_batch: int
+    has_plan: bool
+
+
+OPEN = HoldCall("stages.recombine.units:open_layer", LayerShardArgs)
+SOLVE = UnitCall("stages.recombine.units:solve_unit", SolveArgs, SolveFacts)
+ADVANCE = UnitCall("stages.recombine.units:advance_unit", AdvanceArgs, NoFacts)
+
+
+def _refitted(run: Run) -> list[Target]:
+    return [target for target in run.targets if target.variant.refit.mode != "none"]
+
+
+class Recombine(StageSpec):
+    """Solved W_down of every target whose variant is refitted."""
+
+    name = "recombine"
+    version = 1
+    libraries = ("torch", "transformers")
+    after = ("prepare", "cluster")
+
+    def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
+        """Raise InputError for a family whose layers do more with the outputs of experts than to add them up with gates."""
+        if any(target.variant.refit.mode != "none" for target in targets):
+            place = str(checkpoint.folder)
+            family = family_of(checkpoint.config, place)
+            reason = "gates multiply its experts' inputs" if family.gates_input else ""
+            reason = reason or ("layers normalise what their experts give" if family.normalises_outputs else "")
+            if reason:
+                raise InputError(f"{place}: refit.mode is sequential, but this family's {reason}; set it to none")
+
+    def parts(self, run: Run) -> Iterator[Part]:
+        """One for each target that is refitted."""
+        for target in _refitted(run):
+            upstream = {
+                "model": run.part("prepare", "model"),
+                "tokens": run.part("prepare", "calibration"),
+                "plans": run.part("cluster", target.part),
+            }
+            yield run.new_part(self, target.part, target.variant.refit.model_dump(mode="json"), upstream)
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """For each layer up to the last with experts: its solution, and the token shards' way to the next layer."""
+        for target in _refitted(run):
+            yield from _target_units(run, target, run.part(self.name, target.part))
+
+    def plan(self, run: Run) -> StagePlan:
+        """A unit for each MoE layer, and one for each token shard and layer."""
+        targets, shards = _refitted(run), run.config.calibration.num_shards
+        if not targets:
+            return StagePlan("", "workers")
+        last = run.survey.moe_layers[-1]
+        lines = [
+            "layer after layer: one worker solves a layer, then all workers pass token shards through it",
+            f"memory of the worker that solves: about {filesize.decimal(_solve_bytes(run))} and the layer",
+        ]
+        return StagePlan(
+            f"{len(targets)} targets x ({len(run.survey.moe_layers)} layers + {last} x {shards} token shards)", "workers", lines
+        )
+
+
+def _solve_bytes(run: Run) -> int:
+    """Memory in bytes of a solution, without the layer: of every calibration token the experts' input and the target, each in
+    pieces and in one, and what is left of the target in float64."""
+    data = run.config.calibration
+    itemsize = {"float32": 4, "float64": 8}.get(run.survey.dtype, 2)
+    num_values = data.num_sequences * data.sequence_length * run.survey.hidden_size
+    return num_values * (2 * itemsize + 2 * 4 + 8)
+
+
+def _target_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
+    data, survey, folder = run.config.calibration, run.survey, Path(part.dir)
+    tokens, refit = run.part("prepare", "calibration").dir, target.variant.refit
+    for layer in range(survey.moe_layers[-1] + 1):
+        call = OPEN.on(LayerShardArgs(str(run.model), layer, layer + 1, run.config.resources.num_cpus))
+        hold = Hold(f"{run.run_dir}/{part.dir}:{layer}", call, str(run.run_dir), f"{part.stage} {target.part}, layer {layer}")
+        before: list[Unit] = []
+        memory = held_bytes(survey, (layer, layer + 1), data)
+        if layer in survey.moe_layers:
+            args = SolveArgs(
+                tokens, run.part("cluster", target.part).dir, layer, data.num_shards, data.micro_batch,
+                None if refit.ridge == "auto" else refit.ridge,
+            )  # fmt: skip
+            solved = run.unit(
+                part, f"layer-{layer:04d}", SOLVE.on(args), f"{target.part}, layer {layer}",
+                reads=[path for shard in range(data.num_shards) for path in _hidden(folder, layer, shard)],
+                hold=hold, on_worker=True, memory_bytes=memory + _solve_bytes(run),
+            )  # fmt: skip
+            yield solved
+            before = [solved]
+        if layer == survey.moe_layers[-1]:
+            return
+        for shard in range(data.num_shards):
+            advanced = AdvanceArgs(tokens, layer, shard, data.micro_batch, has_plan=layer in survey.moe_layers)
+            yield run.unit(
+                part, f"layer-{layer:04d}/tokens-{shard:04d}", ADVANCE.on(advanced),
+                f"{target.part}, layer {layer}, tokens {shard + 1}/{data.num_shards}",
+                reads=_hidden(folder, layer, shard), writes=_hidden(folder, layer + 1, shard), after=before,
+                hold=hold, on_worker=True, memory_bytes=memory,
+            )  # fmt: skip
+
+
+def _hidden(folder: Path, layer: int, shard: int) -> list[Path]:
+    """Hidden states of both streams as they enter a layer; none at the first, which embeds the tokens."""
+    return [paths.hidden_file(folder, layer, shard), paths.student_file(folder, layer, shard)] if layer else []
+
+
+SPEC = Recombine()

@@ -1,0 +1,132 @@
+"""A decoder layer whose experts are those of a layer plan, in memory: transformers' own modules with fewer experts.
+
+Dimensions: T tokens, D hidden size, k experts a token, E experts of the source, S slots.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.errors import InputError
+from stages.contracts.layer_plan import LayerPlan
+from stages.model.adapter import build_meta_model, expert_axes
+from stages.model.expert_weights import ExpertWeights
+from stages.model.experts_forward import ExpertsForward
+from stages.model.layer_shard import LayerShard
+from stages.model.stream import replaced_forward
+
+Seen = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Given the input [T, D] of the experts, slots [T, k] and their gates [T, k], what takes the place of their output [T, D]."""
+
+
+@lru_cache(maxsize=1)
+def _axes(model: str) -> Mapping[str, int]:
+    return expert_axes(Checkpoint(model))
+
+
+class Student:
+    """A MoE layer of a loaded layer shard with the experts of a plan. Attributes: `forward`, the slots' forward."""
+
+    def __init__(self, shard: LayerShard, layer: int, plan: LayerPlan) -> None:
+        self._shard, self._layer = shard, layer
+        adapted = shard.adapted
+        prefix = f"{adapted.layers_prefix}{layer}."
+        source = adapted.layers[layer]
+        small = build_meta_model(adapted.checkpoint, num_experts=len(plan.slots)).get_submodule(prefix.rstrip("."))
+        source_experts = adapted.experts_modules()[layer]
+        inside = next(name for name, module in source.named_modules() if module is source_experts)
+        experts = small.get_submodule(inside)
+        axes = _axes(str(adapted.checkpoint.folder))
+        is_stock = plan.slots[0].row is not None
+        for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
+            axis = axes.get(prefix + name)
+            if name.startswith(f"{inside}."):
+                assert axis is not None, name
+                _put(small, name, _slots(tensor, axis, [[(m.expert, m.weight) for m in slot.members] for slot in plan.slots]))
+            elif axis is not None and is_stock:
+                rows = [slot.row.parts for slot in plan.slots if slot.row is not None]
+                _put(small, name, _slots(tensor, axis, rows))
+            else:
+                _put(small, name, tensor)
+        self._module = small if is_stock else source
+        self._replaced = experts if is_stock else source_experts
+        self._slot_E = None if is_stock else torch.from_numpy(plan.slot_E).long().to(shard.device)
+        self.weights = ExpertWeights(experts)
+        self.forward = ExpertsForward(self.weights)
+
+    def run(self, hidden_BTD: Tensor, see: Seen) -> Tensor:
+        """Hidden states [B, T, D] after the layer, with `see` in the place of its experts."""
+        with self._stands_in(see):
+            return self._shard.run_layer(self._layer, hidden_BTD, self._module)
+
+    @contextmanager
+    def _stands_in(self, see: Seen) -> Iterator[None]:
+        def forward(hidden_TD: Tensor, index_Tk: Tensor, gates_Tk: Tensor) -> Tensor:
+            return see(hidden_TD, index_Tk if self._slot_E is None else self._slot_E[index_Tk], gates_Tk)
+
+        with replaced_forward(self._replaced, forward):
+            yield
+
+    def outputs(self, hidden_TD: Tensor, slots_Tk: Tensor, gates_Tk: Tensor) -> Tensor:
+        """What the slots give: to be passed to `run` for the layer as it is."""
+        return self.forward.output_gated(hidden_TD, slots_Tk, gates_Tk, lambda pairs: None)
+
+    def down(self, slot: int) -> Tensor:
+        """W_down [D, F] of a slot."""
+        weight = self.weights.experts.down_proj[slot]
+        return weight.T if self.weights.layout.is_transposed else weight  # type: ignore[no-any-return]
+
+    def set_down(self, slot: int, weight_DF: Tensor) -> None:
+        """Give a slot another W_down, rounded to the dtype of the model."""
+        self.down(slot).copy_(weight_DF)
+
+    @property
+    def down_name(self) -> str:
+        """The parameter that holds W_down of all slots."""
+        for name, module in self._shard.adapted.model.named_modules():
+            if module is self._shard.adapted.experts_modules()[self._layer]:
+                return f"{name}.down_proj"
+        raise AssertionError("the experts are not part of the model")
+
+
+def _slots(
+    tensor: Tensor, axis: int, combinations: list[list[tuple[int, float]]] | list[tuple[tuple[int, float], ...]]
+) -> Tensor:
+    """Slices along the axis of experts, added up with weights in float32."""
+    rows = tensor.movedim(axis, 0)
+    made = [
+        rows[parts[0][0]] if len(parts) == 1 and parts[0][1] == 1
+        else torch.stack([weight * rows[expert].float() for expert, weight in parts]).sum(0).to(tensor.dtype)
+        for parts in combinations
+    ]  # fmt: skip
+    return torch.stack(made).movedim(0, axis)
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter or buffer of a module by its name."""
+    owner_name, _, own = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if own in owner._parameters:
+        owner._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[own] = tensor
+
+
+def output_scale(bare_TD: Tensor, whole_TD: Tensor, output_TD: Tensor, place: str) -> float:
+    """The factor with which a layer adds what its experts give to its own output. Raises InputError where it does otherwise.
+
+    bare_TD, whole_TD: the layer's output without and with output_TD of its experts.
+    """
+    added, output = (whole_TD - bare_TD).double(), output_TD.double()
+    scale = float((added * output).sum() / output.square().sum())
+    left = float((added - scale * output).norm() / added.norm().clamp(min=1e-30))
+    if not left < 0.05:
+        raise InputError(
+            f"{place}: the layer does not simply add its experts' outputs ({left:.0%} of the change is something else), so "
+            "they cannot be refitted; leave refit out"
+        )
+    return scale

@@ -1,0 +1,177 @@
+"""Units of recombine: the solution of a layer, and a token shard through it.
+
+Dimensions: B sequences of a micro-batch, T tokens of all token shards, D hidden size, k experts a token, S slots.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, load_file, save
+from torch import Tensor
+
+from stages.checkpoint.folder import Checkpoint
+from stages.contracts.layer_plan import LayerPlan, read_plan, write_plan
+from stages.contracts.paths import hidden_file, plan_file, replaced_file, student_file, tokens_file
+from stages.contracts.stream_units import LayerShardArgs
+from stages.contracts.units import HeldJob, NoFacts, UnitResult
+from stages.io.files import WrittenFile, write_bytes
+from stages.io.storage import is_remote
+from stages.model.layer_shard import LayerShard
+from stages.model.stream import read_hidden, read_token_ids, write_hidden
+from stages.recombine.solve import Problem, SlotTokens, Solution, solve
+from stages.recombine.spec import AdvanceArgs, SolveArgs, SolveFacts
+from stages.recombine.student import Student, output_scale
+
+
+class HeldLayer:
+    """One decoder layer of the source, and the student's in the same place once it is known."""
+
+    def __init__(self, shard: LayerShard) -> None:
+        self.shard = shard
+        self._students: dict[Path, Student] = {}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the checkpoint that loading has read."""
+        return self.shard.bytes_read
+
+    def read_ahead(self, args: object) -> None:
+        """Start to read the next layer."""
+        self.shard.read_ahead(args)
+
+    def close(self) -> None:
+        """Free all weights."""
+        self._students.clear()
+        self.shard.close()
+
+    def solved(self, part_dir: Path, layer: int) -> Student:
+        """The layer with the solved W_down of a part."""
+        path = plan_file(part_dir, layer)
+        if path not in self._students:
+            plan, solved_path = read_plan(path), replaced_file(part_dir, layer)
+            student = Student(self.shard, layer, plan)
+            values = load(solved_path.read_bytes()) if is_remote(solved_path) else load_file(solved_path)
+            (stacked,) = values.values()
+            for slot, weight in enumerate(stacked):
+                student.set_down(slot, (weight.T if student.weights.layout.is_transposed else weight).to(self.shard.device))
+            self._students[path] = student
+        return self._students[path]
+
+
+def open_layer(args: LayerShardArgs) -> HeldLayer:
+    """Load one decoder layer."""
+    return HeldLayer(LayerShard(Checkpoint(args.model), args.first, args.stop, args.num_threads, has_head=False))
+
+
+@dataclass
+class _Gathered:
+    """What the experts of a layer are given and have to give, by micro-batch."""
+
+    x: list[Tensor]
+    slots: list[Tensor]
+    gates: list[Tensor]
+    target: list[Tensor]
+    norm: list[Tensor]
+
+
+def solve_unit(job: HeldJob[SolveArgs, HeldLayer]) -> UnitResult[SolveFacts]:
+    """Solve W_down of a layer's slots; write the plan with what it replaces.
+
+    The target is what the source's stream is after the layer, less what the student's is there without its experts.
+    """
+    args, shard, layer = job.args, job.held.shard, job.args.layer
+    plan = read_plan(plan_file(job.run_dir / args.plan_dir, layer))
+    with torch.inference_mode():
+        student = Student(shard, layer, plan)
+        solution = solve(_problem(job, student), args.ridge)
+        weights = [weight.T if student.weights.layout.is_transposed else weight for weight in solution.weights]
+        files = _write(job.part_dir, plan, student.down_name, torch.stack(weights))
+    return UnitResult(_facts(layer, solution), files)
+
+
+def _facts(layer: int, solution: Solution) -> SolveFacts:
+    return SolveFacts(layer, solution.ridge, solution.error_before, solution.error_after)
+
+
+def _write(part_dir: Path, plan: LayerPlan, name: str, values: Tensor) -> list[WrittenFile]:
+    solved = write_bytes(replaced_file(part_dir, plan.layer), save({name: values.float().cpu().contiguous()}))
+    return [solved, write_plan(plan_file(part_dir, plan.layer), replace(plan, replaced=(*plan.replaced, name)))]
+
+
+def _problem(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> Problem:
+    args, shard, place = job.args, job.held.shard, f"layer {job.args.layer}"
+    seen = _Gathered([], [], [], [], [])
+    scale: float | None = None
+    for number in range(args.num_shards):
+        ids = list(read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number)).split(args.micro_batch))
+        source, ours = _streams(job.part_dir, shard, args.layer, number, ids)
+        for source_BTD, ours_BTD in zip(source, ours, strict=True):
+            after_BTD = shard.run_layer(args.layer, source_BTD)
+
+            def see(x_TD: Tensor, slots_Tk: Tensor, gates_Tk: Tensor) -> Tensor:
+                seen.x.append(x_TD)
+                seen.slots.append(slots_Tk)
+                seen.gates.append(gates_Tk.float())
+                return torch.zeros_like(x_TD)
+
+            bare_BTD = student.run(ours_BTD, see)
+            if scale is None:
+                output_TD = student.outputs(seen.x[0], seen.slots[0], seen.gates[0].to(ours_BTD.dtype))
+                whole_BTD = student.run(ours_BTD, lambda *routed, given=output_TD: given)
+                scale = output_scale(bare_BTD.flatten(0, 1).float(), whole_BTD.flatten(0, 1).float(), output_TD, place)
+            seen.target.append((after_BTD.float() - bare_BTD.float()).flatten(0, 1) / scale)
+            seen.norm.append(after_BTD.float().square().mean(-1).sqrt().flatten())
+    x_TD, target_TD = torch.cat(seen.x), torch.cat(seen.target)
+    weight_T = 1 / torch.cat(seen.norm).clamp(min=1e-12)
+    slots = _slot_tokens(torch.cat(seen.slots), torch.cat(seen.gates), student.weights.num_experts)
+    for number, slot in enumerate(slots):
+        bias_D = student.weights.bias("down_proj", number, number + 1)
+        if bias_D is not None:
+            target_TD.index_add_(0, slot.tokens_R, -slot.gates_R[:, None] * bias_D.float())
+    return Problem(
+        slots,
+        lambda number, tokens_R: student.forward.activations_of(x_TD, tokens_R, number),
+        target_TD,
+        weight_T / weight_T.mean(),
+        [student.down(number) for number in range(student.weights.num_experts)],
+        place,
+    )
+
+
+def _slot_tokens(slots_Tk: Tensor, gates_Tk: Tensor, num_slots: int) -> list[SlotTokens]:
+    """Tokens of each slot with the sum of their gates: two experts of a token may share a slot."""
+    gate_TS = torch.zeros(len(slots_Tk), num_slots, device=slots_Tk.device).scatter_add_(1, slots_Tk, gates_Tk)
+    tokens = [gate_TS[:, number].nonzero().flatten() for number in range(num_slots)]
+    return [SlotTokens(tokens_R, gate_TS[tokens_R, number]) for number, tokens_R in enumerate(tokens)]
+
+
+def _streams(
+    part_dir: Path, shard: LayerShard, layer: int, number: int, ids: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Hidden states of the source and of the student as they enter a layer, by micro-batch."""
+    if layer == 0:
+        source = read_hidden(shard, ids, None)
+        return source, source
+    return read_hidden(shard, ids, hidden_file(part_dir, layer, number)), read_hidden(
+        shard, ids, student_file(part_dir, layer, number)
+    )
+
+
+def advance_unit(job: HeldJob[AdvanceArgs, HeldLayer]) -> UnitResult[NoFacts]:
+    """Send a token shard through a layer: the source's, and the student's as it is solved. All that it writes is transient."""
+    args, shard = job.args, job.held.shard
+    ids = list(read_token_ids(job.run_dir / args.tokens_dir / tokens_file(args.shard)).split(args.micro_batch))
+    source, ours = _streams(job.part_dir, shard, args.layer, args.shard, ids)
+    after = [shard.run_layer(args.layer, hidden) for hidden in source]
+    if args.has_plan:
+        with torch.inference_mode():
+            student = job.held.solved(job.part_dir, args.layer)
+            behind = [student.run(hidden, student.outputs) for hidden in ours]
+    else:
+        behind = [shard.run_layer(args.layer, hidden) for hidden in ours]
+    files = (
+        write_hidden(hidden_file(job.part_dir, args.layer + 1, args.shard), after),
+        write_hidden(student_file(job.part_dir, args.layer + 1, args.shard), behind),
+    )
+    return UnitResult(NoFacts(), transient=files)

@@ -1,0 +1,167 @@
+"""Refit: the solution against a dense reference, and what a refitted checkpoint gives.
+
+Dimensions: T tokens, D hidden size, F neurons of a slot, S slots.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stages.contracts.errors import InputError
+from stages.model.families import SUPPORTED
+from stages.recombine import solve as solving
+from stages.recombine.solve import Problem, SlotTokens, solve
+from tests.stages.runs import load, logits, run_all, tensor_bytes, token_ids
+from tests.stages.tiny import build, save
+
+NUM_TOKENS, HIDDEN, NEURONS, SLOTS = 400, 6, 5, 3
+
+
+def problem_of(seed: int = 0, noise: float = 0.3) -> tuple[Problem, Tensor]:
+    """A problem, and its dense columns [T, S F], weighted."""
+    torch.manual_seed(seed)
+    a_STF = torch.randn(SLOTS, NUM_TOKENS, NEURONS)
+    gate_TS = torch.rand(NUM_TOKENS, SLOTS) * (torch.rand(NUM_TOKENS, SLOTS) < 0.6)
+    weight_T = torch.rand(NUM_TOKENS) + 0.5
+    true_SDF = torch.randn(SLOTS, HIDDEN, NEURONS)
+    target_TD = torch.einsum("ts,sdf,stf->td", gate_TS, true_SDF, a_STF) + noise * torch.randn(NUM_TOKENS, HIDDEN)
+    tokens = [gate_TS[:, slot].nonzero().flatten() for slot in range(SLOTS)]
+    slots = [SlotTokens(tokens_R, gate_TS[tokens_R, slot]) for slot, tokens_R in enumerate(tokens)]
+    start = [torch.randn(HIDDEN, NEURONS) for _ in range(SLOTS)]
+    problem = Problem(slots, lambda slot, tokens_R: a_STF[slot, tokens_R], target_TD, weight_T, start, "layer 0")
+    dense = (gate_TS * weight_T[:, None]).T[:, :, None] * a_STF
+    return problem, dense.permute(1, 0, 2).flatten(1).double()
+
+
+def reference(problem: Problem, dense: Tensor, ridge: float, tokens: slice = slice(None)) -> np.ndarray:
+    """The ridge solution [S F, D] by least squares over stacked rows, not by moments."""
+    columns = dense[tokens].numpy()
+    target = (problem.target_TD * problem.weight_T[:, None]).double()[tokens].numpy()
+    start = torch.cat([weight.double().T for weight in problem.start]).numpy()
+    pull = np.sqrt(ridge * np.square(columns).sum(0).mean())
+    rows = np.concatenate([columns, pull * np.eye(columns.shape[1])])
+    return np.linalg.lstsq(rows, np.concatenate([target, pull * start]), rcond=None)[0]
+
+
+def stacked(weights: tuple[Tensor, ...]) -> np.ndarray:
+    return torch.cat([weight.T for weight in weights]).double().numpy()
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1])
+def test_all_slots_together_are_the_ridge_solution(ridge: float) -> None:
+    problem, dense = problem_of()
+    found = solve(problem, ridge)
+    due = reference(problem, dense, ridge)
+    np.testing.assert_allclose(stacked(found.weights), due, rtol=1e-5, atol=1e-6)
+    target = (problem.target_TD * problem.weight_T[:, None]).double().numpy()
+    start = torch.cat([weight.double().T for weight in problem.start]).numpy()
+    for weights, error in ((due, found.error_after), (start, found.error_before)):
+        assert error == pytest.approx(np.square(target - dense.numpy() @ weights).sum() / np.square(target).sum(), rel=1e-5)
+
+
+def test_the_ridge_is_the_one_with_the_least_error_on_the_last_tokens() -> None:
+    """With few tokens and much noise a strong pull towards a good start is best; with many, a weak one."""
+    for noise, is_strong in ((0.01, False), (40.0, True)):
+        problem, dense = problem_of(noise=noise)
+        split = NUM_TOKENS - NUM_TOKENS // solving.HELD_OUT
+        target = (problem.target_TD * problem.weight_T[:, None]).double()[split:].numpy()
+        errors = {
+            ridge: np.square(target - dense[split:].numpy() @ reference(problem, dense, ridge, slice(0, split))).sum()
+            for ridge in solving.RIDGES
+        }
+        chosen = solve(problem, None).ridge
+        assert chosen == min(errors, key=lambda ridge: errors[ridge])
+        assert (chosen >= 1e-2) == is_strong
+
+
+def test_slots_one_after_another_come_close_to_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _ = problem_of()
+    together = solve(problem, 1e-3)
+    monkeypatch.setattr(solving, "JOINT_COLUMNS", 0)
+    found = solve(problem, 1e-3)
+    assert found.error_before == pytest.approx(together.error_before, rel=1e-6)
+    assert together.error_after <= found.error_after < together.error_after * 1.05
+    monkeypatch.setattr(solving, "SWEEPS", 30)
+    np.testing.assert_allclose(stacked(solve(problem, 1e-6).weights), stacked(together.weights), rtol=0.02, atol=0.02)
+
+
+def test_where_nothing_is_lost_nothing_changes() -> None:
+    problem, _ = problem_of(noise=0)
+    exact = solve(problem, 1e-6)
+    again = Problem(
+        problem.slots, problem.activations, problem.target_TD, problem.weight_T, exact.weights, problem.place
+    )  # fmt: skip
+    found = solve(again, None)
+    np.testing.assert_allclose(stacked(found.weights), stacked(exact.weights), atol=1e-5)
+
+
+def test_a_slot_that_no_token_reaches_keeps_its_values() -> None:
+    problem, _ = problem_of()
+    nothing = SlotTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    found = solve(Problem([nothing] * SLOTS, *list(vars(problem).values())[1:]), None)
+    assert all(torch.equal(*pair) for pair in zip(found.weights, problem.start, strict=True))
+
+
+def facts(run_dir: Path, target: str) -> Iterator[dict[str, Any]]:
+    (folder,) = run_dir.glob(f"recombine-{target}-*")
+    for path in sorted((folder / "manifests").glob("layer-*.json")):
+        yield json.loads(path.read_text())["facts"]
+
+
+NORMALISED = sorted(name for name, family in SUPPORTED.items() if family.normalises_outputs)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe", "nemotron_h", "granitemoe"])
+def test_a_refitted_checkpoint_is_nearer_to_the_source(family: str, tmp_path: Path) -> None:
+    """In every layer, and in its logits; every other tensor keeps its bytes."""
+    source = save(build(family, torch.float32), tmp_path / "source")
+    path, ids = token_ids(tmp_path)
+    formats = ["tied", "stock"]
+    plain = run_all(source, tmp_path / "run", path, [4], formats)
+    fitted = run_all(source, tmp_path / "refit", path, [4], formats, refit={"mode": "sequential"})
+    due = logits(load(source), ids)
+    for target in fitted:
+        for layer in facts(tmp_path / "refit", target):
+            assert layer["error_after"] < layer["error_before"]
+        errors = [(logits(load(one[target], trust_remote_code=True), ids) - due).norm() for one in (plain, fitted)]
+        assert errors[1] < errors[0] / 2
+        before, after = tensor_bytes(plain[target]), tensor_bytes(fitted[target])
+        changed = {name for name in before if before[name] != after[name]}
+        assert before.keys() == after.keys() and changed
+        assert all(name.rsplit(".weight", 1)[0].endswith(("w2", "down_proj", "output_linear")) for name in changed), changed
+
+
+def test_the_same_bytes_again_and_after_a_lost_layer(tmp_path: Path) -> None:
+    """A layer whose seal is lost is solved again, from hidden states that are made again."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+    changes: dict[str, Any] = {"refit": {"mode": "sequential"}}
+    first = tensor_bytes(run_all(source, tmp_path / "run", path, [4], ["stock"], **changes)["4e-stock"])
+    (folder,) = (tmp_path / "run").glob("recombine-4e-stock-*")
+    assert not [*folder.glob("hidden/**/*.safetensors")], "hidden states are gone once nothing reads them"
+    (folder / "manifests" / "layer-0001.json").unlink()
+    assert tensor_bytes(run_all(source, tmp_path / "run", path, [4], ["stock"], **changes)["4e-stock"]) == first
+    assert (folder / "manifests" / "layer-0001.json").exists()
+    assert tensor_bytes(run_all(source, tmp_path / "other", path, [4], ["stock"], **changes)["4e-stock"]) == first
+
+
+def test_with_all_experts_the_source_stays_what_it_is(tmp_path: Path) -> None:
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, ids = token_ids(tmp_path)
+    export = run_all(source, tmp_path / "run", path, [8], ["stock"], refit={"mode": "sequential"})["8e-stock"]
+    torch.testing.assert_close(logits(load(export), ids), logits(load(source), ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*NORMALISED, "llama4_text"])
+def test_a_family_whose_layers_do_more_than_add_is_refused_before_anything_runs(family: str, tmp_path: Path) -> None:
+    source = save(build(family, torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+    with pytest.raises(InputError, match=r"refit\.mode is sequential, but this family's .*; set it to none"):
+        run_all(source, tmp_path / "run", path, [4], ["stock"], refit={"mode": "sequential"})
+    assert not (tmp_path / "run" / "run.json").exists()
