@@ -120,6 +120,16 @@ class LayerSums:
                 output_CD += num_unrouted_C1 * bias_D.double()
         return output_sum_ECD.cpu().numpy()
 
+    def down_square_norms(self) -> Array:
+        """Squared norms of the columns of W_down, float64 [E, F]: for each neuron."""
+        weights = self.weights
+        norm_EF = torch.zeros(weights.num_experts, weights.intermediate, dtype=torch.float64, device=weights.device)
+        for expert, norm_F in enumerate(norm_EF):
+            for _, weight_FD in weights.matrices("down_proj", expert, expert + 1):
+                norm_F += weight_FD.double().square().sum(1)
+            weights.release("down_proj", expert, expert + 1)
+        return norm_EF.cpu().numpy()
+
 
 def evidence_of(total: PartialSums, collectors: Sequence[Collector], weights: ExpertWeights, is_sampled: bool) -> LayerEvidence:
     """Compute the evidence of a layer from its sums.

@@ -11,6 +11,7 @@ MODULES = (
     "stages.cluster.methods.kmeans",
     "stages.cluster.methods.dominant",
     "stages.cluster.methods.ream",
+    "stages.cluster.methods.pairs",
     "stages.cluster.methods.random",
     "stages.cluster.methods.f_prune",
     "stages.cluster.methods.s_prune",

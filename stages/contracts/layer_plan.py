@@ -5,6 +5,7 @@ Dimensions: E experts of the source, F neurons of an expert (its intermediate si
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,24 @@ class Member:
     expert: int
     weight: float = 1.0
     neurons: tuple[int, ...] | None = None
+
+
+def neuron_places(neurons: Sequence[int] | None, num_places: int, order: str) -> list[Array]:
+    """Indices of neurons along the axis that holds them. Raises ValueError for a neuron that is not there.
+
+    neurons: None for all. num_places: size of the axis. order: as in `TensorRow.neuron_order`. One list of indices; two, of
+    gates and of ups, where all gates come first.
+    """
+    num_neurons = num_places if order == "single" else num_places // 2
+    chosen_F = np.arange(num_neurons) if neurons is None else np.asarray(neurons, dtype=np.int64)
+    outside_F = chosen_F[(chosen_F < 0) | (chosen_F >= num_neurons)]
+    if len(outside_F):
+        raise ValueError(f"the layer plan names neuron {outside_F[0]} of {num_neurons}")
+    if order == "halves":
+        return [chosen_F, chosen_F + num_neurons]
+    if order == "interleaved":
+        return [np.stack([2 * chosen_F, 2 * chosen_F + 1], axis=1).reshape(-1)]
+    return [chosen_F]
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,8 @@ class Refit(Section):
 
     mode: Literal["none", "sequential"] = "none"
     """sequential: layer after layer, each also making good what the layers before it lost."""
+    neurons: Literal["keep", "choose"] = "keep"
+    """choose: instead of averaging the experts of a cluster, keep whole neurons of theirs, those that are missed most."""
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of six strengths
     the one with the least error on the last eighth of the calibration tokens."""

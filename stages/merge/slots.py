@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint.reader import TensorReader
-from stages.contracts.layer_plan import Member, Slot
+from stages.contracts.layer_plan import Member, Slot, neuron_places
 from stages.contracts.tensors import TensorRow
 from stages.io.storage import is_remote
 from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch
@@ -61,17 +61,11 @@ class ExpertTensors:
         """Indices of a member's neurons along their axis: one list, or two, of gates and of ups, where all gates come first."""
         axis = self.row.neuron_axis
         assert axis is not None, self.row.name
-        size = self.shape[axis]
-        num_neurons = size if self.row.neuron_order == "single" else size // 2
-        neurons_F = torch.arange(num_neurons) if member.neurons is None else torch.tensor(member.neurons)
-        outside_F = neurons_F[(neurons_F < 0) | (neurons_F >= num_neurons)]
-        if len(outside_F):
-            raise ValueError(f"{self.place}: the layer plan names neuron {int(outside_F[0])} of {num_neurons}")
-        if self.row.neuron_order == "halves":
-            return [neurons_F, neurons_F + num_neurons]
-        if self.row.neuron_order == "interleaved":
-            return [torch.stack([2 * neurons_F, 2 * neurons_F + 1], dim=1).flatten()]
-        return [neurons_F]
+        try:
+            places = neuron_places(member.neurons, self.shape[axis], self.row.neuron_order)
+        except ValueError as e:
+            raise ValueError(f"{self.place}: {e}") from e
+        return [torch.from_numpy(indices) for indices in places]
 
     def means(self, slot: Slot) -> Iterator[Mean]:
         """The bytes of a slot's part, one mean after another. Raises ValueError where the plan does not fill its shape."""

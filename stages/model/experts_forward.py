@@ -70,7 +70,7 @@ class RoutedPairs:
 
     bounds: first pair of each expert, and the end. tokens_R: token of each pair. gates_R: gate that the model gives to each
     pair. output_RD: result of W_down. gates_input: whether the gate multiplies the expert's input instead of its output;
-    output_RD then already includes it.
+    output_RD then already includes it. activations_RF: what W_down is applied to.
     """
 
     first: int
@@ -80,6 +80,7 @@ class RoutedPairs:
     gates_R: Tensor
     output_RD: Tensor
     gates_input: bool
+    activations_RF: Tensor
 
     @property
     def experts(self) -> slice:
@@ -154,7 +155,8 @@ class ExpertsForward:
             else:
                 rows_RF = self._rows_of_all(hidden_TD, routing, first, stop, see_unrouted)
             output_RD = self._down(rows_RF, bounds, first)
-            see_routed(RoutedPairs(first, stop, bounds, routing.tokens_R[low:high], gates_R[low:high], output_RD, False))
+            tokens_R, some_gates_R, seen_RF = routing.tokens_R[low:high], gates_R[low:high], rows_RF[: high - low]
+            see_routed(RoutedPairs(first, stop, bounds, tokens_R, some_gates_R, output_RD, False, seen_RF))
             torch.mul(output_RD, gates_R[low:high, None], out=gated_RD[low:high])
         output_TD = torch.empty_like(hidden_TD)
         ranks = routing.rank_R.view(top_k_index_Tk.shape).split(_SUMMED_TOKENS[hidden_TD.device.type])
@@ -173,10 +175,12 @@ class ExpertsForward:
         for expert in range(self.weights.num_experts):
             (tokens_R,) = torch.where(scores_TE[:, expert] > 0)
             bounds = [0, len(tokens_R)]
-            output_RD = self._down(self._expert_activations(gated_ETD[expert], tokens_R, expert), bounds, expert)
+            rows_RF = self._expert_activations(gated_ETD[expert], tokens_R, expert)
+            output_RD = self._down(rows_RF, bounds, expert)
             out_ETD[expert, tokens_R] = output_RD
             gates_R = scores_TE[tokens_R, expert]
-            see_routed(RoutedPairs(expert, expert + 1, bounds, tokens_R, gates_R, output_RD, True))
+            seen_RF = rows_RF[: len(tokens_R)]
+            see_routed(RoutedPairs(expert, expert + 1, bounds, tokens_R, gates_R, output_RD, True, seen_RF))
         return out_ETD.view(gated_rows.shape)
 
     def _stacks(self, first: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -48,7 +48,7 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
     inside_experts = _experts_parameters(adapted)
     per_expert = _per_expert_names(adapted, axes, num_experts)
     blocks = _moe_blocks(adapted)
-    neuron_axes = _neuron_axes(adapted)
+    neurons = neuron_axes(adapted)
     roles: list[TensorRole] = []
     for name, entry in adapted.checkpoint.tensors.items():
         target = adapted.targets[name]
@@ -59,7 +59,7 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
         elif name in per_expert:
             expert, template = per_expert[name]
             role = TensorRole(entry, parameter, layer, "expert", expert=expert, template=template)
-            roles.append(_with_neurons(role, entry.shape, neuron_axes, adapted))
+            roles.append(_with_neurons(role, entry.shape, neurons.get(parameter), adapted))
         elif parameter in axes:
             axis = axes[parameter]
             if len(entry.shape) <= axis or entry.shape[axis] != num_experts:
@@ -70,7 +70,7 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
             if parameter in inside_experts:
                 role = TensorRole(entry, parameter, layer, "fused_expert", expert_axis=axis)
                 shape = (*entry.shape[:axis], *entry.shape[axis + 1 :])
-                roles.append(_with_neurons(role, shape, neuron_axes, adapted))
+                roles.append(_with_neurons(role, shape, neurons.get(parameter), adapted))
             else:
                 roles.append(TensorRole(entry, parameter, layer, "router", expert_axis=axis))
         else:
@@ -79,7 +79,7 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
 
 
 @dataclass(frozen=True)
-class _Neurons:
+class Neurons:
     """Neurons in one expert's part of a parameter: their axis, their number, and the order of gate and up if it has both."""
 
     axis: int
@@ -87,9 +87,9 @@ class _Neurons:
     order: str
 
 
-def _neuron_axes(adapted: AdaptedModel) -> dict[str, _Neurons]:
+def neuron_axes(adapted: AdaptedModel) -> dict[str, Neurons]:
     """Neuron axes of all parameters of experts modules whose values belong to neurons: all but the bias of W_down."""
-    found: dict[str, _Neurons] = {}
+    found: dict[str, Neurons] = {}
     for index, experts in adapted.experts_modules().items():
         layout, size = ExpertsLayout.of(experts), ExpertWeights(experts).intermediate
         order = gate_order(experts) if layout.has_gate else "single"
@@ -102,18 +102,15 @@ def _neuron_axes(adapted: AdaptedModel) -> dict[str, _Neurons]:
         for name in _names_under(adapted.model, experts, f"{adapted.layers_prefix}{index}."):
             if (parameter := name.rsplit(".", 1)[-1]) in axes:
                 axis, order_of = axes[parameter]
-                found[name] = _Neurons(axis, size, order_of)
+                found[name] = Neurons(axis, size, order_of)
     return found
 
 
-def _with_neurons(
-    role: TensorRole, shape: tuple[int, ...], neuron_axes: Mapping[str, _Neurons], adapted: AdaptedModel
-) -> TensorRole:
+def _with_neurons(role: TensorRole, shape: tuple[int, ...], neurons: Neurons | None, adapted: AdaptedModel) -> TensorRole:
     """A role with its neuron axis added. shape: shape of one expert's part on disk, with gate and up together or separate.
 
     Raises InputError if the axis has the wrong size, which shows that transformers transposes the tensor on loading.
     """
-    neurons = neuron_axes.get(role.parameter)
     if neurons is None:
         return role
     sizes = {neurons.number: "single", 2 * neurons.number: neurons.order}

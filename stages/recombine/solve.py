@@ -51,6 +51,11 @@ class Problem:
         scale_R = gates_R.double() * self.weight_T[tokens_R].double()
         return self.activations(slot, tokens_R).double() * scale_R[:, None]
 
+    def add(self, left_TD: Tensor, number: int, slot: SlotTokens, weight_DF: Tensor) -> None:
+        """Add what a slot gives with these weights, weighted as the target is."""
+        for tokens_R, gates_R in zip(slot.tokens_R.split(_BLOCK), slot.gates_R.split(_BLOCK), strict=True):
+            left_TD.index_add_(0, tokens_R, self.columns(number, tokens_R, gates_R) @ weight_DF.T)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -72,20 +77,21 @@ def solve(problem: Problem, ridge: float | None) -> Solution:
     return _joint(problem, ridge) if num_columns <= JOINT_COLUMNS else _one_by_one(problem, ridge)
 
 
-def _held_out_from(num_tokens: int) -> int:
+def held_out_from(num_tokens: int) -> int:
+    """The first of the tokens that choose the ridge, and that nothing else may have seen."""
     return num_tokens - num_tokens // HELD_OUT
 
 
 @dataclass(frozen=True)
-class _Moments:
+class Moments:
     """A = H^T H [N, N], C = H^T Y [N, D] and |Y|^2 over some tokens, float64."""
 
     gram_NN: Tensor
     cross_ND: Tensor
     total: float
 
-    def __add__(self, other: "_Moments") -> "_Moments":
-        return _Moments(self.gram_NN + other.gram_NN, self.cross_ND + other.cross_ND, self.total + other.total)
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.gram_NN + other.gram_NN, self.cross_ND + other.cross_ND, self.total + other.total)
 
     def error(self, weight_ND: Tensor) -> float:
         """|Y - H W|^2, from the moments alone."""
@@ -93,24 +99,28 @@ class _Moments:
         return self.total - 2 * linear + float((weight_ND * (self.gram_NN @ weight_ND)).sum())
 
 
-def _ridge_solution(moments: _Moments, start_ND: Tensor, ridge: float, place: str) -> Tensor:
-    """W [N, D]. Raises InputError where the moments are not positive definite in spite of the ridge."""
-    gram_NN = moments.gram_NN.clone()
-    strength = ridge * float(gram_NN.diagonal().mean())
-    if strength == 0:  # no token is routed here: nothing to go by
-        return start_ND
-    gram_NN.diagonal().add_(strength)
+def factor_of(gram_NN: Tensor, ridge: float, place: str) -> Tensor:
+    """Cholesky factor [N, N] of moments and a ridge. Raises InputError where they are not positive definite in spite of it."""
+    gram_NN = gram_NN.clone()
+    gram_NN.diagonal().add_(ridge * float(gram_NN.diagonal().mean()))
     factor, info = torch.linalg.cholesky_ex(gram_NN)
     if int(info):
         raise InputError(
             f"{place}: the moments of {len(gram_NN)} columns are not positive definite at ridge {ridge:g} (column "
             f"{int(info)}); set refit.ridge to a larger number"
         )
-    change_ND = torch.cholesky_solve(moments.cross_ND - moments.gram_NN @ start_ND, factor)
-    return start_ND + change_ND
+    return factor  # type: ignore[no-any-return]
 
 
-def _chosen(train: _Moments, held: _Moments, start_ND: Tensor, ridge: float | None, place: str) -> float:
+def _ridge_solution(moments: Moments, start_ND: Tensor, ridge: float, place: str) -> Tensor:
+    """W [N, D], pulled towards the start."""
+    if not moments.gram_NN.any():  # no token is routed here: nothing to go by
+        return start_ND
+    factor = factor_of(moments.gram_NN, ridge, place)
+    return start_ND + torch.cholesky_solve(moments.cross_ND - moments.gram_NN @ start_ND, factor)
+
+
+def _chosen(train: Moments, held: Moments, start_ND: Tensor, ridge: float | None, place: str) -> float:
     if ridge is not None:
         return ridge
     errors = {one: held.error(_ridge_solution(train, start_ND, one, place)) for one in RIDGES}
@@ -119,7 +129,7 @@ def _chosen(train: _Moments, held: _Moments, start_ND: Tensor, ridge: float | No
 
 def _joint(problem: Problem, ridge: float | None) -> Solution:
     num_tokens = len(problem.target_TD)
-    split = _held_out_from(num_tokens)
+    split = held_out_from(num_tokens)
     train, held = (_joint_moments(problem, low, high) for low, high in ((0, split), (split, num_tokens)))
     start_ND = torch.cat([weight.double().T for weight in problem.start])
     chosen = _chosen(train, held, start_ND, ridge, problem.place)
@@ -134,7 +144,7 @@ def _joint(problem: Problem, ridge: float | None) -> Solution:
     )
 
 
-def _joint_moments(problem: Problem, low: int, high: int) -> _Moments:
+def _joint_moments(problem: Problem, low: int, high: int) -> Moments:
     device, hidden_size = problem.target_TD.device, problem.target_TD.shape[1]
     sizes = [weight.shape[1] for weight in problem.start]
     gram_NN = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=device)
@@ -153,7 +163,7 @@ def _joint_moments(problem: Problem, low: int, high: int) -> _Moments:
         gram_NN.addmm_(columns_BN.T, columns_BN)
         cross_ND.addmm_(columns_BN.T, target_BD)
         total += float(target_BD.square().sum())
-    return _Moments(gram_NN, cross_ND, total)
+    return Moments(gram_NN, cross_ND, total)
 
 
 def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
@@ -163,30 +173,24 @@ def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
     total = float(left_TD.square().sum())
     weights = [weight.double() for weight in problem.start]
     for number, slot in enumerate(problem.slots):
-        _add(problem, left_TD, number, slot, -weights[number])
+        problem.add(left_TD, number, slot, -weights[number])
     before = float(left_TD.square().sum())
     chosen = ridge
-    split = _held_out_from(len(left_TD))
+    split = held_out_from(len(left_TD))
     for _ in range(SWEEPS):
         for number, slot in enumerate(problem.slots):
-            _add(problem, left_TD, number, slot, weights[number])
+            problem.add(left_TD, number, slot, weights[number])
             train, held = _slot_moments(problem, left_TD, number, slot, split)
             start_ND = problem.start[number].double().T
             chosen = _chosen(train, held, start_ND, ridge if ridge is not None else chosen, problem.place)
             weights[number] = _ridge_solution(train + held, start_ND, chosen, problem.place).T
-            _add(problem, left_TD, number, slot, -weights[number])
+            problem.add(left_TD, number, slot, -weights[number])
     assert chosen is not None
     after = float(left_TD.square().sum())
     return Solution(tuple(weight.float().contiguous() for weight in weights), chosen, before / total, after / total)
 
 
-def _add(problem: Problem, left_TD: Tensor, number: int, slot: SlotTokens, weight_DF: Tensor) -> None:
-    """Add what a slot gives with these weights."""
-    for tokens_R, gates_R in zip(slot.tokens_R.split(_BLOCK), slot.gates_R.split(_BLOCK), strict=True):
-        left_TD.index_add_(0, tokens_R, problem.columns(number, tokens_R, gates_R) @ weight_DF.T)
-
-
-def _slot_moments(problem: Problem, left_TD: Tensor, number: int, slot: SlotTokens, split: int) -> tuple[_Moments, _Moments]:
+def _slot_moments(problem: Problem, left_TD: Tensor, number: int, slot: SlotTokens, split: int) -> tuple[Moments, Moments]:
     """Moments of one slot on the tokens before `split`, and from there on."""
     size, hidden_size = problem.start[number].shape[1], left_TD.shape[1]
     found = []
@@ -199,5 +203,5 @@ def _slot_moments(problem: Problem, left_TD: Tensor, number: int, slot: SlotToke
             gram_FF.addmm_(columns_RF.T, columns_RF)
             cross_FD.addmm_(columns_RF.T, left_TD[tokens_R])
             total += float(left_TD[tokens_R].square().sum())
-        found.append(_Moments(gram_FF, cross_FD, total))
+        found.append(Moments(gram_FF, cross_FD, total))
     return found[0], found[1]

@@ -24,7 +24,7 @@ class SolveArgs:
     """A MoE layer of a target.
 
     tokens_dir, plan_dir: of the calibration set and of the method's plans, relative to the run directory. micro_batch:
-    sequences that run at once. ridge: None to be chosen.
+    sequences that run at once. ridge: None to be chosen. chooses_neurons: whether clusters keep whole neurons.
     """
 
     tokens_dir: str
@@ -33,6 +33,7 @@ class SolveArgs:
     num_shards: int
     micro_batch: int
     ridge: float | None
+    chooses_neurons: bool
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _target_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
         if layer in survey.moe_layers:
             args = SolveArgs(
                 tokens, run.part("cluster", target.part).dir, layer, data.num_shards, data.micro_batch,
-                None if refit.ridge == "auto" else refit.ridge,
+                None if refit.ridge == "auto" else refit.ridge, refit.neurons == "choose",
             )  # fmt: skip
             solved = run.unit(
                 part, f"layer-{layer:04d}", SOLVE.on(args), f"{target.part}, layer {layer}",

@@ -3,7 +3,7 @@
 Dimensions: T tokens, D hidden size, k experts a token, E experts of the source, S slots.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
-from stages.contracts.layer_plan import LayerPlan
+from stages.contracts.layer_plan import LayerPlan, Slot, neuron_places
 from stages.model.adapter import build_meta_model, expert_axes
 from stages.model.expert_weights import ExpertWeights
 from stages.model.experts_forward import ExpertsForward
 from stages.model.layer_shard import LayerShard
+from stages.model.roles import Neurons, neuron_axes
 from stages.model.stream import replaced_forward
 
 Seen = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -42,14 +43,15 @@ class Student:
         experts = small.get_submodule(inside)
         axes = _axes(str(adapted.checkpoint.folder))
         is_stock = plan.slots[0].row is not None
+        neurons = neuron_axes(adapted)
         for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
             axis = axes.get(prefix + name)
             if name.startswith(f"{inside}."):
-                assert axis is not None, name
-                _put(small, name, _slots(tensor, axis, [[(m.expert, m.weight) for m in slot.members] for slot in plan.slots]))
+                assert axis == 0, f"{name}: the experts are along the first axis in transformers' modules"
+                _put(small, name, torch.stack([_slot(tensor, slot, neurons.get(prefix + name)) for slot in plan.slots]))
             elif axis is not None and is_stock:
                 rows = [slot.row.parts for slot in plan.slots if slot.row is not None]
-                _put(small, name, _slots(tensor, axis, rows))
+                _put(small, name, _rows(tensor, axis, rows))
             else:
                 _put(small, name, tensor)
         self._module = small if is_stock else source
@@ -93,17 +95,38 @@ class Student:
         raise AssertionError("the experts are not part of the model")
 
 
-def _slots(
-    tensor: Tensor, axis: int, combinations: list[list[tuple[int, float]]] | list[tuple[tuple[int, float], ...]]
-) -> Tensor:
-    """Slices along the axis of experts, added up with weights in float32."""
+def _slot(experts: Tensor, slot: Slot, neurons: Neurons | None) -> Tensor:
+    """A slot's part of a parameter of the experts, which are along its first axis. neurons: where they lie in one's part."""
+    if neurons is None or (not slot.is_joined and all(member.neurons is None for member in slot.members)):
+        return combined([(experts[member.expert], member.weight) for member in slot.members], experts.dtype)
+    axis, size = neurons.axis, experts.shape[neurons.axis + 1]
+    order = neurons.order if size == 2 * neurons.number else "single"
+    chosen = [
+        [
+            experts[member.expert].index_select(axis, torch.from_numpy(places).to(experts.device))
+            for places in neuron_places(member.neurons, size, order)
+        ]
+        for member in slot.members
+    ]
+    if slot.is_joined:
+        return torch.cat([parts[half] for half in range(len(chosen[0])) for parts in chosen], dim=axis)
+    whole = [torch.cat(parts, dim=axis) for parts in chosen]
+    return combined([(part, member.weight) for part, member in zip(whole, slot.members, strict=True)], experts.dtype)
+
+
+def _rows(tensor: Tensor, axis: int, combinations: Sequence[Sequence[tuple[int, float]]]) -> Tensor:
+    """Rows of a router, added up with weights."""
     rows = tensor.movedim(axis, 0)
-    made = [
-        rows[parts[0][0]] if len(parts) == 1 and parts[0][1] == 1
-        else torch.stack([weight * rows[expert].float() for expert, weight in parts]).sum(0).to(tensor.dtype)
-        for parts in combinations
-    ]  # fmt: skip
+    made = [combined([(rows[expert], weight) for expert, weight in parts], tensor.dtype) for parts in combinations]
     return torch.stack(made).movedim(0, axis)
+
+
+def combined(parts: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> Tensor:
+    """The weighted sum in float32, rounded once; one alone with weight 1 as it is."""
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    whole: Tensor = torch.stack([weight * part.float() for part, weight in parts]).sum(0)
+    return whole.to(dtype)
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

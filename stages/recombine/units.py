@@ -3,6 +3,7 @@
 Dimensions: B sequences of a micro-batch, T tokens of all token shards, D hidden size, k experts a token, S slots.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from stages.contracts.stream_units import LayerShardArgs
 from stages.contracts.units import HeldJob, NoFacts, UnitResult
 from stages.io.files import WrittenFile, write_bytes
 from stages.io.storage import is_remote
+from stages.model.experts_forward import ExpertsForward
 from stages.model.layer_shard import LayerShard
 from stages.model.stream import read_hidden, read_token_ids, write_hidden
+from stages.recombine.neurons import chosen_plan
 from stages.recombine.solve import Problem, SlotTokens, Solution, solve
 from stages.recombine.spec import AdvanceArgs, SolveArgs, SolveFacts
 from stages.recombine.student import Student, output_scale
@@ -64,15 +67,32 @@ def open_layer(args: LayerShardArgs) -> HeldLayer:
     return HeldLayer(LayerShard(Checkpoint(args.model), args.first, args.stop, args.num_threads, has_head=False))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Gathered:
-    """What the experts of a layer are given and have to give, by micro-batch."""
+    """What the experts of a layer are given, and have to give: input x_TD, slots and gates of every token, the target with the
+    outputs' biases, float32 [T, D], and the weight of each token."""
 
-    x: list[Tensor]
-    slots: list[Tensor]
-    gates: list[Tensor]
-    target: list[Tensor]
-    norm: list[Tensor]
+    x_TD: Tensor
+    slots: list[SlotTokens]
+    target_TD: Tensor
+    weight_T: Tensor
+    place: str
+
+    def problem(self, student: Student, start: Sequence[Tensor] | None = None) -> Problem:
+        """To be solved for a student's slots. start: W_down of each, instead of what they have."""
+        target_TD = self.target_TD.clone()
+        for number, slot in enumerate(self.slots):
+            bias_D = student.weights.bias("down_proj", number, number + 1)
+            if bias_D is not None:
+                target_TD.index_add_(0, slot.tokens_R, -slot.gates_R[:, None] * bias_D.float())
+        return Problem(
+            self.slots,
+            lambda number, tokens_R: student.forward.activations_of(self.x_TD, tokens_R, number),
+            target_TD,
+            self.weight_T,
+            start or [student.down(number) for number in range(student.weights.num_experts)],
+            self.place,
+        )
 
 
 def solve_unit(job: HeldJob[SolveArgs, HeldLayer]) -> UnitResult[SolveFacts]:
@@ -84,7 +104,16 @@ def solve_unit(job: HeldJob[SolveArgs, HeldLayer]) -> UnitResult[SolveFacts]:
     plan = read_plan(plan_file(job.run_dir / args.plan_dir, layer))
     with torch.inference_mode():
         student = Student(shard, layer, plan)
-        solution = solve(_problem(job, student), args.ridge)
+        gathered = _gathered(job, student)
+        solution = solve(problem := gathered.problem(student), args.ridge)
+        if args.chooses_neurons and any(len(slot.members) > 1 for slot in plan.slots):
+            source = ExpertsForward(shard.expert_weights(layer))
+            plan, start = chosen_plan(
+                plan, problem, solution.weights, lambda expert, tokens: source.activations_of(gathered.x_TD, tokens, expert)
+            )
+            before = solution.error_before
+            student = Student(shard, layer, plan)
+            solution = replace(solve(gathered.problem(student, start), args.ridge), error_before=before)
         weights = [weight.T if student.weights.layout.is_transposed else weight for weight in solution.weights]
         files = _write(job.part_dir, plan, student.down_name, torch.stack(weights))
     return UnitResult(_facts(layer, solution), files)
@@ -99,9 +128,10 @@ def _write(part_dir: Path, plan: LayerPlan, name: str, values: Tensor) -> list[W
     return [solved, write_plan(plan_file(part_dir, plan.layer), replace(plan, replaced=(*plan.replaced, name)))]
 
 
-def _problem(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> Problem:
+def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered:
+    """Send both streams of all token shards through the layer, the student's without its experts."""
     args, shard, place = job.args, job.held.shard, f"layer {job.args.layer}"
-    seen = _Gathered([], [], [], [], [])
+    xs, routed, targets, norms = list[Tensor](), list[tuple[Tensor, Tensor]](), list[Tensor](), list[Tensor]()
     scale: float | None = None
     for number in range(args.num_shards):
         ids = list(read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number)).split(args.micro_batch))
@@ -110,33 +140,21 @@ def _problem(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> Problem:
             after_BTD = shard.run_layer(args.layer, source_BTD)
 
             def see(x_TD: Tensor, slots_Tk: Tensor, gates_Tk: Tensor) -> Tensor:
-                seen.x.append(x_TD)
-                seen.slots.append(slots_Tk)
-                seen.gates.append(gates_Tk.float())
+                xs.append(x_TD)
+                routed.append((slots_Tk, gates_Tk))
                 return torch.zeros_like(x_TD)
 
             bare_BTD = student.run(ours_BTD, see)
             if scale is None:
-                output_TD = student.outputs(seen.x[0], seen.slots[0], seen.gates[0].to(ours_BTD.dtype))
+                output_TD = student.outputs(xs[0], *routed[0])
                 whole_BTD = student.run(ours_BTD, lambda *routed, given=output_TD: given)
                 scale = output_scale(bare_BTD.flatten(0, 1).float(), whole_BTD.flatten(0, 1).float(), output_TD, place)
-            seen.target.append((after_BTD.float() - bare_BTD.float()).flatten(0, 1) / scale)
-            seen.norm.append(after_BTD.float().square().mean(-1).sqrt().flatten())
-    x_TD, target_TD = torch.cat(seen.x), torch.cat(seen.target)
-    weight_T = 1 / torch.cat(seen.norm).clamp(min=1e-12)
-    slots = _slot_tokens(torch.cat(seen.slots), torch.cat(seen.gates), student.weights.num_experts)
-    for number, slot in enumerate(slots):
-        bias_D = student.weights.bias("down_proj", number, number + 1)
-        if bias_D is not None:
-            target_TD.index_add_(0, slot.tokens_R, -slot.gates_R[:, None] * bias_D.float())
-    return Problem(
-        slots,
-        lambda number, tokens_R: student.forward.activations_of(x_TD, tokens_R, number),
-        target_TD,
-        weight_T / weight_T.mean(),
-        [student.down(number) for number in range(student.weights.num_experts)],
-        place,
-    )
+            targets.append((after_BTD.float() - bare_BTD.float()).flatten(0, 1) / scale)
+            norms.append(after_BTD.float().square().mean(-1).sqrt().flatten())
+    weight_T = 1 / torch.cat(norms).clamp(min=1e-12)
+    slots_Tk, gates_Tk = (torch.cat(parts) for parts in zip(*routed, strict=True))
+    slots = _slot_tokens(slots_Tk, gates_Tk.float(), student.weights.num_experts)
+    return _Gathered(torch.cat(xs), slots, torch.cat(targets), weight_T / weight_T.mean(), place)
 
 
 def _slot_tokens(slots_Tk: Tensor, gates_Tk: Tensor, num_slots: int) -> list[SlotTokens]:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
 from stages.calibrate.collectors.base import Collector, Sums
@@ -37,7 +38,7 @@ from tests.stages.test_statistics import Layer, close
 from tests.tiny import FAMILIES, logits, random_ids
 
 NUM_SEQUENCES, LENGTH = random_ids().shape
-GATHERED = ("output_norms", "output_norm", "gated_output")
+GATHERED = ("output_norms", "output_norm", "gated_output", "neuron_importance")
 
 
 class OutputNorms(Collector):
@@ -134,6 +135,10 @@ def test_further_sums_are_what_their_columns_say(layer: Layer) -> None:
         gates_T, outputs_TD = layer.gates_of(expert), layer.outputs_of(expert)
         close(evidence["output_norm_sum"][expert], outputs_TD[gates_T > 0].norm(dim=1).sum())
         close(evidence["gated_output_sum"][expert], (gates_T[:, None] * outputs_TD).sum(0))
+        gate_FD, up_FD = layer.experts.gate_up_proj[expert].double().chunk(2)
+        a_TF = silu(layer.x_TD @ gate_FD.T) * (layer.x_TD @ up_FD.T)
+        norms_F = layer.experts.down_proj[expert].double().square().sum(0)
+        close(evidence["neuron_importance_sum"][expert], (gates_T[:, None] * a_TF).square().sum(0) * norms_F)
 
 
 def test_output_sums_by_cell_run_over_the_sampled_tokens_of_each_cell(layer: Layer) -> None:

@@ -4,11 +4,13 @@ Dimensions: D hidden size, E experts.
 """
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stages.cluster import matching
 from stages.cluster.registry import methods
 from stages.contracts.evidence import LayerEvidence
 from stages.contracts.layer_plan import LayerPlan, Member
@@ -16,7 +18,7 @@ from stages.contracts.method import PlanSettings
 from stages.contracts.settings import Merging
 from tests.conftest import REPOSITORY
 
-NUM_EXPERTS, HIDDEN, TOKENS = 12, 5, 300
+NUM_EXPERTS, HIDDEN, NEURONS, TOKENS = 12, 5, 64, 300
 METHODS = sorted(methods())
 PRUNING = sorted(name for name, method in methods().items() if not method.reads_merging)
 CLUSTERING = sorted(set(METHODS) - set(PRUNING))
@@ -49,6 +51,7 @@ def evidence_of(seed: int = 0, num_experts: int = NUM_EXPERTS) -> LayerEvidence:
         "router_probability_sum": scores_TE.sum(0),
         "router_logit_gram": logits_TE.T @ logits_TE,
         "output_sum": output_TED.sum(0),
+        "neuron_importance_sum": random.exponential(size=(num_experts, NEURONS)),
         "gated_output_sum": (gate_TE[..., None] * output_TED).sum(0),
     }
     return LayerEvidence(3, TOKENS, TOKENS, num_experts, columns)
@@ -102,7 +105,9 @@ def test_as_many_slots_as_were_asked_for_and_every_expert_in_one_or_dropped(name
         assert len(placed) == num_slots if name in PRUNING else placed == list(range(NUM_EXPERTS))
 
 
-@pytest.mark.parametrize(("name", "settings"), [one for one in VARIANTS if one[0] in CLUSTERING and one[0] != "random"])
+@pytest.mark.parametrize(
+    ("name", "settings"), [one for one in VARIANTS if one[0] in CLUSTERING and one[0] not in ("random", "pairs")]
+)
 def test_experts_that_are_copies_of_each_other_share_a_slot(name: str, settings: dict[str, Any]) -> None:
     """Six pairs of equal experts into six slots."""
     half = evidence_of(3, NUM_EXPERTS // 2)
@@ -196,6 +201,34 @@ def test_a_seed_gives_the_same_plan_again_and_another_one_gives_others(name: str
     plans = [plan_of(name, evidence, 4, {"seed": seed}) for seed in range(8)]
     assert plans[0] == plan_of(name, evidence, 4, {"seed": 0})
     assert len({frozenset(groups(plan)) for plan in plans}) > 1
+
+
+@pytest.mark.parametrize(("num_experts", "num_slots"), [(6, 5), (6, 4), (6, 3), (5, 3)])
+def test_pairs_have_the_least_total_loss_of_all_disjoint_pairs(num_experts: int, num_slots: int) -> None:
+    evidence = evidence_of(2, num_experts)
+    importance = evidence["neuron_importance_sum"]
+
+    def loss(pairs: tuple[tuple[int, int], ...]) -> float:
+        return sum(np.sort(importance[list(pair)].reshape(-1))[:NEURONS].sum() for pair in pairs)
+
+    disjoint = [
+        pairs for pairs in combinations(combinations(range(num_experts), 2), num_experts - num_slots)
+        if len({expert for pair in pairs for expert in pair}) == 2 * len(pairs)
+    ]  # fmt: skip
+    best = min(disjoint, key=loss)
+    found = groups(plan_of("pairs", evidence, num_slots))
+    assert {group for group in found if len(group) > 1} == {frozenset(pair) for pair in best}
+
+
+def test_many_experts_are_paired_greedily_at_a_total_loss_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    importance = evidence_of(8)["neuron_importance_sum"]
+
+    def total(labels: np.ndarray) -> float:
+        return sum(matching.lost(importance, np.flatnonzero(labels == label).tolist()) for label in range(6))
+
+    exact = total(matching.paired(importance, 6))
+    monkeypatch.setattr(matching, "EXACT_EXPERTS", 0)
+    assert exact <= total(matching.paired(importance, 6)) < 1.3 * exact
 
 
 def test_random_groups_are_equally_large() -> None:

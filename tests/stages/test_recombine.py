@@ -15,9 +15,10 @@ from torch import Tensor
 
 from stages.contracts.errors import InputError
 from stages.model.families import SUPPORTED
+from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
 from stages.recombine.solve import Problem, SlotTokens, solve
-from tests.stages.runs import load, logits, run_all, tensor_bytes, token_ids
+from tests.stages.runs import load, logits, read_tensors, run_all, tensor_bytes, token_ids
 from tests.stages.tiny import build, save
 
 NUM_TOKENS, HIDDEN, NEURONS, SLOTS = 400, 6, 5, 3
@@ -108,6 +109,25 @@ def test_a_slot_that_no_token_reaches_keeps_its_values() -> None:
     assert all(torch.equal(*pair) for pair in zip(found.weights, problem.start, strict=True))
 
 
+def test_the_neuron_that_goes_is_the_one_whose_loss_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, against the error of every solution without one neuron."""
+    problem, dense = problem_of(4)
+    monkeypatch.setattr(choosing, "RIDGE", 1e-9)
+    monkeypatch.setattr(choosing, "SHARE", 1e-9)
+    target = (problem.target_TD * problem.weight_T[:, None]).double()
+    moments = solving.Moments(dense.T @ dense, dense.T @ target, float(target.square().sum()))
+    left = list(range(dense.shape[1]))
+    while len(left) > 9:
+        errors = {}
+        for gone in left:
+            columns = dense[:, [one for one in left if one != gone]].numpy()
+            errors[gone] = np.linalg.lstsq(columns, target.numpy(), rcond=None)[1].sum()
+        left.remove(min(errors, key=lambda one: errors[one]))
+        kept, weight_DF = choosing.eliminate(moments, len(left), "here")
+        assert kept.tolist() == left
+    np.testing.assert_allclose(weight_DF.T, np.linalg.lstsq(dense[:, left].numpy(), target.numpy(), rcond=None)[0], rtol=1e-5)
+
+
 def facts(run_dir: Path, target: str) -> Iterator[dict[str, Any]]:
     (folder,) = run_dir.glob(f"recombine-{target}-*")
     for path in sorted((folder / "manifests").glob("layer-*.json")):
@@ -135,6 +155,58 @@ def test_a_refitted_checkpoint_is_nearer_to_the_source(family: str, tmp_path: Pa
         changed = {name for name in before if before[name] != after[name]}
         assert before.keys() == after.keys() and changed
         assert all(name.rsplit(".weight", 1)[0].endswith(("w2", "down_proj", "output_linear")) for name in changed), changed
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "qwen2_moe"])
+def test_a_slot_of_chosen_neurons_is_better_than_an_average(family: str, tmp_path: Path) -> None:
+    source = save(build(family, torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+    for neurons in ("keep", "choose"):
+        run_all(
+            source, tmp_path / neurons, path, [4], ["tied"], refit={"mode": "sequential", "neurons": neurons, "ridge": 1e-3}
+        )
+    first = {neurons: next(facts(tmp_path / neurons, "4e-tied")) for neurons in ("keep", "choose")}
+    assert first["choose"]["error_before"] == pytest.approx(first["keep"]["error_before"], rel=1e-4)
+    assert first["choose"]["error_after"] < first["keep"]["error_after"]
+
+
+def test_chosen_neurons_are_whole_neurons_of_the_members(tmp_path: Path) -> None:
+    """Rows of gate and up come together from one neuron of one member; a cluster of one keeps them as they are."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+    settings = {"mode": "sequential", "neurons": "choose"}
+    export = run_all(source, tmp_path / "run", path, [4], ["tied"], refit=settings)["4e-tied"]
+    before, after = read_tensors(source), read_tensors(export)
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts"
+        slot_E = after[f"{prefix}.expert_map"]
+        for slot in range(4):
+            found = torch.cat([after[f"{prefix}.{slot}.{name}.weight"] for name in ("w1", "w3")], dim=1)
+            members = (slot_E == slot).nonzero().flatten().tolist()
+            rows = [torch.cat([before[f"{prefix}.{one}.{name}.weight"] for name in ("w1", "w3")], dim=1) for one in members]
+            known = {tuple(row.tolist()) for row in torch.cat(rows)}
+            ours = [tuple(row.tolist()) for row in found]
+            assert set(ours) <= known and len(set(ours)) == len(ours)
+
+
+def test_experts_with_the_same_neurons_in_another_order_become_one_without_loss(tmp_path: Path) -> None:
+    """Eight experts are four and their permuted copies; every pair of twins holds each neuron twice."""
+    model = build("mixtral", torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            experts = layer.mlp.experts
+            size = experts.down_proj.shape[2]
+            order = torch.from_numpy(np.random.default_rng(0).permutation(size))
+            for expert in range(4):
+                gate, up = experts.gate_up_proj[expert].chunk(2)
+                experts.gate_up_proj[expert + 4] = torch.cat([gate[order], up[order]])
+                experts.down_proj[expert + 4] = experts.down_proj[expert][:, order]
+    source = save(model, tmp_path / "source")
+    path, ids = token_ids(tmp_path)
+    settings = {"mode": "sequential", "neurons": "choose", "ridge": 1e-5}
+    export = run_all(source, tmp_path / "run", path, [4], ["tied"], refit=settings)["4e-tied"]
+    due = logits(load(source), ids)
+    assert (logits(load(export, trust_remote_code=True), ids) - due).norm() < 0.01 * due.norm()
 
 
 def test_the_same_bytes_again_and_after_a_lost_layer(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ class Summed(Protocol):
     def through_w_down(self, activation_sum_ECF: Array) -> Array:
         """Sums of outputs, float64 [E, C, D], from un-routed activations summed by cell."""
 
+    def down_square_norms(self) -> Array:
+        """Squared norms of the columns of W_down, float64 [E, F]."""
+
 
 class Collector:
     """One or several sums over tokens for every expert of a layer. A collector has no state: sums are passed in.

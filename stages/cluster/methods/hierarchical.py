@@ -65,5 +65,6 @@ METHOD = Method(
             "merging": {"method": "frequency"},
         },
         "hc-refit": {"merging": {"method": "frequency"}, "refit": {"mode": "sequential"}},
+        "hc-recombine": {"merging": {"method": "frequency"}, "refit": {"mode": "sequential", "neurons": "choose"}},
     },
 )
