@@ -66,7 +66,12 @@ def _body(facts: CardFacts, export_format: str, written: AssembleFacts) -> str:
         "architecture runs this checkpoint."
     )
     verb = "merged" if facts.merging else "pruned"
-    how = {"Calibration": _inline(facts.calibration), "Clustering": facts.clustering, "Merging": facts.merging}
+    how = {
+        "Calibration": _inline(facts.calibration),
+        "Clustering": facts.clustering,
+        "Merging": facts.merging,
+        "Refit": facts.refit,
+    }
     lines = "\n".join(f"- {name}: {text}" for name, text in how.items() if text)
     return f"""
 # {facts.name}

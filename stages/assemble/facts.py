@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from stages.contracts.naming import hub_name
-from stages.contracts.settings import RunConfig, Section
+from stages.contracts.settings import Refit, RunConfig, Section
 from stages.contracts.spec import Run
 from stages.contracts.targets import Target
 
@@ -19,8 +19,8 @@ class CardFacts:
     name: of the export. source: name of the source. base_model: the source's name on the hub, or None. revision: of the source,
     or None. num_experts: experts per layer of the source. experts_text: number of experts kept, in words. source_parameters,
     source_bytes: of the source's weights. router: rule that combines router rows in a stock export. method, method_source:
-    title of the method and where it was published. calibration, clustering, merging: descriptions; empty if the method has no
-    such settings. settings: a run file that makes only this checkpoint.
+    title of the method and where it was published. calibration, clustering, merging, refit: descriptions; empty if there are
+    no such settings. settings: a run file that makes only this checkpoint.
     """
 
     name: str
@@ -37,6 +37,7 @@ class CardFacts:
     calibration: str
     clustering: str
     merging: str
+    refit: str
     settings: dict[str, JsonValue]
 
 
@@ -65,8 +66,16 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         f"{labels}{f' (revision {commit})' if commit else ''}, seed {data.seed}{sampled}",
         clustering=", ".join(f"{key} {value}" for key, value in clustering.items()),
         merging=variant.merging.method if variant.method.reads_merging else "",
+        refit=_refit_text(variant.refit),
         settings={**_settings(config, target, commit), "model": base_model or config.name},
     )
+
+
+def _refit_text(refit: Refit) -> str:
+    if refit.mode == "none":
+        return ""
+    chosen = "whole neurons of each cluster's experts are kept; " if refit.neurons == "choose" else ""
+    return f"{chosen}the down projections are solved anew in closed form, layer after layer (ridge {refit.ridge})"
 
 
 def _labels(data: Sequence[str], commit: str | None) -> list[str]:
