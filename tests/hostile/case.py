@@ -10,8 +10,7 @@ import torch
 import yaml
 
 from tests.hostile.contents import Content, Loader, array
-from tests.runs import write_run_file
-from tests.stages.runs import read_tensors, rewrite
+from tests.runs import read_tensors, rewrite, write_run_file
 
 HERE = Path(__file__).parent
 DEFAULTS: dict[str, dict[str, Any]] = {

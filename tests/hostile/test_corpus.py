@@ -24,8 +24,7 @@ from pipeline.executors.local import LocalExecutor
 from tests.conftest import REPOSITORY
 from tests.hostile.case import Case, load_cases
 from tests.runs import write_run_file
-from tests.stages.tiny import build, save
-from tests.tiny import save_checkpoint, save_token_ids
+from tests.tiny import build, save, save_checkpoint, save_token_ids
 
 CASES = load_cases()
 EXAMPLE = REPOSITORY / "examples" / "tiny-mixtral"

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.pipeline.hub_server import COMMIT, Hub, serve
-from tests.stages.runs import read_config, token_ids
-from tests.stages.tiny import build, save
+from tests.runs import read_config, token_ids
+from tests.tiny import build, save
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from pipeline.hub_data import _chosen as chosen
 from stages.contracts.errors import InputError
 from tests.pipeline.hub_server import COMMIT, Hub, serve
 from tests.pipeline.test_hub import hcsmoe
-from tests.stages.runs import read_config
+from tests.runs import read_config
 from tests.stages.texts import EXAMPLE, json_line
 
 OTHER_COMMIT = COMMIT[::-1]

@@ -11,8 +11,8 @@ from pipeline.cli import app
 from pipeline.commands.inspect import inspect_model
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
-from tests.stages.runs import read_config, run_all, token_ids
-from tests.stages.tiny import NUM_EXPERTS, build, save
+from tests.runs import read_config, run_all, token_ids
+from tests.tiny import NUM_EXPERTS, build, save
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])

@@ -13,7 +13,7 @@ from stages.contracts.partition import held_bytes
 from stages.contracts.settings import Calibration, Evaluation
 from stages.model.survey import survey_checkpoint
 from tests.conftest import REPOSITORY
-from tests.stages.tiny import build, save
+from tests.tiny import build, save
 
 SIZES = {
     "hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8, "num_hidden_layers": 4, "vocab_size": 8192,

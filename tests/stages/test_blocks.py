@@ -14,8 +14,8 @@ from stages.contracts.errors import InputError
 from stages.io.files import read_into, write_bytes, write_file
 from stages.merge import blocks
 from stages.merge.blocks import BUFFERS, ComputedMean, Mean, PlainMean, Stretch, write_means
-from tests.stages.runs import run_all, token_ids
-from tests.stages.tiny import build, save
+from tests.runs import run_all, token_ids
+from tests.tiny import build, save
 
 BLOCK_BYTES = 256
 SHARES = (0.37, 0.42, 0.21)

@@ -28,7 +28,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from stages.model.families import SUPPORTED
-from tests.stages.tiny import NUM_EXPERTS, build, save, tiny_config
+from tests.tiny import NUM_EXPERTS, build, save, tiny_config
 
 
 def meta_model(family: str) -> PreTrainedModel:

@@ -19,8 +19,8 @@ from stages.contracts.evidence import LayerEvidence, read_evidence
 from stages.contracts.paths import labels_file
 from stages.model.adapter import auto_classes
 from stages.model.families import SUPPORTED, expert_count_fields, groups_in, mtp_fields, stock_targets, text_config
-from tests.stages.runs import aligned, load, logits, run_all, streamed_logits, tensor_bytes, token_ids
-from tests.stages.tiny import FAMILIES, NUM_EXPERTS, build, save
+from tests.runs import aligned, run_all, streamed_logits, tensor_bytes, token_ids
+from tests.tiny import NUM_EXPERTS, SETTINGS, build, load, logits, save
 
 MERGED = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -320,4 +320,4 @@ def test_every_code_path_has_a_case_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_every_tiny_config_is_of_a_supported_family() -> None:
-    assert set(SUPPORTED) <= set(FAMILIES)
+    assert set(SUPPORTED) <= set(SETTINGS)

@@ -16,8 +16,8 @@ from stages.contracts.errors import InputError
 from stages.contracts.evidence import read_evidence
 from stages.prepare.spec import TextArgs
 from stages.prepare.units import sequences
-from tests.stages.runs import read_config, read_tensors, rewrite, run_all, token_ids
-from tests.stages.tiny import build, save
+from tests.runs import read_config, read_tensors, rewrite, run_all, token_ids
+from tests.tiny import build, save
 
 REPOSITORY = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
 from stages.checkpoint.folder import Checkpoint
-from tests.stages.runs import load, logits, read_config, read_tensors, run_all, tensor_bytes, token_ids
-from tests.stages.tiny import NUM_EXPERTS, build, fill, save, tiny_config
+from tests.runs import read_config, read_tensors, run_all, tensor_bytes, token_ids
+from tests.tiny import NUM_EXPERTS, build, fill, load, logits, save, tiny_config
 
 ONE_BY_ONE = ["mixtral", "qwen3_moe", "deepseek_v3", "minimax_m2", "ernie4_5_moe", "jamba", "lfm2_moe", "hunyuan_v1_moe"]
 

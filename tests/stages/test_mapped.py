@@ -25,8 +25,7 @@ from stages.model.layer_shard import LayerShard
 from stages.model.stream import Stream, pass_through
 from stages.model.survey import survey_checkpoint
 from tests.conftest import REPOSITORY
-from tests.stages.tiny import build, save
-from tests.tiny import FAMILIES, random_ids, save_checkpoint
+from tests.tiny import FAMILIES, build, random_ids, save, save_checkpoint
 
 MAPS = Path("/proc/self/maps")
 

@@ -24,9 +24,9 @@ from stages.merge.spec import MergeArgs
 from stages.merge.units import merge_unit
 from stages.model.families import SUPPORTED
 from stages.model.survey import survey_checkpoint
-from tests.stages.runs import load, logits, read_config, read_tensors, rewrite, tensor_bytes, token_ids
+from tests.runs import read_config, read_tensors, rewrite, tensor_bytes, token_ids
 from tests.stages.test_quantised import CHECKPOINTS
-from tests.stages.tiny import NUM_EXPERTS, build, save
+from tests.tiny import NUM_EXPERTS, build, load, logits, save
 
 EXPERTS = range(NUM_EXPERTS)
 surveyed = lru_cache(survey_checkpoint)

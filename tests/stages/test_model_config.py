@@ -30,8 +30,8 @@ from stages.model.products import gates_by_halves
 from stages.model.survey import survey
 from stages.model.tied import modeling_source
 from stages.model.trial import check_forward
-from tests.stages.runs import load, read_config, run_all, run_config, token_ids
-from tests.stages.tiny import build, save, tiny_config
+from tests.runs import read_config, run_all, run_config, token_ids
+from tests.tiny import build, load, save, tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
 EVALUATED = {"num_sequences": 4, "sequence_length": 16, "tokens_per_micro_batch": 32}

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from stages.contracts.errors import InputError
 from stages.model.survey import survey_checkpoint
-from tests.stages.runs import load, logits, read_config, read_tensors, rewrite, run_all, tensor_bytes, token_ids
-from tests.stages.tiny import NUM_EXPERTS, build, save
+from tests.runs import read_config, read_tensors, rewrite, run_all, tensor_bytes, token_ids
+from tests.tiny import NUM_EXPERTS, build, load, logits, save
 
 
 def with_mtp(family: str, folder: Path) -> Path:

@@ -18,8 +18,7 @@ from stages.model.experts_forward import ExpertsForward
 from stages.model.products import can_group, gates_by_halves, padded, room_for
 from stages.model.stream import Stream, pass_through
 from tests.stages.test_mapped import calibrated, opened
-from tests.stages.tiny import build, save
-from tests.tiny import random_ids
+from tests.tiny import build, random_ids, save
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -14,8 +14,8 @@ from stages.checkpoint.folder import Checkpoint
 from stages.checkpoint.reader import dequantise_fp8, dequantise_mxfp4
 from stages.contracts.errors import InputError
 from stages.model.survey import survey
-from tests.stages.runs import load, logits, read_config, read_tensors, rewrite, run_all, streamed_logits, token_ids
-from tests.stages.tiny import build, save
+from tests.runs import read_config, read_tensors, rewrite, run_all, streamed_logits, token_ids
+from tests.tiny import build, load, logits, save
 
 FP8_BLOCK = (16, 20)  # the last block of a matrix is smaller
 FOUR_BITS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])

@@ -18,8 +18,8 @@ from stages.model.families import SUPPORTED
 from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
 from stages.recombine.solve import Problem, SlotTokens, solve
-from tests.stages.runs import load, logits, read_tensors, run_all, tensor_bytes, token_ids
-from tests.stages.tiny import build, save
+from tests.runs import read_tensors, run_all, tensor_bytes, token_ids
+from tests.tiny import build, load, logits, save
 
 NUM_TOKENS, HIDDEN, NEURONS, SLOTS = 400, 6, 5, 3
 

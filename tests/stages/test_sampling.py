@@ -20,10 +20,8 @@ from stages.contracts.evidence import LayerEvidence, OutputGroups, read_evidence
 from stages.contracts.paths import errors_file, labels_file, stability_file
 from stages.model.expert_weights import ExpertWeights
 from stages.model.families import Family
-from tests.runs import FinishedRun, write_run_file
-from tests.stages.runs import run_all, token_ids
-from tests.stages.tiny import build, save
-from tests.tiny import FAMILIES, load, logits, random_ids
+from tests.runs import FinishedRun, run_all, token_ids, write_run_file
+from tests.tiny import FAMILIES, build, load, logits, random_ids, save
 
 NUM_SEQUENCES, LENGTH = random_ids().shape
 

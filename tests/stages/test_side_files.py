@@ -13,8 +13,8 @@ from pipeline.run.identity import model_identity
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.io.untrusted import MAX_SMALL_BYTES
-from tests.stages.runs import read_config, run_all, tensor_bytes, token_ids
-from tests.stages.tiny import build, save
+from tests.runs import read_config, run_all, tensor_bytes, token_ids
+from tests.tiny import build, save
 
 KEPT = [
     "LICENSE", "Notice.txt", "USE_POLICY.md", "additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja",

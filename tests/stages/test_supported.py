@@ -10,10 +10,10 @@ import torch
 from pipeline.checks import check
 from stages.contracts.errors import InputError
 from stages.model.families import REFUSED, SUPPORTED, WRAPPERS, family_of, groups_in, stock_targets
-from tests.stages.runs import run_config, token_ids
+from tests.runs import run_config, token_ids
 from tests.stages.test_families import CASES
 from tests.stages.test_layouts import test_language_model_of_a_multimodal_wrapper as wrapper_test
-from tests.stages.tiny import FAMILIES, build, save, tiny_config
+from tests.tiny import SETTINGS, build, save, tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENT = REPOSITORY / "docs" / "families.md"
@@ -29,7 +29,7 @@ def table(heading: str) -> dict[str, list[str]]:
 def test_the_document_lists_the_families_that_are_tested() -> None:
     tested = {case.values[0] for case in CASES}
     assert tested == set(SUPPORTED) == set(table("Supported families"))
-    assert tested <= set(FAMILIES)
+    assert tested <= set(SETTINGS)
 
 
 def test_the_readme_lists_the_same_families() -> None:

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModel, MixtralForCausalLM, MixtralModel
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.model.adapter import build_meta_model
-from tests.stages.runs import load, run_all, token_ids
-from tests.stages.tiny import NUM_EXPERTS, build, save
+from tests.runs import run_all, token_ids
+from tests.tiny import NUM_EXPERTS, build, load, save
 
 HEADS = {
     "AutoModelForQuestionAnswering": "HCSMoEMixtralForQuestionAnswering",

@@ -15,8 +15,8 @@ from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.model.layer_shard import LayerShard
 from stages.model.survey import survey
-from tests.stages.runs import load, logits, read_config, read_tensors, rewrite, run_all, token_ids
-from tests.stages.tiny import build, save
+from tests.runs import read_config, read_tensors, rewrite, run_all, token_ids
+from tests.tiny import build, load, logits, save
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Change = Callable[[dict[str, Tensor]], object]

@@ -19,19 +19,8 @@ from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.merge import units as merge_units
 from stages.model.survey import survey_checkpoint
-from tests.stages.runs import (
-    aligned,
-    load,
-    logits,
-    read_config,
-    read_tensors,
-    rewrite,
-    run_all,
-    streamed_logits,
-    tensor_bytes,
-    token_ids,
-)
-from tests.stages.tiny import NUM_EXPERTS, build, save
+from tests.runs import aligned, read_config, read_tensors, rewrite, run_all, streamed_logits, tensor_bytes, token_ids
+from tests.tiny import NUM_EXPERTS, build, load, logits, save
 
 INDEX = "model.safetensors.index.json"
 INV_FREQ = "model.layers.{}.self_attn.rotary_emb.inv_freq"
