@@ -18,7 +18,7 @@ from stages.contracts.units import Job, NoFacts, Unit, UnitResult
 from tests.pipeline.fake import ToyRun, at, unit
 
 REPOSITORY = Path(__file__).parents[2]
-NUM_UNITS = 10_000
+NUM_UNITS = 20_000
 MAX_CPU_S = 0.005
 MAX_GROWTH_BYTES = 2_000  # a unit; after a half of them, those pools grow by about a third of it
 
