@@ -47,7 +47,7 @@ def variants_of(config: RunConfig) -> tuple[Variant, ...]:
     """
     if config.variants is None:
         method = methods()[config.clustering.method]
-        _check_fits(method, "merging" in config.model_fields_set, config.export, "export")
+        _check_fits(method, "merging" in config.model_fields_set, config.refit, config.export, "")
         return (Variant("", method, config.clustering, config.merging, config.refit, config.export),)
     (name, count), *_ = Counter(entry.name for entry in config.variants).most_common(1)
     if count > 1:
@@ -72,7 +72,7 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
     refit = _section(Refit, {**preset.get("refit", {}), **entry.refit}, f"{place}: refit")
     exported = {**config.export.model_dump(), **preset.get("export", {}), **entry.export}
     export = _section(Export, exported, f"{place}: export")
-    _check_fits(method, bool(given), export, f"{place}: export")
+    _check_fits(method, bool(given), refit, export, f"{place}: ")
     try:
         check_target_formats(clustering.num_experts, export.formats)
     except ValueError as e:
@@ -80,16 +80,19 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
     return Variant(entry.name, method, clustering, merging, refit, export)
 
 
-def _check_fits(method: Method[Any], has_merging: bool, export: Export, place: str) -> None:
-    """Raise InputError for settings that a method does not support.
-    place: where the section `export` stands, for the message."""
+def _check_fits(method: Method[Any], has_merging: bool, refit: Refit, export: Export, at: str) -> None:
+    """Raise InputError for settings that a method does not support. at: names the variant in the message, if there is one."""
     if has_merging and not method.reads_merging:
-        at = place.removesuffix("export")
         raise InputError(f"{at}merging is set, but method {method.name} does not read that section; leave it out")
+    if refit.neurons == "choose" and not method.reads_merging:
+        raise InputError(
+            f"{at}refit.neurons is choose, but method {method.name} keeps single experts, whose neurons all have room; leave it "
+            "out"
+        )
     for name in export.formats:
         if name not in method.formats:
             raise InputError(
-                f"{place}.formats lists {name}, which cannot express what method {method.name} makes; set it to "
+                f"{at}export.formats lists {name}, which cannot express what method {method.name} makes; set it to "
                 f"[{', '.join(method.formats)}]"
             )
 

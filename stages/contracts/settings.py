@@ -145,6 +145,13 @@ class Refit(Section):
     """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of six strengths
     the one with the least error on the last eighth of the calibration tokens."""
 
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        unread = sorted(self.model_fields_set - {"mode"})
+        if self.mode == "none" and any(getattr(self, name) != type(self).model_fields[name].default for name in unread):
+            raise ValueError(f"{unread[0]} is set, but nothing is refitted; set mode to sequential, or leave it out")
+        return self
+
 
 class Export(Section):
     """What an export contains."""

@@ -33,7 +33,8 @@ def chosen_plan(
         problem.add(left_TD, number, tokens, -weights[number])
     slots = list(plan.slots)
     for number, slot in enumerate(plan.slots):
-        if len(slot.members) == 1:
+        is_seen = bool((problem.slots[number].tokens_R < held_out_from(len(left_TD))).any())
+        if len(slot.members) == 1 or not is_seen:  # no token says which neurons matter: the average stays
             continue
         problem.add(left_TD, number, problem.slots[number], weights[number])
         size = weights[number].shape[1]

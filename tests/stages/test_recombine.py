@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.contracts.errors import InputError
+from stages.contracts.layer_plan import LayerPlan, Member, Slot
 from stages.model.families import SUPPORTED
 from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
@@ -126,6 +127,17 @@ def test_the_neuron_that_goes_is_the_one_whose_loss_costs_least(monkeypatch: pyt
         kept, weight_DF = choosing.eliminate(moments, len(left), "here")
         assert kept.tolist() == left
     np.testing.assert_allclose(weight_DF.T, np.linalg.lstsq(dense[:, left].numpy(), target.numpy(), rcond=None)[0], rtol=1e-5)
+
+
+def test_a_cluster_that_no_token_reaches_keeps_its_average() -> None:
+    """Nothing says which of its neurons matter, and no ridge would help."""
+    problem, _ = problem_of()
+    nothing = SlotTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    unseen = Problem([nothing] * SLOTS, *list(vars(problem).values())[1:])
+    plan = LayerPlan(0, 2 * SLOTS, tuple(Slot((n, n + 3), (Member(n, 0.5), Member(n + 3, 0.5))) for n in range(SLOTS)))
+    found, weights = choosing.chosen_plan(plan, unseen, problem.start, lambda expert, tokens: torch.zeros(len(tokens), NEURONS))
+    assert found == plan
+    assert all(torch.equal(*pair) for pair in zip(weights, problem.start, strict=True))
 
 
 def facts(run_dir: Path, target: str) -> Iterator[dict[str, Any]]:
