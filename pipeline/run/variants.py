@@ -86,8 +86,8 @@ def _check_fits(method: Method[Any], has_merging: bool, refit: Refit, export: Ex
         raise InputError(f"{at}merging is set, but method {method.name} does not read that section; leave it out")
     if refit.neurons == "choose" and not method.reads_merging:
         raise InputError(
-            f"{at}refit.neurons is choose, but method {method.name} keeps single experts, whose neurons all have room; leave it "
-            "out"
+            f"{at}refit.neurons is choose, but method {method.name} keeps single experts, whose neurons all have room; leave "
+            "it out"
         )
     for name in export.formats:
         if name not in method.formats:
