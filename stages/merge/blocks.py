@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint.finite import is_finite
+from stages.checkpoint.weighted_sum import WeightedSum, dtype_name
 from stages.contracts.errors import InputError
 from stages.io.files import DigestingFile, read_into
 from stages.io.prefetch import ahead
-from stages.merge.weights import WeightedSum, dtype_name
 
 BLOCK_BYTES = 1 << 22
 DEPTH = 6

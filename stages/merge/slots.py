@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint.reader import TensorReader
+from stages.checkpoint.weighted_sum import combined
 from stages.contracts.layer_plan import Member, Slot, neuron_places
 from stages.contracts.tensors import TensorRow
 from stages.io.storage import is_remote
 from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch
 from stages.merge.neurons import Chosen, SideBySide
-from stages.merge.weights import combined
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from stages.checkpoint.folder import Checkpoint
 from stages.checkpoint.headers import TensorEntry, read_header, write_header
 from stages.checkpoint.reader import TORCH_DTYPES, TensorReader
+from stages.checkpoint.weighted_sum import merge_rows
 from stages.contracts.layer_plan import DROPPED, LayerPlan, Slot, read_plan
 from stages.contracts.paths import CHECKPOINT_DIR, TENSORS_FILE, plan_file, replaced_file
 from stages.contracts.tensors import TensorRow, read_tensors
@@ -20,7 +21,6 @@ from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch, write_me
 from stages.merge.layout import OutputFile, OutputTensor, output_files
 from stages.merge.slots import ExpertTensors
 from stages.merge.spec import MergeArgs, MergeFacts
-from stages.merge.weights import merge_rows
 
 _COPIED_DTYPES = {
     "C64": torch.complex64, "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.checkpoint.folder import Checkpoint
+from stages.checkpoint.weighted_sum import combined, merge_rows
 from stages.contracts.errors import InputError
 from stages.contracts.layer_plan import LayerPlan, Slot, neuron_places
 from stages.model.adapter import build_meta_model, expert_axes
@@ -30,7 +31,10 @@ def _axes(model: str) -> Mapping[str, int]:
 
 
 class Student:
-    """A MoE layer of a loaded layer shard with the experts of a plan. Attributes: `forward`, the slots' forward."""
+    """A MoE layer of a loaded layer shard with the experts of a plan.
+
+    Attributes: `weights` and `forward` of the slots; `down_name`, the parameter that holds W_down of all of them.
+    """
 
     def __init__(self, shard: LayerShard, layer: int, plan: LayerPlan) -> None:
         self._shard, self._layer = shard, layer
@@ -43,20 +47,21 @@ class Student:
         experts = small.get_submodule(inside)
         axes = _axes(str(adapted.checkpoint.folder))
         is_stock = plan.slots[0].row is not None
-        neurons = neuron_axes(adapted)
+        neurons, place = neuron_axes(adapted), f"layer {layer}"
         for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
             axis = axes.get(prefix + name)
             if name.startswith(f"{inside}."):
                 assert axis == 0, f"{name}: the experts are along the first axis in transformers' modules"
-                _put(small, name, torch.stack([_slot(tensor, slot, neurons.get(prefix + name)) for slot in plan.slots]))
+                _put(small, name, torch.stack([_slot(tensor, slot, neurons.get(prefix + name), place) for slot in plan.slots]))
             elif axis is not None and is_stock:
                 rows = [slot.row.parts for slot in plan.slots if slot.row is not None]
-                _put(small, name, _rows(tensor, axis, rows))
+                _put(small, name, merge_rows(tensor, axis, rows, place))
             else:
                 _put(small, name, tensor)
         self._module = small if is_stock else source
         self._replaced = experts if is_stock else source_experts
         self._slot_E = None if is_stock else torch.from_numpy(plan.slot_E).long().to(shard.device)
+        self.down_name = f"{prefix}{inside}.down_proj"
         self.weights = ExpertWeights(experts)
         self.forward = ExpertsForward(self.weights)
 
@@ -82,23 +87,19 @@ class Student:
         weight = self.weights.experts.down_proj[slot]
         return weight.T if self.weights.layout.is_transposed else weight  # type: ignore[no-any-return]
 
-    def set_down(self, slot: int, weight_DF: Tensor) -> None:
-        """Give a slot another W_down, rounded to the dtype of the model."""
-        self.down(slot).copy_(weight_DF)
+    def stacked(self, weights: Sequence[Tensor]) -> Tensor:
+        """W_down [D, F] of all slots, in the shape of the parameter `down_name`."""
+        return torch.stack([weight.T if self.weights.layout.is_transposed else weight for weight in weights])
 
-    @property
-    def down_name(self) -> str:
-        """The parameter that holds W_down of all slots."""
-        for name, module in self._shard.adapted.model.named_modules():
-            if module is self._shard.adapted.experts_modules()[self._layer]:
-                return f"{name}.down_proj"
-        raise AssertionError("the experts are not part of the model")
+    def set_down(self, stacked: Tensor) -> None:
+        """Give all slots another W_down, as `stacked` makes it, rounded to the dtype of the model."""
+        self.weights.experts.down_proj.copy_(stacked)
 
 
-def _slot(experts: Tensor, slot: Slot, neurons: Neurons | None) -> Tensor:
+def _slot(experts: Tensor, slot: Slot, neurons: Neurons | None, place: str) -> Tensor:
     """A slot's part of a parameter of the experts, which are along its first axis. neurons: where they lie in one's part."""
     if neurons is None or (not slot.is_joined and all(member.neurons is None for member in slot.members)):
-        return combined([(experts[member.expert], member.weight) for member in slot.members], experts.dtype)
+        return combined([(experts[member.expert], member.weight) for member in slot.members], experts.dtype, place)
     axis, size = neurons.axis, experts.shape[neurons.axis + 1]
     order = neurons.order if size == 2 * neurons.number else "single"
     chosen = [
@@ -111,22 +112,7 @@ def _slot(experts: Tensor, slot: Slot, neurons: Neurons | None) -> Tensor:
     if slot.is_joined:
         return torch.cat([parts[half] for half in range(len(chosen[0])) for parts in chosen], dim=axis)
     whole = [torch.cat(parts, dim=axis) for parts in chosen]
-    return combined([(part, member.weight) for part, member in zip(whole, slot.members, strict=True)], experts.dtype)
-
-
-def _rows(tensor: Tensor, axis: int, combinations: Sequence[Sequence[tuple[int, float]]]) -> Tensor:
-    """Rows of a router, added up with weights."""
-    rows = tensor.movedim(axis, 0)
-    made = [combined([(rows[expert], weight) for expert, weight in parts], tensor.dtype) for parts in combinations]
-    return torch.stack(made).movedim(0, axis)
-
-
-def combined(parts: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> Tensor:
-    """The weighted sum in float32, rounded once; one alone with weight 1 as it is."""
-    if len(parts) == 1 and parts[0][1] == 1:
-        return parts[0][0]
-    whole: Tensor = torch.stack([weight * part.float() for part, weight in parts]).sum(0)
-    return whole.to(dtype)
+    return combined([(part, member.weight) for part, member in zip(whole, slot.members, strict=True)], experts.dtype, place)
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

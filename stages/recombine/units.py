@@ -22,49 +22,35 @@ from stages.model.experts_forward import ExpertsForward
 from stages.model.layer_shard import LayerShard
 from stages.model.stream import read_hidden, read_token_ids, write_hidden
 from stages.recombine.neurons import chosen_plan
-from stages.recombine.solve import Problem, SlotTokens, Solution, solve
+from stages.recombine.solve import Problem, SlotTokens, solve
 from stages.recombine.spec import AdvanceArgs, SolveArgs, SolveFacts
 from stages.recombine.student import Student, output_scale
 
 
-class HeldLayer:
-    """One decoder layer of the source, and the student's in the same place once it is known."""
+class HeldLayer(LayerShard):
+    """One decoder layer of the source, and the student's in the same place once it is solved."""
 
-    def __init__(self, shard: LayerShard) -> None:
-        self.shard = shard
-        self._students: dict[Path, Student] = {}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the checkpoint that loading has read."""
-        return self.shard.bytes_read
-
-    def read_ahead(self, args: object) -> None:
-        """Start to read the next layer."""
-        self.shard.read_ahead(args)
+    _student: Student | None = None
 
     def close(self) -> None:
         """Free all weights."""
-        self._students.clear()
-        self.shard.close()
+        self._student = None
+        super().close()
 
-    def solved(self, part_dir: Path, layer: int) -> Student:
-        """The layer with the solved W_down of a part."""
-        path = plan_file(part_dir, layer)
-        if path not in self._students:
-            plan, solved_path = read_plan(path), replaced_file(part_dir, layer)
-            student = Student(self.shard, layer, plan)
-            values = load(solved_path.read_bytes()) if is_remote(solved_path) else load_file(solved_path)
-            (stacked,) = values.values()
-            for slot, weight in enumerate(stacked):
-                student.set_down(slot, (weight.T if student.weights.layout.is_transposed else weight).to(self.shard.device))
-            self._students[path] = student
-        return self._students[path]
+    def solved(self, part_dir: Path) -> Student:
+        """The layer with the solved W_down of the part for which it is held."""
+        if self._student is None:
+            path = replaced_file(part_dir, self.first)
+            student = Student(self, self.first, read_plan(plan_file(part_dir, self.first)))
+            values = load(path.read_bytes()) if is_remote(path) else load_file(path)
+            student.set_down(values[student.down_name])
+            self._student = student
+        return self._student
 
 
 def open_layer(args: LayerShardArgs) -> HeldLayer:
     """Load one decoder layer."""
-    return HeldLayer(LayerShard(Checkpoint(args.model), args.first, args.stop, args.num_threads, has_head=False))
+    return HeldLayer(Checkpoint(args.model), args.first, args.stop, args.num_threads, has_head=False)
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ def solve_unit(job: HeldJob[SolveArgs, HeldLayer]) -> UnitResult[SolveFacts]:
 
     The target is what the source's stream is after the layer, less what the student's is there without its experts.
     """
-    args, shard, layer = job.args, job.held.shard, job.args.layer
+    args, shard, layer = job.args, job.held, job.args.layer
     plan = read_plan(plan_file(job.run_dir / args.plan_dir, layer))
     with torch.inference_mode():
         student = Student(shard, layer, plan)
@@ -114,13 +100,8 @@ def solve_unit(job: HeldJob[SolveArgs, HeldLayer]) -> UnitResult[SolveFacts]:
             before = solution.error_before
             student = Student(shard, layer, plan)
             solution = replace(solve(gathered.problem(student, start), args.ridge), error_before=before)
-        weights = [weight.T if student.weights.layout.is_transposed else weight for weight in solution.weights]
-        files = _write(job.part_dir, plan, student.down_name, torch.stack(weights))
-    return UnitResult(_facts(layer, solution), files)
-
-
-def _facts(layer: int, solution: Solution) -> SolveFacts:
-    return SolveFacts(layer, solution.ridge, solution.error_before, solution.error_after)
+        files = _write(job.part_dir, plan, student.down_name, student.stacked(solution.weights))
+    return UnitResult(SolveFacts(layer, solution.ridge, solution.error_before, solution.error_after), files)
 
 
 def _write(part_dir: Path, plan: LayerPlan, name: str, values: Tensor) -> list[WrittenFile]:
@@ -130,7 +111,7 @@ def _write(part_dir: Path, plan: LayerPlan, name: str, values: Tensor) -> list[W
 
 def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered:
     """Send both streams of all token shards through the layer, the student's without its experts."""
-    args, shard, place = job.args, job.held.shard, f"layer {job.args.layer}"
+    args, shard, place = job.args, job.held, f"layer {job.args.layer}"
     xs, routed, targets, norms = list[Tensor](), list[tuple[Tensor, Tensor]](), list[Tensor](), list[Tensor]()
     scale: float | None = None
     for number in range(args.num_shards):
@@ -178,13 +159,13 @@ def _streams(
 
 def advance_unit(job: HeldJob[AdvanceArgs, HeldLayer]) -> UnitResult[NoFacts]:
     """Send a token shard through a layer: the source's, and the student's as it is solved. All that it writes is transient."""
-    args, shard = job.args, job.held.shard
+    args, shard = job.args, job.held
     ids = list(read_token_ids(job.run_dir / args.tokens_dir / tokens_file(args.shard)).split(args.micro_batch))
     source, ours = _streams(job.part_dir, shard, args.layer, args.shard, ids)
     after = [shard.run_layer(args.layer, hidden) for hidden in source]
     if args.has_plan:
         with torch.inference_mode():
-            student = job.held.solved(job.part_dir, args.layer)
+            student = shard.solved(job.part_dir)
             behind = [student.run(hidden, student.outputs) for hidden in ours]
     else:
         behind = [shard.run_layer(args.layer, hidden) for hidden in ours]

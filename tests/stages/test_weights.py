@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.checkpoint.weighted_sum import merge_rows, weighted_sum
 from stages.contracts.errors import InputError
-from stages.merge.weights import merge_rows, weighted_sum
 
 SHARES = (0.37, 0.05, 0.21, 0.0, 0.12, 0.25)
 
