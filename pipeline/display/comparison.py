@@ -6,6 +6,7 @@ from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
+from pydantic import JsonValue
 from rich import filesize
 from rich.table import Table
 
@@ -113,7 +114,7 @@ class Comparison:
             lines.append("| " + " | ".join(texts) + " |")
         return lines
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, JsonValue]:
         """For JSON."""
         return {
             "source_perplexity": self.source,
