@@ -66,6 +66,11 @@ def _body(facts: CardFacts, export_format: str, written: AssembleFacts) -> str:
         "architecture runs this checkpoint."
     )
     verb = "merged" if facts.merging else "pruned"
+    made, width_row = f"{verb} to {facts.experts_text}", ""
+    if facts.num_neurons is not None:
+        before, after = facts.num_neurons
+        made = f"of {before} neurons {verb} to {facts.experts_text} of {after}"
+        width_row = f"\n| neurons of an expert | {before:,} | {after:,} |"
     how = {
         "Calibration": _inline(facts.calibration),
         "Clustering": facts.clustering,
@@ -76,12 +81,12 @@ def _body(facts: CardFacts, export_format: str, written: AssembleFacts) -> str:
     return f"""
 # {facts.name}
 
-{_inline(facts.source + revision)} with {facts.num_experts} experts a layer {verb} to {facts.experts_text}, without
+{_inline(facts.source + revision)} with {facts.num_experts} experts a layer {made}, without
 retraining, by {facts.method} ({_linked(facts.method_source)}).
 
 | | source | this model |
 |---|---|---|
-| experts a layer | {facts.num_experts} | {facts.experts_text} |
+| experts a layer | {facts.num_experts} | {facts.experts_text} |{width_row}
 | parameters | {facts.source_parameters:,} | {written.parameters:,} |
 | bytes of weights | {facts.source_bytes:,} | {written.bytes:,} |
 

@@ -8,8 +8,9 @@ from pydantic import JsonValue
 
 from stages.contracts.naming import hub_name
 from stages.contracts.settings import Refit, RunConfig, Section
-from stages.contracts.spec import Run
+from stages.contracts.spec import Run, narrowed_to
 from stages.contracts.targets import Target
+from stages.contracts.widths import num_neurons_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class CardFacts:
     name: of the export. source: name of the source. base_model: the source's name on the hub, or None. revision: of the source,
     or None. num_experts: experts per layer of the source. experts_text: number of experts kept, in words. source_parameters,
     source_bytes: of the source's weights. router: rule that combines router rows in a stock export. method, method_source:
-    title of the method and where it was published. calibration, clustering, merging, refit: descriptions; empty if there are
+    title of the method and where it was published. num_neurons: of an expert of the source, and of this model's, where these
+    have fewer. calibration, clustering, merging, refit: descriptions; empty if there are
     no such settings. settings: a run file that makes only this checkpoint.
     """
 
@@ -39,12 +41,13 @@ class CardFacts:
     merging: str
     refit: str
     settings: dict[str, JsonValue]
+    num_neurons: tuple[int, int] | None = None
 
 
 def card_facts(run: Run, target: Target) -> CardFacts:
     """Facts for the model card of a target."""
     config, variant, commit = run.config, target.variant, run.dataset_commit("calibration")
-    model = run.model
+    model, narrow = run.model, narrowed_to(run, target)
     base_model = hub_name(str(model))
     data = config.calibration
     sampled = f"; un-routed means from {data.sampling.fraction:.0%} of the tokens" if data.sampling else ""
@@ -56,7 +59,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         base_model=base_model,
         revision=model.name if model.parent.name == "snapshots" else config.revision,
         num_experts=run.survey.num_experts,
-        experts_text=str(target.num_experts),
+        experts_text=str(target.kept_experts(run.survey.num_experts)),
         source_parameters=run.survey.num_parameters,
         source_bytes=run.survey.total_bytes,
         router=variant.export.router,
@@ -68,13 +71,14 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         merging=variant.merging.method if variant.method.reads_merging else "",
         refit=_refit_text(variant.refit),
         settings={**_settings(config, target, commit), "model": base_model or config.name},
+        num_neurons=None if narrow is None else (num_neurons_of(run.tensors), narrow),
     )
 
 
 def _refit_text(refit: Refit) -> str:
     if refit.mode == "none":
         return ""
-    chosen = "whole neurons of each cluster's experts are kept; " if refit.neurons == "choose" else ""
+    chosen = "whole neurons of each expert, or cluster of experts, are kept; " if refit.neurons == "choose" else ""
     return f"{chosen}the down projections are solved anew in closed form, layer after layer (ridge {refit.ridge})"
 
 
@@ -99,7 +103,8 @@ def _settings(config: RunConfig, target: Target, commit: str | None) -> dict[str
     assert isinstance(calibration, dict) and isinstance(clustering, dict) and isinstance(export, dict)
     calibration["data"] = list(_labels(config.calibration.data, commit))
     counts = target.num_experts
-    clustering["num_experts"] = [counts if isinstance(counts, int) else list(counts)]
+    asked: JsonValue = list(counts) if isinstance(counts, tuple) else counts
+    clustering["num_experts"] = [asked if target.width == 1 else {"experts": asked, "width": target.width}]
     export["formats"] = [target.format]
     if commit:
         calibration["revision"] = commit

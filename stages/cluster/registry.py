@@ -12,6 +12,7 @@ MODULES = (
     "stages.cluster.methods.dominant",
     "stages.cluster.methods.ream",
     "stages.cluster.methods.pairs",
+    "stages.cluster.methods.slim",
     "stages.cluster.methods.random",
     "stages.cluster.methods.f_prune",
     "stages.cluster.methods.s_prune",

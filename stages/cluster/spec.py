@@ -81,10 +81,15 @@ class Cluster(StageSpec):
         return registry.methods()
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
-        """Raise InputError for a target with more experts than there are."""
+        """Raise InputError for a target with more experts than there are, or with a number a layer where all are kept."""
         num_experts = num_experts_in(checkpoint.config, str(checkpoint.folder))
         for target in targets:
             counts = (target.num_experts,) if isinstance(target.num_experts, int) else target.num_experts
+            if target.variant.method.keeps_all and not isinstance(target.num_experts, int):
+                raise InputError(
+                    f"clustering.num_experts has a number for each layer, but method {target.variant.method.name} keeps all "
+                    f"experts, equally wide in all layers; give one number"
+                )
             if max(counts) > num_experts:
                 raise InputError(
                     f"clustering.num_experts is {max(counts)} but {config.model} has {num_experts} experts a layer; "
@@ -136,7 +141,7 @@ class Cluster(StageSpec):
                 yield run.unit(part, f"layer-{layer:04d}", DENDROGRAM.on(drawn), f"{label}layer {layer}")
         for target in run.targets:
             clustering, export = target.variant.clustering, target.variant.export
-            for layer, count in target.counts(run.survey.moe_layers).items():
+            for layer, count in target.counts(run.survey).items():
                 planned = PlanArgs(
                     calibrate_dir, layer, count, modules[target.variant.method.name], clustering.model_dump(mode="json"),
                     target.variant.merging, export.router if target.format == "stock" else None,

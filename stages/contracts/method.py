@@ -44,8 +44,9 @@ class Method(Generic[S]):
     settings: its section `clustering`. plan: given the evidence of a layer and the number of slots; a pure function.
     requires: given its settings, columns of evidence that it reads beyond those of every run. formats: that can express its
     plans.
-    reads_merging: whether it reads the section `merging`. linkage: the dendrogram that its plans are cuts of, as scipy's matrix
-    [E-1, 4], where there is one. presets: named settings for variants.
+    reads_merging: whether it reads the section `merging`. keeps_all: every expert is a slot, and a target's number of experts
+    says how wide they are: as many parameters as so many experts have. linkage: the dendrogram that its plans are cuts of, as
+    scipy's matrix [E-1, 4], where there is one. presets: named settings for variants.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Method(Generic[S]):
     requires: Callable[[S], frozenset[str]] = lambda settings: frozenset()
     formats: tuple[str, ...] = ("tied", "stock")
     reads_merging: bool = True
+    keeps_all: bool = False
     linkage: Callable[[LayerEvidence, S], Array] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
 

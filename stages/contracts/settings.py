@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 from stages.contracts.naming import check_name, model_name
 from stages.io.storage import absolute
@@ -115,16 +124,40 @@ class Evaluation(TextData):
     metrics: Annotated[tuple[Literal["perplexity"], ...], BeforeValidator(_as_tuple)] = ("perplexity",)
 
 
-Target = Count | Annotated[tuple[Count, ...], Field(min_length=1)]
+class WidthTarget(Section):
+    """A target whose experts have fewer neurons than the source's."""
+
+    experts: Count
+    """Experts that each layer keeps."""
+    width: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Neurons that each of them keeps, as a share of an expert's, rounded to `refit.width_multiple`."""
+
+
+def _short(target: Any) -> Any:
+    """A target of whole experts as its number."""
+    return target.experts if isinstance(target, WidthTarget) and target.width == 1 else target
+
+
+Target = Annotated[Count | Annotated[tuple[Count, ...], Field(min_length=1)] | WidthTarget, AfterValidator(_short)]
 
 
 class Clustering(Section):
     """Which experts are merged, or which are kept. The settings of each method are a subclass of this section."""
 
     num_experts: Annotated[tuple[Target, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-    """One target per element: the number of experts kept in each layer, or a list with one number per MoE layer (tied only)."""
+    """One target per element: the number of experts kept in each layer, or a list with one number per MoE layer (tied only).
+    `targets` is the same setting, where an element is `{experts: 8, width: 0.5}`: so many experts, of half their neurons."""
     method: str = "hierarchical"
     """Name of the method."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _long_form(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "targets" not in values:
+            return values
+        if "num_experts" in values:
+            raise ValueError("targets and num_experts are the same setting; leave one of them out")
+        return {"num_experts": values["targets"], **{name: value for name, value in values.items() if name != "targets"}}
 
 
 class Merging(Section):
@@ -144,6 +177,8 @@ class Refit(Section):
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of six strengths
     the one with the least error on the last eighth of the calibration tokens."""
+    width_multiple: Count = 64
+    """The neurons of a narrower expert are a multiple of this, as kernels, tensor parallelism and quantisation blocks need."""
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:
@@ -221,7 +256,7 @@ class VariantEntry(Section):
         return value
 
 
-def check_target_formats(targets: Sequence[int | tuple[int, ...]], formats: Sequence[str]) -> None:
+def check_target_formats(targets: Sequence[int | tuple[int, ...] | WidthTarget], formats: Sequence[str]) -> None:
     """Raise ValueError for a target that is listed twice, or that a stock checkpoint cannot express."""
     if len(set(targets)) != len(targets):
         raise ValueError(f"clustering.num_experts lists a target twice: {list(targets)}")

@@ -3,8 +3,9 @@
 Dimensions: T tokens, R tokens that are routed to a slot, D hidden size, F neurons of a slot, S slots, N = S F.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ class SlotTokens:
     tokens_R: Tensor
     gates_R: Tensor
 
+    def between(self, low: int, high: int) -> "SlotTokens":
+        """Those of the tokens [low, high)."""
+        inside_R = (self.tokens_R >= low) & (self.tokens_R < high)
+        return SlotTokens(self.tokens_R[inside_R], self.gates_R[inside_R])
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and gates, so many at a time as columns are made for."""
+        return zip(self.tokens_R.split(_BLOCK), self.gates_R.split(_BLOCK), strict=True)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -53,7 +63,7 @@ class Problem:
 
     def add(self, left_TD: Tensor, number: int, slot: SlotTokens, weight_DF: Tensor) -> None:
         """Add what a slot gives with these weights, weighted as the target is."""
-        for tokens_R, gates_R in zip(slot.tokens_R.split(_BLOCK), slot.gates_R.split(_BLOCK), strict=True):
+        for tokens_R, gates_R in slot.blocks():
             left_TD.index_add_(0, tokens_R, self.columns(number, tokens_R, gates_R) @ weight_DF.T)
 
 
@@ -99,15 +109,31 @@ class Moments:
         return self.total - 2 * linear + float((weight_ND * (self.gram_NN @ weight_ND)).sum())
 
 
-def factor_of(gram_NN: Tensor, ridge: float, place: str) -> Tensor:
-    """Cholesky factor [N, N] of moments and a ridge. Raises InputError where they are not positive definite in spite of it."""
+def slot_moments(columns: Callable[[Tensor, Tensor], Tensor], num_columns: int, slot: SlotTokens, left_TD: Tensor) -> Moments:
+    """Moments of a slot's columns with what is left of the target. columns: float64 [R, N] of some tokens and gates."""
+    gram_NN = torch.zeros(num_columns, num_columns, dtype=torch.float64, device=left_TD.device)
+    cross_ND = torch.zeros(num_columns, left_TD.shape[1], dtype=torch.float64, device=left_TD.device)
+    total = 0.0
+    for tokens_R, gates_R in slot.blocks():
+        columns_RN, target_RD = columns(tokens_R, gates_R), left_TD[tokens_R]
+        gram_NN.addmm_(columns_RN.T, columns_RN)
+        cross_ND.addmm_(columns_RN.T, target_RD)
+        total += float(target_RD.square().sum())
+    return Moments(gram_NN, cross_ND, total)
+
+
+def factor_of(gram_NN: Tensor, ridge: float, place: str, remedy: str) -> Tensor:
+    """Cholesky factor [N, N] of moments and a ridge. Raises InputError where they are not positive definite in spite of it.
+
+    remedy: what the user may do then, an imperative.
+    """
     gram_NN = gram_NN.clone()
     gram_NN.diagonal().add_(ridge * float(gram_NN.diagonal().mean()))
     factor, info = torch.linalg.cholesky_ex(gram_NN)
     if int(info):
         raise InputError(
             f"{place}: the moments of {len(gram_NN)} columns are not positive definite at ridge {ridge:g} (column "
-            f"{int(info)}); set refit.ridge to a larger number"
+            f"{int(info)}); {remedy}"
         )
     return factor  # type: ignore[no-any-return]
 
@@ -116,7 +142,7 @@ def _ridge_solution(moments: Moments, start_ND: Tensor, ridge: float, place: str
     """W [N, D], pulled towards the start."""
     if not moments.gram_NN.any():  # no token is routed here: nothing to go by
         return start_ND
-    factor = factor_of(moments.gram_NN, ridge, place)
+    factor = factor_of(moments.gram_NN, ridge, place, "set refit.ridge to a larger number")
     return start_ND + torch.cholesky_solve(moments.cross_ND - moments.gram_NN @ start_ND, factor)
 
 
@@ -155,9 +181,9 @@ def _joint_moments(problem: Problem, low: int, high: int) -> Moments:
         columns_BN = torch.zeros(stop - first, sum(sizes), dtype=torch.float64, device=device)
         begin = 0
         for number, (slot, size) in enumerate(zip(problem.slots, sizes, strict=True)):
-            inside_R = (slot.tokens_R >= first) & (slot.tokens_R < stop)
-            tokens_R = slot.tokens_R[inside_R]
-            columns_BN[tokens_R - first, begin : begin + size] = problem.columns(number, tokens_R, slot.gates_R[inside_R])
+            inside = slot.between(first, stop)
+            columns_R = problem.columns(number, inside.tokens_R, inside.gates_R)
+            columns_BN[inside.tokens_R - first, begin : begin + size] = columns_R
             begin += size
         target_BD = problem.target_TD[first:stop].double() * problem.weight_T[first:stop].double()[:, None]
         gram_NN.addmm_(columns_BN.T, columns_BN)
@@ -180,7 +206,10 @@ def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
     for _ in range(SWEEPS):
         for number, slot in enumerate(problem.slots):
             problem.add(left_TD, number, slot, weights[number])
-            train, held = _slot_moments(problem, left_TD, number, slot, split)
+            train, held = (
+                slot_moments(partial(problem.columns, number), weights[number].shape[1], part, left_TD)
+                for part in (slot.between(0, split), slot.between(split, len(left_TD)))
+            )
             start_ND = problem.start[number].double().T
             chosen = _chosen(train, held, start_ND, ridge if ridge is not None else chosen, problem.place)
             weights[number] = _ridge_solution(train + held, start_ND, chosen, problem.place).T
@@ -188,20 +217,3 @@ def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
     assert chosen is not None
     after = float(left_TD.square().sum())
     return Solution(tuple(weight.float().contiguous() for weight in weights), chosen, before / total, after / total)
-
-
-def _slot_moments(problem: Problem, left_TD: Tensor, number: int, slot: SlotTokens, split: int) -> tuple[Moments, Moments]:
-    """Moments of one slot on the tokens before `split`, and from there on."""
-    size, hidden_size = problem.start[number].shape[1], left_TD.shape[1]
-    found = []
-    for inside_R in (slot.tokens_R < split, slot.tokens_R >= split):
-        gram_FF = torch.zeros(size, size, dtype=torch.float64, device=left_TD.device)
-        cross_FD = torch.zeros(size, hidden_size, dtype=torch.float64, device=left_TD.device)
-        total = 0.0
-        for tokens_R, gates_R in zip(slot.tokens_R[inside_R].split(_BLOCK), slot.gates_R[inside_R].split(_BLOCK), strict=True):
-            columns_RF = problem.columns(number, tokens_R, gates_R)
-            gram_FF.addmm_(columns_RF.T, columns_RF)
-            cross_FD.addmm_(columns_RF.T, left_TD[tokens_R])
-            total += float(left_TD[tokens_R].square().sum())
-        found.append(Moments(gram_FF, cross_FD, total))
-    return found[0], found[1]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import JsonValue
 from rich import filesize
 
 from stages.checkpoint.folder import Checkpoint
@@ -12,11 +13,13 @@ from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.partition import held_bytes
 from stages.contracts.settings import RunConfig
-from stages.contracts.spec import Run, StagePlan, StageSpec
+from stages.contracts.spec import Run, StagePlan, StageSpec, narrowed_to
 from stages.contracts.stream_units import LayerShardArgs
 from stages.contracts.targets import Target
 from stages.contracts.units import Hold, HoldCall, NoFacts, Unit, UnitCall
-from stages.model.families import family_of
+from stages.contracts.widths import kept_neurons, num_neurons_of
+from stages.model.families import family_of, num_experts_in
+from stages.model.widths import narrowed, num_neurons_in
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class SolveArgs:
     """A MoE layer of a target.
 
     tokens_dir, plan_dir: of the calibration set and of the method's plans, relative to the run directory. micro_batch:
-    sequences that run at once. ridge: None to be chosen. chooses_neurons: whether clusters keep whole neurons.
+    sequences that run at once. ridge: None to be chosen. num_neurons: whole neurons that each slot keeps of its members'; None
+    if they are not chosen.
     """
 
     tokens_dir: str
@@ -33,7 +37,7 @@ class SolveArgs:
     num_shards: int
     micro_batch: int
     ridge: float | None
-    chooses_neurons: bool
+    num_neurons: int | None
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,18 @@ class AdvanceArgs:
     has_plan: bool
 
 
+@dataclass(frozen=True)
+class KeepArgs:
+    """A MoE layer of a target that loses nothing. plan_dir: of the method's plans, relative to the run directory."""
+
+    plan_dir: str
+    layer: int
+
+
 OPEN = HoldCall("stages.recombine.units:open_layer", LayerShardArgs)
 SOLVE = UnitCall("stages.recombine.units:solve_unit", SolveArgs, SolveFacts)
 ADVANCE = UnitCall("stages.recombine.units:advance_unit", AdvanceArgs, NoFacts)
+KEEP = UnitCall("stages.recombine.units:keep_unit", KeepArgs, NoFacts)
 
 
 def _refitted(run: Run) -> list[Target]:
@@ -70,19 +83,25 @@ class Recombine(StageSpec):
     """Solved W_down of every target whose variant is refitted."""
 
     name = "recombine"
-    version = 1
+    version = 2
     libraries = ("torch", "transformers")
     after = ("prepare", "cluster")
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
-        """Raise InputError for a family whose layers do more with the outputs of experts than to add them up with gates."""
+        """Raise InputError for a family whose layers do more with the outputs of experts than to add them up with gates, and
+        for a width that its config cannot express."""
+        place = str(checkpoint.folder)
         if any(target.variant.refit.mode != "none" for target in targets):
-            place = str(checkpoint.folder)
             family = family_of(checkpoint.config, place)
             reason = "gates multiply its experts' inputs" if family.gates_input else ""
             reason = reason or ("layers normalise what their experts give" if family.normalises_outputs else "")
             if reason:
                 raise InputError(f"{place}: refit.mode is sequential, but this family's {reason}; set it to none")
+        for target in targets:
+            share = target.share(num_experts_in(checkpoint.config, place))
+            if share != 1:
+                multiple = target.variant.refit.width_multiple
+                narrowed(checkpoint.config, kept_neurons(num_neurons_in(checkpoint.config, place), share, multiple), place)
 
     def parts(self, run: Run) -> Iterator[Part]:
         """One for each target that is refitted."""
@@ -92,16 +111,20 @@ class Recombine(StageSpec):
                 "tokens": run.part("prepare", "calibration"),
                 "plans": run.part("cluster", target.part),
             }
-            yield run.new_part(self, target.part, target.variant.refit.model_dump(mode="json"), upstream)
+            settings: dict[str, JsonValue] = target.variant.refit.model_dump(mode="json")
+            yield run.new_part(self, target.part, {**settings, "width": target.width}, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
-        """For each layer up to the last with experts: its solution, and the token shards' way to the next layer."""
+        """For each layer up to the last with experts: its solution, and the token shards' way to the next layer. A target that
+        keeps all experts whole keeps its plans."""
         for target in _refitted(run):
-            yield from _target_units(run, target, run.part(self.name, target.part))
+            part = run.part(self.name, target.part)
+            yield from (_kept_units if _is_whole(run, target) else _target_units)(run, target, part)
 
     def plan(self, run: Run) -> StagePlan:
         """A unit for each MoE layer, and one for each token shard and layer."""
-        targets, shards = _refitted(run), run.config.calibration.num_shards
+        targets = [target for target in _refitted(run) if not _is_whole(run, target)]
+        shards = run.config.calibration.num_shards
         if not targets:
             return StagePlan("", "workers")
         last = run.survey.moe_layers[-1]
@@ -123,9 +146,22 @@ def _solve_bytes(run: Run) -> int:
     return num_values * (2 * itemsize + 2 * 4 + 8)
 
 
+def _is_whole(run: Run, target: Target) -> bool:
+    """Whether a target keeps all experts with all neurons, so that there is nothing to mend."""
+    survey = run.survey
+    return target.share(survey.num_experts) == 1 and set(target.counts(survey).values()) == {survey.num_experts}
+
+
+def _kept_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
+    for layer in run.survey.moe_layers:
+        args = KeepArgs(run.part("cluster", target.part).dir, layer)
+        yield run.unit(part, f"layer-{layer:04d}", KEEP.on(args), f"{target.part}, layer {layer}")
+
+
 def _target_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
     data, survey, folder = run.config.calibration, run.survey, Path(part.dir)
     tokens, refit = run.part("prepare", "calibration").dir, target.variant.refit
+    width = narrowed_to(run, target) or num_neurons_of(run.tensors)
     for layer in range(survey.moe_layers[-1] + 1):
         call = OPEN.on(LayerShardArgs(str(run.model), layer, layer + 1, run.config.resources.num_cpus))
         hold = Hold(f"{run.run_dir}/{part.dir}:{layer}", call, str(run.run_dir), f"{part.stage} {target.part}, layer {layer}")
@@ -134,7 +170,7 @@ def _target_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
         if layer in survey.moe_layers:
             args = SolveArgs(
                 tokens, run.part("cluster", target.part).dir, layer, data.num_shards, data.micro_batch,
-                None if refit.ridge == "auto" else refit.ridge, refit.neurons == "choose",
+                None if refit.ridge == "auto" else refit.ridge, width if refit.neurons == "choose" else None,
             )  # fmt: skip
             solved = run.unit(
                 part, f"layer-{layer:04d}", SOLVE.on(args), f"{target.part}, layer {layer}",

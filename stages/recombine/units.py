@@ -15,7 +15,7 @@ from stages.checkpoint.folder import Checkpoint
 from stages.contracts.layer_plan import LayerPlan, read_plan, write_plan
 from stages.contracts.paths import hidden_file, plan_file, replaced_file, student_file, tokens_file
 from stages.contracts.stream_units import LayerShardArgs
-from stages.contracts.units import HeldJob, NoFacts, UnitResult
+from stages.contracts.units import HeldJob, Job, NoFacts, UnitResult
 from stages.io.files import WrittenFile, write_bytes
 from stages.io.storage import is_remote
 from stages.model.experts_forward import ExpertsForward
@@ -23,7 +23,7 @@ from stages.model.layer_shard import LayerShard
 from stages.model.stream import read_hidden, read_token_ids, write_hidden
 from stages.recombine.neurons import chosen_plan
 from stages.recombine.solve import Problem, SlotTokens, solve
-from stages.recombine.spec import AdvanceArgs, SolveArgs, SolveFacts
+from stages.recombine.spec import AdvanceArgs, KeepArgs, SolveArgs, SolveFacts
 from stages.recombine.student import Student, output_scale
 
 
@@ -92,16 +92,30 @@ def solve_unit(job: HeldJob[SolveArgs, HeldLayer]) -> UnitResult[SolveFacts]:
         student = Student(shard, layer, plan)
         gathered = _gathered(job, student)
         solution = solve(problem := gathered.problem(student), args.ridge)
-        if args.chooses_neurons and any(len(slot.members) > 1 for slot in plan.slots):
+        if args.num_neurons is not None and _has_to_choose(plan, student, args.num_neurons):
             source = ExpertsForward(shard.expert_weights(layer))
-            plan, start = chosen_plan(
-                plan, problem, solution.weights, lambda expert, tokens: source.activations_of(gathered.x_TD, tokens, expert)
-            )
+
+            def activations(expert: int, tokens_R: Tensor) -> Tensor:
+                return source.activations_of(gathered.x_TD, tokens_R, expert)
+
+            plan, start = chosen_plan(plan, problem, solution.weights, activations, args.num_neurons)
             before = solution.error_before
             student = Student(shard, layer, plan)
             solution = replace(solve(gathered.problem(student, start), args.ridge), error_before=before)
         files = _write(job.part_dir, plan, student.down_name, student.stacked(solution.weights))
     return UnitResult(SolveFacts(layer, solution.ridge, solution.error_before, solution.error_after), files)
+
+
+def keep_unit(job: Job[KeepArgs]) -> UnitResult[NoFacts]:
+    """Write the plan of a layer that loses nothing as it is: the source's bytes are kept."""
+    layer = job.args.layer
+    plan = read_plan(plan_file(job.run_dir / job.args.plan_dir, layer))
+    return UnitResult(NoFacts(), [write_plan(plan_file(job.part_dir, layer), plan)])
+
+
+def _has_to_choose(plan: LayerPlan, student: Student, num_neurons: int) -> bool:
+    """Whether a slot has more candidates than it keeps."""
+    return num_neurons < student.weights.intermediate or any(len(slot.members) > 1 for slot in plan.slots)
 
 
 def _write(part_dir: Path, plan: LayerPlan, name: str, values: Tensor) -> list[WrittenFile]:
