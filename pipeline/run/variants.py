@@ -104,6 +104,8 @@ def _check_fits(method: Method[Any], clustering: Clustering, has_merging: bool, 
             f"{at}refit.neurons is choose, but method {method.name} keeps single experts, whose neurons all have room; leave "
             "it out"
         )
+    if export.router == "fitted" and refit.mode == "none":
+        raise InputError(f"{at}export.router is fitted, but nothing is refitted; set refit.mode to sequential")
     for name in export.formats:
         if name not in method.formats:
             raise InputError(

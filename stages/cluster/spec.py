@@ -122,7 +122,7 @@ class Cluster(StageSpec):
             if target.variant.method.reads_merging:
                 settings["merging"] = target.variant.merging.model_dump(mode="json")
             if target.format == "stock":
-                settings["router"] = target.variant.export.router
+                settings["router"] = target.variant.export.planned_router
             yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
@@ -144,7 +144,7 @@ class Cluster(StageSpec):
             for layer, count in target.counts(run.survey).items():
                 planned = PlanArgs(
                     calibrate_dir, layer, count, modules[target.variant.method.name], clustering.model_dump(mode="json"),
-                    target.variant.merging, export.router if target.format == "stock" else None,
+                    target.variant.merging, export.planned_router if target.format == "stock" else None,
                 )  # fmt: skip
                 part = run.part(self.name, target.part)
                 yield run.unit(part, f"layer-{layer:04d}", PLAN.on(planned), f"{target.part}, layer {layer}")

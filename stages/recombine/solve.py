@@ -70,12 +70,14 @@ class Problem:
 @dataclass(frozen=True)
 class Solution:
     """weights: W_down float32 [D, F] of each slot. ridge: the strength that was used. error_before, error_after: weighted
-    squared error over that of giving nothing, on all tokens."""
+    squared error over that of giving nothing, on all tokens. error_unseen: on the held-out tokens, of a solution from the
+    others; where slots are solved one after another, error_after."""
 
     weights: tuple[Tensor, ...]
     ridge: float
     error_before: float
     error_after: float
+    error_unseen: float
 
 
 def solve(problem: Problem, ridge: float | None) -> Solution:
@@ -167,6 +169,7 @@ def _joint(problem: Problem, ridge: float | None) -> Solution:
         chosen,
         both.error(start_ND) / both.total,
         both.error(weight_ND) / both.total,
+        held.error(_ridge_solution(train, start_ND, chosen, problem.place)) / held.total,
     )
 
 
@@ -215,5 +218,5 @@ def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
             weights[number] = _ridge_solution(train + held, start_ND, chosen, problem.place).T
             problem.add(left_TD, number, slot, -weights[number])
     assert chosen is not None
-    after = float(left_TD.square().sum())
-    return Solution(tuple(weight.float().contiguous() for weight in weights), chosen, before / total, after / total)
+    after = float(left_TD.square().sum()) / total
+    return Solution(tuple(weight.float().contiguous() for weight in weights), chosen, before / total, after, after)

@@ -18,7 +18,7 @@ from stages.contracts.stream_units import LayerShardArgs
 from stages.contracts.targets import Target
 from stages.contracts.units import Hold, HoldCall, NoFacts, Unit, UnitCall
 from stages.contracts.widths import kept_neurons, num_neurons_of
-from stages.model.families import family_of, num_experts_in
+from stages.model.families import SUPPORTED, family_of, num_experts_in
 from stages.model.widths import narrowed, num_neurons_in
 
 
@@ -28,7 +28,7 @@ class SolveArgs:
 
     tokens_dir, plan_dir: of the calibration set and of the method's plans, relative to the run directory. micro_batch:
     sequences that run at once. ridge: None to be chosen. num_neurons: whole neurons that each slot keeps of its members'; None
-    if they are not chosen.
+    if they are not chosen. score: of the family's router, whose rows are fitted; None if they are not.
     """
 
     tokens_dir: str
@@ -38,16 +38,20 @@ class SolveArgs:
     micro_batch: int
     ridge: float | None
     num_neurons: int | None
+    score: str | None
 
 
 @dataclass(frozen=True)
 class SolveFacts:
-    """ridge: that was used. error_before, error_after: of the layer's output, squared, over that of giving nothing."""
+    """ridge: that was used. error_before, error_after: of the layer's output, squared, over that of giving nothing.
+    is_router_fitted: whether router rows were fitted, and gave a lesser error on held-out tokens than those of the
+    planned rule."""
 
     layer: int
     ridge: float
     error_before: float
     error_after: float
+    is_router_fitted: bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ KEEP = UnitCall("stages.recombine.units:keep_unit", KeepArgs, NoFacts)
 
 def _refitted(run: Run) -> list[Target]:
     return [target for target in run.targets if target.variant.refit.mode != "none"]
+
+
+def _is_fitted(target: Target) -> bool:
+    return target.format == "stock" and target.variant.export.router == "fitted"
 
 
 class Recombine(StageSpec):
@@ -112,7 +120,8 @@ class Recombine(StageSpec):
                 "plans": run.part("cluster", target.part),
             }
             settings: dict[str, JsonValue] = target.variant.refit.model_dump(mode="json")
-            yield run.new_part(self, target.part, {**settings, "width": target.width}, upstream)
+            settings |= {"width": target.width, "is_router_fitted": _is_fitted(target)}
+            yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
         """For each layer up to the last with experts: its solution, and the token shards' way to the next layer. A target that
@@ -171,6 +180,7 @@ def _target_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
             args = SolveArgs(
                 tokens, run.part("cluster", target.part).dir, layer, data.num_shards, data.micro_batch,
                 None if refit.ridge == "auto" else refit.ridge, width if refit.neurons == "choose" else None,
+                SUPPORTED[survey.family].score if _is_fitted(target) else None,
             )  # fmt: skip
             solved = run.unit(
                 part, f"layer-{layer:04d}", SOLVE.on(args), f"{target.part}, layer {layer}",

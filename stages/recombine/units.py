@@ -3,7 +3,8 @@
 Dimensions: B sequences of a micro-batch, T tokens of all token shards, D hidden size, k experts a token, S slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from stages.model.experts_forward import ExpertsForward
 from stages.model.layer_shard import LayerShard
 from stages.model.stream import read_hidden, read_token_ids, write_hidden
 from stages.recombine.neurons import chosen_plan
+from stages.recombine.router import fitted
 from stages.recombine.solve import Problem, SlotTokens, solve
 from stages.recombine.spec import AdvanceArgs, KeepArgs, SolveArgs, SolveFacts
 from stages.recombine.student import Student, output_scale
@@ -41,8 +43,9 @@ class HeldLayer(LayerShard):
         """The layer with the solved W_down of the part for which it is held."""
         if self._student is None:
             path = replaced_file(part_dir, self.first)
-            student = Student(self, self.first, read_plan(plan_file(part_dir, self.first)))
             values = load(path.read_bytes()) if is_remote(path) else load_file(path)
+            rows = {name: value for name, value in values.items() if not name.endswith(".down_proj")}
+            student = Student(self, self.first, read_plan(plan_file(part_dir, self.first)), rows)
             student.set_down(values[student.down_name])
             self._student = student
         return self._student
@@ -56,13 +59,16 @@ def open_layer(args: LayerShardArgs) -> HeldLayer:
 @dataclass(frozen=True)
 class _Gathered:
     """What the experts of a layer are given, and have to give: input x_TD, slots and gates of every token, the target with the
-    outputs' biases, float32 [T, D], and the weight of each token."""
+    outputs' biases, float32 [T, D], and the weight of each token. router_x, router_logits: what the router of a stock plan is
+    given and gives, in pieces."""
 
     x_TD: Tensor
     slots: list[SlotTokens]
     target_TD: Tensor
     weight_T: Tensor
     place: str
+    router_x: list[Tensor]
+    router_logits: list[Tensor]
 
     def problem(self, student: Student, start: Sequence[Tensor] | None = None) -> Problem:
         """To be solved for a student's slots. start: W_down of each, instead of what they have."""
@@ -92,6 +98,14 @@ def solve_unit(job: HeldJob[SolveArgs, HeldLayer]) -> UnitResult[SolveFacts]:
         student = Student(shard, layer, plan)
         gathered = _gathered(job, student)
         solution = solve(problem := gathered.problem(student), args.ridge)
+        rows: dict[str, Tensor] = {}
+        if args.score is not None and (found := _fitted_rows(args.score, student, plan, gathered)):
+            other = Student(shard, layer, plan, found)
+            again = _gathered(job, other)
+            better = solve(other_problem := again.problem(other), args.ridge)
+            if better.error_unseen < solution.error_unseen:
+                rows, gathered, problem = found, again, other_problem
+                solution = replace(better, error_before=solution.error_before)
         if args.num_neurons is not None and _has_to_choose(plan, student, args.num_neurons):
             source = ExpertsForward(shard.expert_weights(layer))
 
@@ -100,10 +114,11 @@ def solve_unit(job: HeldJob[SolveArgs, HeldLayer]) -> UnitResult[SolveFacts]:
 
             plan, start = chosen_plan(plan, problem, solution.weights, activations, args.num_neurons)
             before = solution.error_before
-            student = Student(shard, layer, plan)
+            student = Student(shard, layer, plan, rows)
             solution = replace(solve(gathered.problem(student, start), args.ridge), error_before=before)
-        files = _write(job.part_dir, plan, student.down_name, student.stacked(solution.weights))
-    return UnitResult(SolveFacts(layer, solution.ridge, solution.error_before, solution.error_after), files)
+        files = _write(job.part_dir, plan, {student.down_name: student.stacked(solution.weights), **rows})
+    facts = SolveFacts(layer, solution.ridge, solution.error_before, solution.error_after, bool(rows))
+    return UnitResult(facts, files)
 
 
 def keep_unit(job: Job[KeepArgs]) -> UnitResult[NoFacts]:
@@ -118,9 +133,23 @@ def _has_to_choose(plan: LayerPlan, student: Student, num_neurons: int) -> bool:
     return num_neurons < student.weights.intermediate or any(len(slot.members) > 1 for slot in plan.slots)
 
 
-def _write(part_dir: Path, plan: LayerPlan, name: str, values: Tensor) -> list[WrittenFile]:
-    solved = write_bytes(replaced_file(part_dir, plan.layer), save({name: values.float().cpu().contiguous()}))
-    return [solved, write_plan(plan_file(part_dir, plan.layer), replace(plan, replaced=(*plan.replaced, name)))]
+def _fitted_rows(score: str, student: Student, plan: LayerPlan, gathered: _Gathered) -> dict[str, Tensor]:
+    """Router rows for the slots of a stock plan, by parameter; none where there is nothing to fit: every slot gets the tokens
+    of one expert, or the family's router is more than a matrix."""
+    routers = student.routers() if any(len(slot.experts) > 1 for slot in plan.slots) else None
+    if routers is None or not gathered.router_x:
+        return {}
+    source, start, _ = routers
+    x_TD, logits_TS = torch.cat(gathered.router_x), torch.cat(gathered.router_logits)
+    if not start.gives(x_TD, logits_TS):
+        return {}
+    return fitted(score, source, start, x_TD, [slot.experts for slot in plan.slots])
+
+
+def _write(part_dir: Path, plan: LayerPlan, values: Mapping[str, Tensor]) -> list[WrittenFile]:
+    held = {name: value.float().cpu().contiguous() for name, value in values.items()}
+    solved = write_bytes(replaced_file(part_dir, plan.layer), save(held))
+    return [solved, write_plan(plan_file(part_dir, plan.layer), replace(plan, replaced=(*plan.replaced, *held)))]
 
 
 def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered:
@@ -128,6 +157,7 @@ def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered
     args, shard, place = job.args, job.held, f"layer {job.args.layer}"
     xs, routed, targets, norms = list[Tensor](), list[tuple[Tensor, Tensor]](), list[Tensor](), list[Tensor]()
     scale: float | None = None
+    router_x, router_logits = list[Tensor](), list[Tensor]()
     for number in range(args.num_shards):
         ids = list(read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number)).split(args.micro_batch))
         source, ours = _streams(job.part_dir, shard, args.layer, number, ids)
@@ -139,7 +169,8 @@ def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered
                 routed.append((slots_Tk, gates_Tk))
                 return torch.zeros_like(x_TD)
 
-            bare_BTD = student.run(ours_BTD, see)
+            with student.watched_router(router_x, router_logits) if args.score is not None else nullcontext():
+                bare_BTD = student.run(ours_BTD, see)
             if scale is None:
                 output_TD = student.outputs(xs[0], *routed[0])
                 whole_BTD = student.run(ours_BTD, lambda *routed, given=output_TD: given)
@@ -149,7 +180,7 @@ def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered
     weight_T = 1 / torch.cat(norms).clamp(min=1e-12)
     slots_Tk, gates_Tk = (torch.cat(parts) for parts in zip(*routed, strict=True))
     slots = _slot_tokens(slots_Tk, gates_Tk.float(), student.weights.num_experts)
-    return _Gathered(torch.cat(xs), slots, torch.cat(targets), weight_T / weight_T.mean(), place)
+    return _Gathered(torch.cat(xs), slots, torch.cat(targets), weight_T / weight_T.mean(), place, router_x, router_logits)
 
 
 def _slot_tokens(slots_Tk: Tensor, gates_Tk: Tensor, num_slots: int) -> list[SlotTokens]:

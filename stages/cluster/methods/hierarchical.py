@@ -65,6 +65,10 @@ METHOD = Method(
             "merging": {"method": "frequency"},
         },
         "hc-refit": {"merging": {"method": "frequency"}, "refit": {"mode": "sequential"}},
-        "hc-recombine": {"merging": {"method": "frequency"}, "refit": {"mode": "sequential", "neurons": "choose"}},
+        "hc-recombine": {
+            "merging": {"method": "frequency"},
+            "refit": {"mode": "sequential", "neurons": "choose"},
+            "export": {"router": "fitted"},
+        },
     },
 )

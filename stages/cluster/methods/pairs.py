@@ -30,5 +30,5 @@ METHOD = Method(
     settings=Pairs,
     plan=plan,
     requires=lambda settings: frozenset({"neuron_importance_sum"}),
-    presets={"recombine": {"refit": {"mode": "sequential", "neurons": "choose"}}},
+    presets={"recombine": {"refit": {"mode": "sequential", "neurons": "choose"}, "export": {"router": "fitted"}}},
 )
