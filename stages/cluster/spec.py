@@ -44,7 +44,8 @@ class PlanArgs:
     """A layer of a target that is planned.
 
     calibrate_dir: relative to the run directory. num_slots: experts that the layer keeps. method: module that holds it.
-    clustering: its settings. router: how a stock router's rows are combined; None for a tied export.
+    clustering: its settings. router: how a stock router's rows are combined; None for a tied export. model: checkpoint folder,
+    whose config says the groups of the router.
     """
 
     calibrate_dir: str
@@ -54,6 +55,7 @@ class PlanArgs:
     clustering: Mapping[str, JsonValue]
     merging: Merging
     router: str | None
+    model: str
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class Cluster(StageSpec):
                 settings["merging"] = target.variant.merging.model_dump(mode="json")
             if target.format == "stock":
                 settings["router"] = target.variant.export.planned_router
+                if target.variant.method.reads_groups:
+                    settings["groups"] = "of the router"
             yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
@@ -144,7 +148,7 @@ class Cluster(StageSpec):
             for layer, count in target.counts(run.survey).items():
                 planned = PlanArgs(
                     calibrate_dir, layer, count, modules[target.variant.method.name], clustering.model_dump(mode="json"),
-                    target.variant.merging, export.planned_router if target.format == "stock" else None,
+                    target.variant.merging, export.planned_router if target.format == "stock" else None, str(run.model),
                 )  # fmt: skip
                 part = run.part(self.name, target.part)
                 yield run.unit(part, f"layer-{layer:04d}", PLAN.on(planned), f"{target.part}, layer {layer}")

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from stages.checkpoint.folder import Checkpoint
 from stages.cluster.certainty import relative_standard_errors, stability
 from stages.cluster.linkage import all_cuts
 from stages.cluster.registry import method_at
@@ -13,6 +14,7 @@ from stages.contracts.layer_plan import write_plan
 from stages.contracts.method import PlanSettings
 from stages.contracts.paths import dendrogram_file, errors_file, labels_file, plan_file, stability_file
 from stages.contracts.units import Job, UnitResult
+from stages.model.families import groups_in
 
 
 def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
@@ -38,7 +40,9 @@ def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
     args, method = job.args, method_at(job.args.method)
     clustering = method.settings.model_validate(args.clustering)
     evidence = read_evidence(job.run_dir / args.calibrate_dir, args.layer, method.requires(clustering))
-    plan = method.plan(evidence, args.num_slots, PlanSettings(clustering, args.merging, args.router))
+    groups = groups_in(Checkpoint(args.model).config, args.model) if method.reads_groups and args.router is not None else None
+    settings = PlanSettings(clustering, args.merging, args.router, 1 if groups is None else groups.num_groups)
+    plan = method.plan(evidence, args.num_slots, settings)
     if len(plan.slots) != args.num_slots:
         raise ValueError(
             f"layer {args.layer}: method {method.name} planned {len(plan.slots)} slots instead of {args.num_slots}"

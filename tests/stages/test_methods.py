@@ -64,6 +64,23 @@ def renumbered(evidence: LayerEvidence, order: list[int]) -> LayerEvidence:
     return LayerEvidence(evidence.layer, evidence.num_tokens, evidence.num_output_tokens, len(order), columns)
 
 
+def test_pairs_of_a_grouped_router_stay_in_their_groups() -> None:
+    evidence = evidence_of(3)
+    settings = PlanSettings(methods()["pairs"].settings.model_validate({"num_experts": [6]}), Merging(), "frequency", 3)
+    found = methods()["pairs"].plan(evidence, 6, settings)
+    size = NUM_EXPERTS // 3
+    owners = [{expert // size for expert in slot.experts} for slot in found.slots]
+    assert owners == [{0}, {0}, {1}, {1}, {2}, {2}], "in the order of the groups"
+    for group in range(3):
+        part = evidence_of(3)
+        columns = {"neuron_importance_sum": part["neuron_importance_sum"][group * size : (group + 1) * size],
+                   "num_routed_tokens": part["num_routed_tokens"][group * size : (group + 1) * size]}  # fmt: skip
+        alone = plan_of("pairs", LayerEvidence(3, TOKENS, TOKENS, size, columns), 2)
+        assert groups(alone) == {
+            frozenset(expert - group * size for expert in slot.experts) for slot in found.slots[2 * group : 2 * group + 2]
+        }
+
+
 def plan_of(name: str, evidence: LayerEvidence, num_slots: int, settings: dict[str, Any] | None = None) -> LayerPlan:
     method = methods()[name]
     chosen = method.settings.model_validate({"num_experts": [num_slots], "method": name, **(settings or {})})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.contracts.errors import InputError
-from stages.contracts.layer_plan import LayerPlan, Member, Slot
+from stages.contracts.layer_plan import LayerPlan, Member, Slot, read_plan
 from stages.model.families import SUPPORTED
 from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
@@ -255,3 +255,16 @@ def test_a_family_whose_layers_do_more_than_add_is_refused_before_anything_runs(
     with pytest.raises(InputError, match=r"refit\.mode is sequential, but this family's .*; set it to none"):
         run_all(source, tmp_path / "run", path, [4], ["stock"], refit={"mode": "sequential"})
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_pairs_of_a_stock_export_stay_in_the_groups_of_its_router(tmp_path: Path) -> None:
+    """Two groups of four experts; a tied export, whose router stays as it is, has no such bound."""
+    source = save(build("deepseek_v3", torch.float32), tmp_path / "source")
+    path, ids = token_ids(tmp_path)
+    export = run_all(source, tmp_path / "run", path, [4], ["tied", "stock"], variants=["recombine"])["recombine-4e-stock"]
+    (folder,) = (tmp_path / "run").glob("recombine-recombine-4e-stock-*")
+    plans = [read_plan(found) for found in sorted(folder.glob("*.plan.arrow"))]
+    assert len(plans) == 2
+    for plan in plans:
+        assert [{expert // 4 for expert in slot.experts} for slot in plan.slots] == [{0}, {0}, {1}, {1}]
+    assert torch.isfinite(logits(load(export), ids)).all()
