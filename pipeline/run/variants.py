@@ -95,11 +95,11 @@ def _check_fits(method: Method[Any], clustering: Clustering, has_merging: bool, 
     """Raise InputError for settings that a method does not support. at: names the variant in the message, if there is one."""
     if has_merging and not method.reads_merging:
         raise InputError(f"{at}merging is set, but method {method.name} does not read that section; leave it out")
-    is_narrow = method.keeps_all or any(isinstance(target, WidthTarget) for target in clustering.num_experts)
-    if is_narrow and refit.neurons != "choose":
-        asked = f"method {method.name} keeps" if method.keeps_all else "clustering.targets has a width: experts keep"
-        raise InputError(f"{at}{asked} some of each expert's neurons; set refit to {{mode: sequential, neurons: choose}}")
-    if refit.neurons == "choose" and not (method.reads_merging or is_narrow):
+    needs_choice = method.needs_choice or any(isinstance(target, WidthTarget) for target in clustering.num_experts)
+    if needs_choice and refit.neurons != "choose":
+        asked = f"method {method.name} keeps" if method.needs_choice else "clustering.targets has a width: experts keep"
+        raise InputError(f"{at}{asked} some of its experts' neurons; set refit to {{mode: sequential, neurons: choose}}")
+    if refit.neurons == "choose" and not (method.reads_merging or needs_choice):
         raise InputError(
             f"{at}refit.neurons is choose, but method {method.name} keeps single experts, whose neurons all have room; leave "
             "it out"

@@ -17,6 +17,7 @@ MODULES = (
     "stages.cluster.methods.f_prune",
     "stages.cluster.methods.s_prune",
     "stages.cluster.methods.reap",
+    "stages.cluster.methods.adopt",
     "stages.cluster.methods.ean",
     "stages.cluster.methods.random_prune",
 )

@@ -47,9 +47,10 @@ class Method(Generic[S]):
     requires: given its settings, columns of evidence that it reads beyond those of every run. formats: that can express its
     plans.
     reads_merging: whether it reads the section `merging`. reads_groups: whether it keeps slots within groups of a stock
-    router. keeps_all: every expert is a slot, and a target's number of experts
-    says how wide they are: as many parameters as so many experts have. linkage: the dendrogram that its plans are cuts of, as
-    scipy's matrix [E-1, 4], where there is one. presets: named settings for variants.
+    router. keeps_all: every expert is a slot, and a target's number of experts says how wide they are: as many parameters as so
+    many experts have. needs_choice: its slots only list whose neurons are to be chosen from (`refit.neurons: choose`). linkage:
+    the dendrogram that its plans are cuts of, as scipy's matrix [E-1, 4], where there is one. presets: named settings for
+    variants.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Method(Generic[S]):
     reads_merging: bool = True
     reads_groups: bool = False
     keeps_all: bool = False
+    needs_choice: bool = False
     linkage: Callable[[LayerEvidence, S], Array] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
 

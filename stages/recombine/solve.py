@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from stages.contracts.errors import InputError
+from stages.recombine.spec import JOINT_COLUMNS
 
 RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Shares of the mean diagonal of the moments, of which the held-out tokens choose."""
 HELD_OUT = 8
 """One token of so many, the last ones, chooses."""
-JOINT_COLUMNS = 4096
-"""Up to so many columns N all slots are solved together; else one after another (Gauss-Seidel), each on what the others leave.
-A fixed number, because results depend on it."""
 SWEEPS = 2
 _BLOCK = 2048
 """Tokens whose columns are made at a time."""

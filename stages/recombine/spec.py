@@ -21,6 +21,12 @@ from stages.contracts.widths import kept_neurons, num_neurons_of
 from stages.model.families import SUPPORTED, family_of, num_experts_in
 from stages.model.widths import narrowed, num_neurons_in
 
+JOINT_COLUMNS = 4096
+"""Up to so many columns (experts times neurons) all slots are solved together; else one after another (Gauss-Seidel), each on
+what the others leave. A fixed number, because results depend on it."""
+_POOR, _GOOD = 5, 20
+"""Tokens for each neuron that is chosen from: fewer than the first make a poor choice, the second is the aim."""
+
 
 @dataclass(frozen=True)
 class SolveArgs:
@@ -111,6 +117,29 @@ class Recombine(StageSpec):
                 multiple = target.variant.refit.width_multiple
                 narrowed(checkpoint.config, kept_neurons(num_neurons_in(checkpoint.config, place), share, multiple), place)
 
+    def remarks(self, run: Run) -> Iterator[str]:
+        """Lines about a solution that takes more memory than a worker has, and about too little calibration text."""
+        targets = [target for target in _refitted(run) if not _is_whole(run, target)]
+        if not targets:
+            return
+        survey, data, resources = run.survey, run.config.calibration, run.config.resources
+        layer = max(held_bytes(survey, (one, one + 1), data) for one in survey.moe_layers)
+        target = max(targets, key=lambda one: _solve_bytes(run, one))
+        needed = layer + _solve_bytes(run, target)
+        if needed > resources.worker_memory:
+            yield (
+                f"memory       {target.part}: solving a layer takes about {filesize.decimal(needed)}, more than "
+                f"resources.worker_memory, {filesize.decimal(resources.worker_memory)}; calibrate with fewer tokens, or use "
+                "workers with more memory"
+            )
+        per_neuron = _tokens_per_neuron(run)
+        if per_neuron < _POOR and any(target.variant.refit.neurons == "choose" for target in targets):
+            aim = -(-_GOOD * num_neurons_of(run.tensors) * survey.num_experts // (data.sequence_length * survey.top_k))
+            yield (
+                f"few tokens   {per_neuron:.1f} calibration tokens for each neuron that refit.neurons chooses from; fewer than "
+                f"{_POOR} choose poorly: set calibration.num_sequences to {aim:,} for {_GOOD}"
+            )
+
     def parts(self, run: Run) -> Iterator[Part]:
         """One for each target that is refitted."""
         for target in _refitted(run):
@@ -137,22 +166,35 @@ class Recombine(StageSpec):
         if not targets:
             return StagePlan("", "workers")
         last = run.survey.moe_layers[-1]
+        memory = filesize.decimal(max(_solve_bytes(run, target) for target in targets))
         lines = [
             "layer after layer: one worker solves a layer, then all workers pass token shards through it",
-            f"memory of the worker that solves: about {filesize.decimal(_solve_bytes(run))} and the layer",
+            f"memory of the worker that solves: about {memory} and the layer; "
+            f"{_tokens_per_neuron(run):.1f} calibration tokens for each neuron that is chosen from (aim: {_GOOD})",
         ]
         return StagePlan(
             f"{len(targets)} targets x ({len(run.survey.moe_layers)} layers + {last} x {shards} token shards)", "workers", lines
         )
 
 
-def _solve_bytes(run: Run) -> int:
+def _solve_bytes(run: Run, target: Target) -> int:
     """Memory in bytes of a solution, without the layer: of every calibration token the experts' input and the target, each in
-    pieces and in one, and what is left of the target in float64."""
-    data = run.config.calibration
-    itemsize = {"float32": 4, "float64": 8}.get(run.survey.dtype, 2)
-    num_values = data.num_sequences * data.sequence_length * run.survey.hidden_size
-    return num_values * (2 * itemsize + 2 * 4 + 8)
+    pieces and in one, and what is left of the target in float64; and moments of the columns that are solved for together, or of
+    the neurons that a slot of average size chooses from: themselves, those of what is left, their factor and its inverse."""
+    data, survey, width = run.config.calibration, run.survey, num_neurons_of(run.tensors)
+    itemsize = {"float32": 4, "float64": 8}.get(survey.dtype, 2)
+    num_values = data.num_sequences * data.sequence_length * survey.hidden_size
+    fewest = min(target.counts(survey).values())
+    columns = fewest * width if fewest * width <= JOINT_COLUMNS else width
+    candidates = -(-survey.num_experts // fewest) * width if target.variant.refit.neurons == "choose" else 0
+    return num_values * (2 * itemsize + 2 * 4 + 8) + 4 * 8 * max(columns, candidates) ** 2
+
+
+def _tokens_per_neuron(run: Run) -> float:
+    """Calibration tokens that the average expert gets, over its neurons: the same share for a slot and all its members."""
+    data, survey = run.config.calibration, run.survey
+    tokens = data.num_sequences * data.sequence_length * survey.top_k / survey.num_experts
+    return tokens / num_neurons_of(run.tensors)
 
 
 def _is_whole(run: Run, target: Target) -> bool:
@@ -185,7 +227,7 @@ def _target_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
             solved = run.unit(
                 part, f"layer-{layer:04d}", SOLVE.on(args), f"{target.part}, layer {layer}",
                 reads=[path for shard in range(data.num_shards) for path in _hidden(folder, layer, shard)],
-                hold=hold, on_worker=True, memory_bytes=memory + _solve_bytes(run),
+                hold=hold, on_worker=True, memory_bytes=memory + _solve_bytes(run, target),
             )  # fmt: skip
             yield solved
             before = [solved]

@@ -154,6 +154,27 @@ SCORES: dict[str, Callable[[LayerEvidence, int], float]] = {
 }
 
 
+@pytest.mark.parametrize("num_slots", [9, 6, 4])
+def test_survivors_adopt_dropped_experts_in_equal_shares(num_slots: int) -> None:
+    """The survivors and rows are REAP's; of the dropped ones, each survivor in turn takes those most like it."""
+    evidence = evidence_of(5)
+    found, reap = plan_of("adopt", evidence, num_slots), plan_of("reap", evidence, num_slots)
+    assert [(slot.experts, slot.row, slot.members[0]) for slot in found.slots] == [
+        (slot.experts, slot.row, slot.members[0]) for slot in reap.slots
+    ]
+    gram_EE = evidence["router_logit_gram"]
+    saliency = [SCORES["reap"](evidence, expert) for expert in range(NUM_EXPERTS)]
+    survivors = sorted((slot.experts[0] for slot in reap.slots), key=lambda expert: -saliency[expert])
+    free = set(range(NUM_EXPERTS)) - set(survivors)
+    due: dict[int, set[int]] = {}
+    for one in survivors:
+        by_likeness = sorted(free, key=lambda other: -gram_EE[one, other] / gram_EE[other, other] ** 0.5)
+        due[one] = set(by_likeness[: -(-(NUM_EXPERTS - num_slots) // num_slots)])
+        free -= due[one]
+    assert {slot.experts[0]: {member.expert for member in slot.members[1:]} for slot in found.slots} == due
+    assert all(member.weight == 0 for slot in found.slots for member in slot.members[1:])
+
+
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_pruning_rule_keeps_the_experts_with_the_largest_scores(name: str, seed: int) -> None:

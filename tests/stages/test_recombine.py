@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.commands.plan import describe_plan
 from stages.contracts.errors import InputError
 from stages.contracts.layer_plan import LayerPlan, Member, Slot, read_plan
 from stages.model.families import SUPPORTED
 from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
 from stages.recombine.solve import Problem, SlotTokens, solve
-from tests.runs import read_tensors, run_all, tensor_bytes, token_ids
+from tests.runs import read_tensors, run_all, run_config, tensor_bytes, token_ids
 from tests.tiny import build, load, logits, save
 
 NUM_TOKENS, HIDDEN, NEURONS, SLOTS = 400, 6, 5, 3
@@ -268,3 +269,33 @@ def test_pairs_of_a_stock_export_stay_in_the_groups_of_its_router(tmp_path: Path
     for plan in plans:
         assert [{expert // 4 for expert in slot.experts} for slot in plan.slots] == [{0}, {0}, {1}, {1}]
     assert torch.isfinite(logits(load(export), ids)).all()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_survivors_with_adopted_neurons_start_from_the_pruned_model_and_leave_less(family: str, tmp_path: Path) -> None:
+    source = save(build(family, torch.float32), tmp_path / "source")
+    path, ids = token_ids(tmp_path)
+    variants = [{"name": preset, "preset": preset, "refit": {"ridge": 1e-3}} for preset in ("reap-refit", "reap-recombine")]
+    exports = run_all(source, tmp_path / "run", path, [4], ["stock"], variants=variants)
+    refit, adopted = (next(facts(tmp_path / "run", f"{preset}-4e-stock")) for preset in ("reap-refit", "reap-recombine"))
+    assert adopted["error_before"] == pytest.approx(refit["error_before"], rel=1e-6)
+    assert adopted["error_after"] < refit["error_after"]
+    assert torch.isfinite(logits(load(exports["reap-recombine-4e-stock"]), ids)).all()
+
+
+def test_plan_warns_of_little_text_and_of_little_memory(tmp_path: Path) -> None:
+    """64 tokens, two of eight experts each: a third of a token for each of 48 neurons."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+    refit, small = {"mode": "sequential", "neurons": "choose"}, {"worker_memory": "100 kB"}
+    lines = [str(line) for line in describe_plan(run_config(source, tmp_path / "run", path, [4], ["tied"], refit=refit))]
+    (few,) = (line for line in lines if line.startswith("few tokens"))
+    assert few.startswith("few tokens   0.3 calibration tokens for each neuron") and "num_sequences to 240 for 20" in few
+    assert not [line for line in lines if line.startswith("memory ")]
+    for changes in ({"refit": {"mode": "sequential"}, "resources": small}, {"refit": refit, "resources": small}):
+        lines = [str(line) for line in describe_plan(run_config(source, tmp_path / "run", path, [4], ["tied"], **changes))]
+        (memory,) = (line for line in lines if line.startswith("memory  "))
+        assert "4e-tied: solving a layer takes about" in memory and "more than resources.worker_memory, 100.0 kB" in memory
+        assert len([line for line in lines if line.startswith("few tokens")]) == ("neurons" in changes["refit"])
+    whole = run_config(source, tmp_path / "run", path, [8], ["tied"], refit=refit, resources=small)
+    assert not [line for line in map(str, describe_plan(whole)) if line.startswith(("few", "memory"))]

@@ -30,6 +30,7 @@ METHOD = Method(
     plan=plan,
     reads_merging=False,
     keeps_all=True,
+    needs_choice=True,
     presets={
         "slim": {"export": {"formats": ["stock"]}, "refit": {"mode": "sequential", "neurons": "choose"}},
     },
