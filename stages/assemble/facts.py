@@ -79,7 +79,8 @@ def _refit_text(refit: Refit) -> str:
     if refit.mode == "none":
         return ""
     chosen = "whole neurons of each expert, or cluster of experts, are kept; " if refit.neurons == "choose" else ""
-    return f"{chosen}the down projections are solved anew in closed form, layer after layer (ridge {refit.ridge})"
+    how = "layer after layer" if refit.mode == "sequential" else "every layer on the source's own hidden states"
+    return f"{chosen}the down projections are solved anew in closed form, {how} (ridge {refit.ridge})"
 
 
 def _labels(data: Sequence[str], commit: str | None) -> list[str]:

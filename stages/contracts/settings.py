@@ -170,8 +170,9 @@ class Merging(Section):
 class Refit(Section):
     """Whether W_down of every merged or kept expert is solved anew, so that each layer's output stays what it was."""
 
-    mode: Literal["none", "sequential"] = "none"
-    """sequential: layer after layer, each also making good what the layers before it lost."""
+    mode: Literal["none", "sequential", "one_shot"] = "none"
+    """sequential: layer after layer, each also making good what the layers before it lost. one_shot: every layer on what the
+    source gives it, so that all are solved at once, on many workers."""
     neurons: Literal["keep", "choose"] = "keep"
     """choose: instead of averaging the experts of a cluster, keep whole neurons of theirs, those that are missed most."""
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"

@@ -34,7 +34,8 @@ class SolveArgs:
 
     tokens_dir, plan_dir: of the calibration set and of the method's plans, relative to the run directory. micro_batch:
     sequences that run at once. ridge: None to be chosen. num_neurons: whole neurons that each slot keeps of its members'; None
-    if they are not chosen. score: of the family's router, whose rows are fitted; None if they are not.
+    if they are not chosen. score: of the family's router, whose rows are fitted; None if they are not. is_one_shot: whether the
+    layer gets what the source's earlier layers give, instead of what is left of them.
     """
 
     tokens_dir: str
@@ -45,6 +46,7 @@ class SolveArgs:
     ridge: float | None
     num_neurons: int | None
     score: str | None
+    is_one_shot: bool
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,15 @@ class SolveFacts:
 
 @dataclass(frozen=True)
 class AdvanceArgs:
-    """A token shard through a layer, as the source has it and as it is refitted. has_plan: whether the layer has experts."""
+    """A token shard through a layer, as the source has it and as it is refitted. has_plan: whether the layer has experts.
+    is_one_shot: only as the source has it."""
 
     tokens_dir: str
     layer: int
     shard: int
     micro_batch: int
     has_plan: bool
+    is_one_shot: bool
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,13 @@ class Recombine(StageSpec):
         """Raise InputError for a family whose layers do more with the outputs of experts than to add them up with gates, and
         for a width that its config cannot express."""
         place = str(checkpoint.folder)
-        if any(target.variant.refit.mode != "none" for target in targets):
+        if refitted := [target for target in targets if target.variant.refit.mode != "none"]:
             family = family_of(checkpoint.config, place)
             reason = "gates multiply its experts' inputs" if family.gates_input else ""
             reason = reason or ("layers normalise what their experts give" if family.normalises_outputs else "")
             if reason:
-                raise InputError(f"{place}: refit.mode is sequential, but this family's {reason}; set it to none")
+                mode = refitted[0].variant.refit.mode
+                raise InputError(f"{place}: refit.mode is {mode}, but this family's {reason}; set it to none")
         for target in targets:
             share = target.share(num_experts_in(checkpoint.config, place))
             if share != 1:
@@ -168,7 +173,7 @@ class Recombine(StageSpec):
         last = run.survey.moe_layers[-1]
         memory = filesize.decimal(max(_solve_bytes(run, target) for target in targets))
         lines = [
-            "layer after layer: one worker solves a layer, then all workers pass token shards through it",
+            "sequential: one worker solves a layer, then all pass token shards through it; one_shot: all layers at once",
             f"memory of the worker that solves: about {memory} and the layer; "
             f"{_tokens_per_neuron(run):.1f} calibration tokens for each neuron that is chosen from (aim: {_GOOD})",
         ]
@@ -212,7 +217,7 @@ def _kept_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
 def _target_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
     data, survey, folder = run.config.calibration, run.survey, Path(part.dir)
     tokens, refit = run.part("prepare", "calibration").dir, target.variant.refit
-    width = narrowed_to(run, target) or num_neurons_of(run.tensors)
+    width, is_one_shot = narrowed_to(run, target) or num_neurons_of(run.tensors), refit.mode == "one_shot"
     for layer in range(survey.moe_layers[-1] + 1):
         call = OPEN.on(LayerShardArgs(str(run.model), layer, layer + 1, run.config.resources.num_cpus))
         hold = Hold(f"{run.run_dir}/{part.dir}:{layer}", call, str(run.run_dir), f"{part.stage} {target.part}, layer {layer}")
@@ -222,30 +227,32 @@ def _target_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
             args = SolveArgs(
                 tokens, run.part("cluster", target.part).dir, layer, data.num_shards, data.micro_batch,
                 None if refit.ridge == "auto" else refit.ridge, width if refit.neurons == "choose" else None,
-                SUPPORTED[survey.family].score if _is_fitted(target) else None,
+                SUPPORTED[survey.family].score if _is_fitted(target) else None, is_one_shot,
             )  # fmt: skip
             solved = run.unit(
                 part, f"layer-{layer:04d}", SOLVE.on(args), f"{target.part}, layer {layer}",
-                reads=[path for shard in range(data.num_shards) for path in _hidden(folder, layer, shard)],
+                reads=[path for shard in range(data.num_shards) for path in _hidden(folder, layer, shard, is_one_shot)],
                 hold=hold, on_worker=True, memory_bytes=memory + _solve_bytes(run, target),
             )  # fmt: skip
             yield solved
-            before = [solved]
+            before = [] if is_one_shot else [solved]
         if layer == survey.moe_layers[-1]:
             return
         for shard in range(data.num_shards):
-            advanced = AdvanceArgs(tokens, layer, shard, data.micro_batch, has_plan=layer in survey.moe_layers)
+            advanced = AdvanceArgs(tokens, layer, shard, data.micro_batch, layer in survey.moe_layers, is_one_shot)
             yield run.unit(
                 part, f"layer-{layer:04d}/tokens-{shard:04d}", ADVANCE.on(advanced),
                 f"{target.part}, layer {layer}, tokens {shard + 1}/{data.num_shards}",
-                reads=_hidden(folder, layer, shard), writes=_hidden(folder, layer + 1, shard), after=before,
-                hold=hold, on_worker=True, memory_bytes=memory,
+                reads=_hidden(folder, layer, shard, is_one_shot), writes=_hidden(folder, layer + 1, shard, is_one_shot),
+                after=before, hold=hold, on_worker=True, memory_bytes=memory,
             )  # fmt: skip
 
 
-def _hidden(folder: Path, layer: int, shard: int) -> list[Path]:
-    """Hidden states of both streams as they enter a layer; none at the first, which embeds the tokens."""
-    return [paths.hidden_file(folder, layer, shard), paths.student_file(folder, layer, shard)] if layer else []
+def _hidden(folder: Path, layer: int, shard: int, is_one_shot: bool) -> list[Path]:
+    """Hidden states as they enter a layer, of both streams or of the source's alone; none at the first, which embeds the
+    tokens."""
+    files = [paths.hidden_file(folder, layer, shard), paths.student_file(folder, layer, shard)]
+    return files[: 1 if is_one_shot else 2] if layer else []
 
 
 SPEC = Recombine()

@@ -160,7 +160,7 @@ def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered
     router_x, router_logits = list[Tensor](), list[Tensor]()
     for number in range(args.num_shards):
         ids = list(read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number)).split(args.micro_batch))
-        source, ours = _streams(job.part_dir, shard, args.layer, number, ids)
+        source, ours = _streams(job.part_dir, shard, args.layer, number, ids, args.is_one_shot)
         for source_BTD, ours_BTD in zip(source, ours, strict=True):
             after_BTD = shard.run_layer(args.layer, source_BTD)
 
@@ -191,31 +191,29 @@ def _slot_tokens(slots_Tk: Tensor, gates_Tk: Tensor, num_slots: int) -> list[Slo
 
 
 def _streams(
-    part_dir: Path, shard: LayerShard, layer: int, number: int, ids: list[Tensor]
+    part_dir: Path, shard: LayerShard, layer: int, number: int, ids: list[Tensor], is_one_shot: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Hidden states of the source and of the student as they enter a layer, by micro-batch."""
-    if layer == 0:
-        source = read_hidden(shard, ids, None)
+    """Hidden states of the source and of the student as they enter a layer, by micro-batch; the source's twice in one shot."""
+    source = read_hidden(shard, ids, hidden_file(part_dir, layer, number) if layer else None)
+    if layer == 0 or is_one_shot:
         return source, source
-    return read_hidden(shard, ids, hidden_file(part_dir, layer, number)), read_hidden(
-        shard, ids, student_file(part_dir, layer, number)
-    )
+    return source, read_hidden(shard, ids, student_file(part_dir, layer, number))
 
 
 def advance_unit(job: HeldJob[AdvanceArgs, HeldLayer]) -> UnitResult[NoFacts]:
     """Send a token shard through a layer: the source's, and the student's as it is solved. All that it writes is transient."""
     args, shard = job.args, job.held
     ids = list(read_token_ids(job.run_dir / args.tokens_dir / tokens_file(args.shard)).split(args.micro_batch))
-    source, ours = _streams(job.part_dir, shard, args.layer, args.shard, ids)
+    source, ours = _streams(job.part_dir, shard, args.layer, args.shard, ids, args.is_one_shot)
     after = [shard.run_layer(args.layer, hidden) for hidden in source]
+    written = write_hidden(hidden_file(job.part_dir, args.layer + 1, args.shard), after)
+    if args.is_one_shot:
+        return UnitResult(NoFacts(), transient=(written,))
     if args.has_plan:
         with torch.inference_mode():
             student = shard.solved(job.part_dir)
             behind = [student.run(hidden, student.outputs) for hidden in ours]
     else:
         behind = [shard.run_layer(args.layer, hidden) for hidden in ours]
-    files = (
-        write_hidden(hidden_file(job.part_dir, args.layer + 1, args.shard), after),
-        write_hidden(student_file(job.part_dir, args.layer + 1, args.shard), behind),
-    )
-    return UnitResult(NoFacts(), transient=files)
+    student_written = write_hidden(student_file(job.part_dir, args.layer + 1, args.shard), behind)
+    return UnitResult(NoFacts(), transient=(written, student_written))

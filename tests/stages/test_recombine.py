@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.checks import check
 from pipeline.commands.plan import describe_plan
+from pipeline.run.view import RunView
 from stages.contracts.errors import InputError
 from stages.contracts.layer_plan import LayerPlan, Member, Slot, read_plan
+from stages.contracts.units import Unit
 from stages.model.families import SUPPORTED
 from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
@@ -299,3 +303,36 @@ def test_plan_warns_of_little_text_and_of_little_memory(tmp_path: Path) -> None:
         assert len([line for line in lines if line.startswith("few tokens")]) == ("neurons" in changes["refit"])
     whole = run_config(source, tmp_path / "run", path, [8], ["tied"], refit=refit, resources=small)
     assert not [line for line in map(str, describe_plan(whole)) if line.startswith(("few tokens", "memory  "))]
+
+
+def test_in_one_shot_every_layer_is_solved_on_the_sources_own_hidden_states(tmp_path: Path) -> None:
+    """The first layer is that of the sequential mode; later ones do not depend on it, whatever becomes of it."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+
+    def run(name: str, mode: str, ridge: float = 1e-3, model: Path = source) -> dict[int, dict[str, Tensor]]:
+        refit = {"mode": mode, "neurons": "choose", "ridge": ridge}
+        run_all(model, tmp_path / name, path, [4], ["tied"], refit=refit)
+        (folder,) = (tmp_path / name).glob("recombine-4e-tied-*")
+        assert not [*folder.glob("hidden/**/*.safetensors")]
+        return {layer: load_file(folder / f"layer-{layer:04d}.replaced.safetensors") for layer in range(3)}
+
+    sequential, one_shot = run("sequential", "sequential"), run("one-shot", "one_shot")
+    equal = [all(torch.equal(sequential[n][name], one_shot[n][name]) for name in one_shot[n]) for n in range(3)]
+    assert equal == [True, False, False]
+    for layer in facts(tmp_path / "one-shot", "4e-tied"):
+        assert layer["error_after"] < layer["error_before"]
+    (folder,) = (tmp_path / "one-shot").glob("recombine-4e-tied-*")
+    waits = {unit.name: unit.after for unit in units_of(tmp_path / "one-shot", source, path)}
+    assert all(not after for after in waits.values()), waits
+    (folder / "manifests" / "layer-0002.json").unlink()
+    (folder / "layer-0000.replaced.safetensors").touch()
+    again = run("one-shot", "one_shot")
+    assert all(torch.equal(again[2][name], one_shot[2][name]) for name in again[2])
+
+
+def units_of(run_dir: Path, source: Path, ids: Path) -> list[Unit]:
+    refit = {"mode": "one_shot", "neurons": "choose", "ridge": 1e-3}
+    config = run_config(source, run_dir, ids, [4], ["tied"], refit=refit)
+    view = RunView(config, check(config).inputs)
+    return list(view.units("recombine"))
