@@ -177,7 +177,7 @@ class Refit(Section):
     """choose: instead of averaging the experts of a cluster, keep whole neurons of theirs, those that are missed most."""
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of six strengths
-    the one with the least error on the last eighth of the calibration tokens."""
+    the one with the least error on every eighth calibration sequence, which nothing else has seen."""
     width_multiple: Count = 64
     """The neurons of a narrower expert are a multiple of this, as kernels, tensor parallelism and quantisation blocks need."""
 
@@ -198,7 +198,7 @@ class Export(Section):
     )
     router: Literal["frequency", "average", "saliency", "dominant", "fitted"] = "frequency"
     """How `stock` combines the router rows of a cluster. fitted: rows by ridge regression that choose a cluster as its members
-    were, where they leave a lesser error of the layer on the last eighth of the calibration tokens than those of frequency;
+    were, where they leave a lesser error of the layer on every eighth calibration sequence than those of frequency;
     only with a refit."""
     max_file_bytes: Bytes = 5 * 10**9
     """Maximum size of a weight file. Larger ones are split."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.contracts.layer_plan import LayerPlan, Member, Slot
-from stages.recombine.solve import Moments, Problem, factor_of, held_out_from, slot_moments
+from stages.recombine.solve import Moments, Problem, factor_of, slot_moments
 
 RIDGE = 1e-2
 """Of the mean diagonal of the moments, while neurons are eliminated."""
@@ -38,7 +38,7 @@ def chosen_plan(
     slots = list(plan.slots)
     for number, slot in enumerate(plan.slots):
         tokens, size = problem.slots[number], weights[number].shape[1]
-        seen = tokens.between(0, held_out_from(len(left_TD)))
+        seen, _ = tokens.split(problem.held_T)
         if len(slot.members) == 1 and num_kept == size:
             continue
         problem.add(left_TD, number, tokens, weights[number])

@@ -16,7 +16,7 @@ from stages.recombine.spec import JOINT_COLUMNS
 RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Shares of the mean diagonal of the moments, of which the held-out tokens choose."""
 HELD_OUT = 8
-"""One token of so many, the last ones, chooses."""
+"""One sequence of so many chooses, and nothing else may have seen it."""
 SWEEPS = 2
 _BLOCK = 2048
 """Tokens whose columns are made at a time."""
@@ -29,10 +29,14 @@ class SlotTokens:
     tokens_R: Tensor
     gates_R: Tensor
 
-    def between(self, low: int, high: int) -> "SlotTokens":
-        """Those of the tokens [low, high)."""
-        inside_R = (self.tokens_R >= low) & (self.tokens_R < high)
-        return SlotTokens(self.tokens_R[inside_R], self.gates_R[inside_R])
+    def of(self, chosen_R: Tensor) -> "SlotTokens":
+        """Those for which chosen_R is true."""
+        return SlotTokens(self.tokens_R[chosen_R], self.gates_R[chosen_R])
+
+    def split(self, held_T: Tensor) -> tuple["SlotTokens", "SlotTokens"]:
+        """Those of the tokens that are not held out, and those that are."""
+        held_R = held_T[self.tokens_R]
+        return self.of(~held_R), self.of(held_R)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens and gates, so many at a time as columns are made for."""
@@ -44,7 +48,8 @@ class Problem:
     """What is to be solved.
 
     slots: routing to each slot. activations: of a slot on some tokens [R, F]. target_TD: what the slots' outputs, less their
-    biases, have to add up to. weight_T: of each token. start: W_down [D, F] of each slot as it is.
+    biases, have to add up to. weight_T: of each token. start: W_down [D, F] of each slot as it is. sequence_length: tokens of a
+    sequence; they stand in order.
     """
 
     slots: Sequence[SlotTokens]
@@ -53,6 +58,16 @@ class Problem:
     weight_T: Tensor
     start: Sequence[Tensor]
     place: str
+    sequence_length: int
+
+    @property
+    def held_T(self) -> Tensor:
+        """Which tokens choose the ridge: every eighth sequence, so that no domain is left out on either side, whatever their
+        order; of fewer than eight sequences, shorter pieces."""
+        num_tokens = len(self.target_TD)
+        length = max(1, min(self.sequence_length, num_tokens // HELD_OUT))
+        piece_T = torch.arange(num_tokens, device=self.target_TD.device) // length
+        return piece_T % HELD_OUT == HELD_OUT - 1
 
     def columns(self, slot: int, tokens_R: Tensor, gates_R: Tensor) -> Tensor:
         """Weighted columns of a slot on some of its tokens, float64 [R, F]."""
@@ -81,15 +96,10 @@ class Solution:
 def solve(problem: Problem, ridge: float | None) -> Solution:
     """Minimise sum_t weight_t^2 |target_t - sum_s gate_ts W_s a_s(x_t)|^2 + ridge * mean(diag A) * |W - start|^2.
 
-    ridge: None for the one of RIDGES with the least error on the last tokens, from a solution on the others.
+    ridge: None for the one of RIDGES with the least error on the held-out tokens, from a solution on the others.
     """
     num_columns = sum(weight.shape[1] for weight in problem.start)
     return _joint(problem, ridge) if num_columns <= JOINT_COLUMNS else _one_by_one(problem, ridge)
-
-
-def held_out_from(num_tokens: int) -> int:
-    """The first of the tokens that choose the ridge, and that nothing else may have seen."""
-    return num_tokens - num_tokens // HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,18 @@ class Moments:
     gram_NN: Tensor
     cross_ND: Tensor
     total: float
+
+    @classmethod
+    def zeros(cls, num_columns: int, hidden_size: int, device: torch.device) -> "Moments":
+        """Of no tokens."""
+        gram_NN = torch.zeros(num_columns, num_columns, dtype=torch.float64, device=device)
+        return cls(gram_NN, torch.zeros(num_columns, hidden_size, dtype=torch.float64, device=device), 0.0)
+
+    def with_rows(self, columns_RN: Tensor, target_RD: Tensor) -> "Moments":
+        """With some tokens added, in place."""
+        self.gram_NN.addmm_(columns_RN.T, columns_RN)
+        self.cross_ND.addmm_(columns_RN.T, target_RD)
+        return Moments(self.gram_NN, self.cross_ND, self.total + float(target_RD.square().sum()))
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.gram_NN + other.gram_NN, self.cross_ND + other.cross_ND, self.total + other.total)
@@ -111,15 +133,10 @@ class Moments:
 
 def slot_moments(columns: Callable[[Tensor, Tensor], Tensor], num_columns: int, slot: SlotTokens, left_TD: Tensor) -> Moments:
     """Moments of a slot's columns with what is left of the target. columns: float64 [R, N] of some tokens and gates."""
-    gram_NN = torch.zeros(num_columns, num_columns, dtype=torch.float64, device=left_TD.device)
-    cross_ND = torch.zeros(num_columns, left_TD.shape[1], dtype=torch.float64, device=left_TD.device)
-    total = 0.0
+    found = Moments.zeros(num_columns, left_TD.shape[1], left_TD.device)
     for tokens_R, gates_R in slot.blocks():
-        columns_RN, target_RD = columns(tokens_R, gates_R), left_TD[tokens_R]
-        gram_NN.addmm_(columns_RN.T, columns_RN)
-        cross_ND.addmm_(columns_RN.T, target_RD)
-        total += float(target_RD.square().sum())
-    return Moments(gram_NN, cross_ND, total)
+        found = found.with_rows(columns(tokens_R, gates_R), left_TD[tokens_R])
+    return found
 
 
 def factor_of(gram_NN: Tensor, ridge: float, place: str, remedy: str) -> Tensor:
@@ -154,9 +171,7 @@ def _chosen(train: Moments, held: Moments, start_ND: Tensor, ridge: float | None
 
 
 def _joint(problem: Problem, ridge: float | None) -> Solution:
-    num_tokens = len(problem.target_TD)
-    split = held_out_from(num_tokens)
-    train, held = (_joint_moments(problem, low, high) for low, high in ((0, split), (split, num_tokens)))
+    train, held = _joint_moments(problem)
     start_ND = torch.cat([weight.double().T for weight in problem.start])
     chosen = _chosen(train, held, start_ND, ridge, problem.place)
     both = train + held
@@ -171,26 +186,25 @@ def _joint(problem: Problem, ridge: float | None) -> Solution:
     )
 
 
-def _joint_moments(problem: Problem, low: int, high: int) -> Moments:
+def _joint_moments(problem: Problem) -> tuple[Moments, Moments]:
+    """Moments of all slots' columns on the tokens that are solved for, and on those that are held out."""
     device, hidden_size = problem.target_TD.device, problem.target_TD.shape[1]
-    sizes = [weight.shape[1] for weight in problem.start]
-    gram_NN = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=device)
-    cross_ND = torch.zeros(sum(sizes), hidden_size, dtype=torch.float64, device=device)
-    total = 0.0
-    for first in range(low, high, _BLOCK):
-        stop = min(first + _BLOCK, high)
+    sizes, held_T = [weight.shape[1] for weight in problem.start], problem.held_T
+    found = [Moments.zeros(sum(sizes), hidden_size, device) for _ in range(2)]
+    for first in range(0, len(held_T), _BLOCK):
+        stop = min(first + _BLOCK, len(held_T))
         columns_BN = torch.zeros(stop - first, sum(sizes), dtype=torch.float64, device=device)
         begin = 0
         for number, (slot, size) in enumerate(zip(problem.slots, sizes, strict=True)):
-            inside = slot.between(first, stop)
+            inside = slot.of((slot.tokens_R >= first) & (slot.tokens_R < stop))
             columns_R = problem.columns(number, inside.tokens_R, inside.gates_R)
             columns_BN[inside.tokens_R - first, begin : begin + size] = columns_R
             begin += size
         target_BD = problem.target_TD[first:stop].double() * problem.weight_T[first:stop].double()[:, None]
-        gram_NN.addmm_(columns_BN.T, columns_BN)
-        cross_ND.addmm_(columns_BN.T, target_BD)
-        total += float(target_BD.square().sum())
-    return Moments(gram_NN, cross_ND, total)
+        for number, moments in enumerate(found):
+            chosen_B = held_T[first:stop] == bool(number)
+            found[number] = moments.with_rows(columns_BN[chosen_B], target_BD[chosen_B])
+    return found[0], found[1]
 
 
 def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
@@ -203,13 +217,13 @@ def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
         problem.add(left_TD, number, slot, -weights[number])
     before = float(left_TD.square().sum())
     chosen = ridge
-    split = held_out_from(len(left_TD))
+    held_T = problem.held_T
     for _ in range(SWEEPS):
         for number, slot in enumerate(problem.slots):
             problem.add(left_TD, number, slot, weights[number])
             train, held = (
                 slot_moments(partial(problem.columns, number), weights[number].shape[1], part, left_TD)
-                for part in (slot.between(0, split), slot.between(split, len(left_TD)))
+                for part in slot.split(held_T)
             )
             start_ND = problem.start[number].double().T
             chosen = _chosen(train, held, start_ND, ridge if ridge is not None else chosen, problem.place)

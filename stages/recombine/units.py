@@ -67,6 +67,7 @@ class _Gathered:
     target_TD: Tensor
     weight_T: Tensor
     place: str
+    sequence_length: int
     router_x: list[Tensor]
     router_logits: list[Tensor]
 
@@ -84,6 +85,7 @@ class _Gathered:
             self.weight_T,
             start or [student.down(number) for number in range(student.weights.num_experts)],
             self.place,
+            self.sequence_length,
         )
 
 
@@ -180,7 +182,10 @@ def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered
     weight_T = 1 / torch.cat(norms).clamp(min=1e-12)
     slots_Tk, gates_Tk = (torch.cat(parts) for parts in zip(*routed, strict=True))
     slots = _slot_tokens(slots_Tk, gates_Tk.float(), student.weights.num_experts)
-    return _Gathered(torch.cat(xs), slots, torch.cat(targets), weight_T / weight_T.mean(), place, router_x, router_logits)
+    length = ids[0].shape[1]
+    return _Gathered(
+        torch.cat(xs), slots, torch.cat(targets), weight_T / weight_T.mean(), place, length, router_x, router_logits
+    )
 
 
 def _slot_tokens(slots_Tk: Tensor, gates_Tk: Tensor, num_slots: int) -> list[SlotTokens]:

@@ -41,13 +41,14 @@ def problem_of(seed: int = 0, noise: float = 0.3) -> tuple[Problem, Tensor]:
     tokens = [gate_TS[:, slot].nonzero().flatten() for slot in range(SLOTS)]
     slots = [SlotTokens(tokens_R, gate_TS[tokens_R, slot]) for slot, tokens_R in enumerate(tokens)]
     start = [torch.randn(HIDDEN, NEURONS) for _ in range(SLOTS)]
-    problem = Problem(slots, lambda slot, tokens_R: a_STF[slot, tokens_R], target_TD, weight_T, start, "layer 0")
+    problem = Problem(slots, lambda slot, tokens_R: a_STF[slot, tokens_R], target_TD, weight_T, start, "layer 0", 10)
     dense = (gate_TS * weight_T[:, None]).T[:, :, None] * a_STF
     return problem, dense.permute(1, 0, 2).flatten(1).double()
 
 
-def reference(problem: Problem, dense: Tensor, ridge: float, tokens: slice = slice(None)) -> np.ndarray:
-    """The ridge solution [S F, D] by least squares over stacked rows, not by moments."""
+def reference(problem: Problem, dense: Tensor, ridge: float, tokens: np.ndarray | None = None) -> np.ndarray:
+    """The ridge solution [S F, D] by least squares over stacked rows, not by moments. tokens: all by default."""
+    tokens = np.arange(NUM_TOKENS) if tokens is None else tokens
     columns = dense[tokens].numpy()
     target = (problem.target_TD * problem.weight_T[:, None]).double()[tokens].numpy()
     start = torch.cat([weight.double().T for weight in problem.start]).numpy()
@@ -72,17 +73,20 @@ def test_all_slots_together_are_the_ridge_solution(ridge: float) -> None:
         assert error == pytest.approx(np.square(target - dense.numpy() @ weights).sum() / np.square(target).sum(), rel=1e-5)
 
 
-def test_the_ridge_is_the_one_with_the_least_error_on_the_last_tokens() -> None:
+def test_the_ridge_is_the_one_with_the_least_error_on_every_eighth_sequence() -> None:
     """With few tokens and much noise a strong pull towards a good start is best; with many, a weak one."""
     for noise, is_strong in ((0.01, False), (40.0, True)):
         problem, dense = problem_of(noise=noise)
-        split = NUM_TOKENS - NUM_TOKENS // solving.HELD_OUT
-        target = (problem.target_TD * problem.weight_T[:, None]).double()[split:].numpy()
+        held = np.array([token for token in range(NUM_TOKENS) if token // 10 % 8 == 7])
+        others = np.setdiff1d(np.arange(NUM_TOKENS), held)
+        target = (problem.target_TD * problem.weight_T[:, None]).double()[held].numpy()
         errors = {
-            ridge: np.square(target - dense[split:].numpy() @ reference(problem, dense, ridge, slice(0, split))).sum()
+            ridge: np.square(target - dense[held].numpy() @ reference(problem, dense, ridge, others)).sum()
             for ridge in solving.RIDGES
         }
-        chosen = solve(problem, None).ridge
+        found = solve(problem, None)
+        chosen = found.ridge
+        assert found.error_unseen == pytest.approx(errors[chosen] / np.square(target).sum(), rel=1e-5)
         assert chosen == min(errors, key=lambda ridge: errors[ridge])
         assert (chosen >= 1e-2) == is_strong
 
@@ -102,7 +106,7 @@ def test_where_nothing_is_lost_nothing_changes() -> None:
     problem, _ = problem_of(noise=0)
     exact = solve(problem, 1e-6)
     again = Problem(
-        problem.slots, problem.activations, problem.target_TD, problem.weight_T, exact.weights, problem.place
+        problem.slots, problem.activations, problem.target_TD, problem.weight_T, exact.weights, problem.place, 10
     )  # fmt: skip
     found = solve(again, None)
     np.testing.assert_allclose(stacked(found.weights), stacked(exact.weights), atol=1e-5)

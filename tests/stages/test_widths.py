@@ -147,7 +147,9 @@ def test_neurons_that_give_nothing_go_without_loss(tmp_path: Path) -> None:
 def test_an_expert_that_no_token_reaches_keeps_its_largest_neurons() -> None:
     nothing = SlotTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     weight_DF = torch.tensor([[1.0, -5.0, 2.0, 3.0, 0.5]])
-    problem = Problem([nothing], lambda slot, tokens: torch.zeros(0, 5), torch.ones(16, 1), torch.ones(16), [weight_DF], "here")
+    problem = Problem(
+        [nothing], lambda slot, tokens: torch.zeros(0, 5), torch.ones(16, 1), torch.ones(16), [weight_DF], "here", 2
+    )
     plan = LayerPlan(0, 2, (Slot((0, 1), (Member(0, 0.5), Member(1, 0.5))),))
     found, (weight_DK,) = choosing.chosen_plan(plan, problem, [weight_DF], lambda expert, tokens: torch.zeros(0, 5), 3)
     assert found.slots[0].members == (Member(0, 0.5, (1, 2, 3)), Member(1, 0.5, (1, 2, 3)))
