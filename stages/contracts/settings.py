@@ -176,7 +176,7 @@ class Refit(Section):
     neurons: Literal["keep", "choose"] = "keep"
     """choose: instead of averaging the experts of a cluster, keep whole neurons of theirs, those that are missed most."""
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of six strengths
+    """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of eight strengths
     the one with the least error on every eighth calibration sequence, which nothing else has seen."""
     width_multiple: Count = 64
     """The neurons of a narrower expert are a multiple of this, as kernels, tensor parallelism and quantisation blocks need."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from stages.contracts.errors import InputError
 from stages.recombine.spec import JOINT_COLUMNS
 
-RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Shares of the mean diagonal of the moments, of which the held-out tokens choose."""
 HELD_OUT = 8
 """One sequence of so many chooses, and nothing else may have seen it."""
