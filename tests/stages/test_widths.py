@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from pipeline.config import load_config
 from pipeline.config import read_config as read_run_file
 from pipeline.display.comparison import Comparison
 from stages.contracts.errors import InputError
@@ -187,6 +189,25 @@ def test_targets_are_the_long_form_of_num_experts() -> None:
     assert config_of(targets=[{"experts": 8}, {"experts": 6, "width": 1}]) == short
     long = config_of(targets=[{"experts": 8, "width": 0.5}, 6])
     assert read_run_file(long.model_dump(mode="json", exclude_none=True)) == long
+
+
+@pytest.mark.parametrize(
+    ("clustering", "message"),
+    [
+        ({"targets": [{"experts": 8, "width": 2}]}, "num_experts.0.width: Input should be less than or equal to 1 (it is 2)"),
+        ({"targets": [{"experts": 8, "width": 0}]}, "num_experts.0.width: Input should be greater than 0 (it is 0)"),
+        ({"targets": [{"width": 0.5}]}, "num_experts.0.experts is missing"),
+        ({"targets": [{"experts": 8, "breadth": 0.5}]}, "num_experts.0.breadth is not a setting"),
+        ({"targets": [8], "num_experts": [8]}, "targets and num_experts are the same setting; leave one of them out"),
+        ({"targets": [{"experts": 8, "width": 0.5}] * 2}, "lists a target twice: [{'experts': 8, 'width': 0.5}, {"),
+    ],
+)
+def test_a_mistake_in_a_target_is_one_line(clustering: dict[str, Any], message: str, tmp_path: Path) -> None:
+    values = {"model": "m", "run_dir": "r", "calibration": {"data": "x"}, "clustering": clustering, "refit": CHOOSE}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError) as refused:
+        load_config(tmp_path / "run.yaml", [])
+    assert message in str(refused.value) and ";" not in str(refused.value).replace("setting; leave", "")
 
 
 @pytest.mark.parametrize(
