@@ -184,15 +184,17 @@ class Recombine(StageSpec):
 
 def _solve_bytes(run: Run, target: Target) -> int:
     """Memory in bytes of a solution, without the layer: of every calibration token the experts' input and the target, each in
-    pieces and in one, and what is left of the target in float64; and moments of the columns that are solved for together, or of
-    the neurons that a slot of average size chooses from: themselves, those of what is left, their factor and its inverse."""
+    pieces and in one, and what is left of the target in float64, twice where a fitted router is compared; and moments of the
+    columns that are solved for together, or of the neurons that a slot of average size chooses from: themselves, those of what
+    is left, their factor and its inverse."""
     data, survey, width = run.config.calibration, run.survey, num_neurons_of(run.tensors)
     itemsize = {"float32": 4, "float64": 8}.get(survey.dtype, 2)
     num_values = data.num_sequences * data.sequence_length * survey.hidden_size
     fewest = min(target.counts(survey).values())
     columns = fewest * width if fewest * width <= JOINT_COLUMNS else width
     candidates = -(-survey.num_experts // fewest) * width if target.variant.refit.neurons == "choose" else 0
-    return num_values * (2 * itemsize + 2 * 4 + 8) + 4 * 8 * max(columns, candidates) ** 2
+    tokens = num_values * (2 * itemsize + 2 * 4 + 8) * (2 if _is_fitted(target) else 1)
+    return tokens + 4 * 8 * max(columns, candidates) ** 2
 
 
 def _tokens_per_neuron(run: Run) -> float:
