@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from stages.cluster import matching
+from stages.cluster.matching import lost
 from stages.cluster.registry import methods
 from stages.contracts.evidence import LayerEvidence
 from stages.contracts.layer_plan import LayerPlan, Member
@@ -62,6 +63,17 @@ def renumbered(evidence: LayerEvidence, order: list[int]) -> LayerEvidence:
     columns = {name: values[order] for name, values in evidence.columns.items()}
     columns["router_logit_gram"] = columns["router_logit_gram"][:, order]
     return LayerEvidence(evidence.layer, evidence.num_tokens, evidence.num_output_tokens, len(order), columns)
+
+
+def test_an_expert_of_zeros_costs_nothing() -> None:
+    """Its partner keeps all of its neurons, whichever expert that is; two of them go before anything is lost."""
+    evidence = evidence_of(6)
+    importance_EF = evidence["neuron_importance_sum"]
+    importance_EF[[2, 7]] = 0
+    for num_slots, num_zero in ((NUM_EXPERTS - 1, 1), (NUM_EXPERTS - 2, 2)):
+        pairs = [sorted(slot.experts) for slot in plan_of("pairs", evidence, num_slots).slots if len(slot.experts) > 1]
+        assert len(pairs) == num_zero and all({2, 7} & set(pair) for pair in pairs)
+        assert sum(lost(importance_EF, pair) for pair in pairs) == 0
 
 
 def test_pairs_of_a_grouped_router_stay_in_their_groups() -> None:
