@@ -58,12 +58,12 @@ def _body(facts: CardFacts, export_format: str, written: AssembleFacts) -> str:
     settings = yaml.safe_dump({**facts.settings, "run_dir": f"runs/{facts.name}"}, sort_keys=False, allow_unicode=True)
     tied = export_format == "tied"
     load = ", trust_remote_code=True" if tied else ""
+    rows = f"has one row for each merged expert (rule `{facts.router}`)" if facts.merging else "keeps the rows of these experts"
     note = (
         "The router keeps a row for every source expert and `expert_map` sends each to the expert that stands for it; "
         "`modeling_hcsmoe.py` in this folder does that, for transformers only."
         if tied
-        else f"The router has one row for each merged expert (rule `{facts.router}`); any engine that runs the source "
-        "architecture runs this checkpoint."
+        else f"The router {rows}; any engine that runs the source architecture runs this checkpoint."
     )
     verb = "merged" if facts.merging else "pruned"
     made, width_row = f"{verb} to {facts.experts_text}", ""
