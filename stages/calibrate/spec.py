@@ -37,12 +37,22 @@ class SampleArgs:
 
 
 @dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of the calibration set, and of each of its token shards but the last."""
+
+    num_tokens: int
+    shard_tokens: int
+
+
+@dataclass(frozen=True)
 class CalibrateArgs:
-    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones."""
+    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones. counts: None if
+    the token shard is the whole calibration set."""
 
     stream: StreamArgs
     sample: SampleArgs | None
     collectors: tuple[str, ...]
+    counts: TokenCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class Calibrate(StageSpec):
         part, data, moe_layers = run.part(self.name), run.config.calibration, run.survey.moe_layers
         part_dir = Path(part.dir)
         sample, collectors = _sample(data), required_collectors(run)
+        counts = TokenCounts(data.num_sequences * data.sequence_length, data.sequences_per_shard * data.sequence_length)
 
         def makes(layers: tuple[int, int], shard: int) -> list[Path]:
             return [paths.partial_evidence_file(part_dir, layer, shard) for layer in moe_layers if layer in range(*layers)]
@@ -108,7 +119,7 @@ class Calibrate(StageSpec):
         stream = Stream(
             part, run.part("prepare", "calibration"), data, str(run.model), "",
             lambda args: OPEN.on(CalibrationShardArgs(**vars(args), routers=run.survey.routers)),
-            lambda args: CALIBRATE.on(CalibrateArgs(args, sample, collectors)),
+            lambda args: CALIBRATE.on(CalibrateArgs(args, sample, collectors, counts)),
             makes,
         )  # fmt: skip
         holds: dict[int, Hold] = {}

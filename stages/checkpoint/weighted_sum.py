@@ -63,8 +63,9 @@ def weighted_sum(members: Iterable[tuple[Tensor, float]], dtype: torch.dtype, pl
 
 
 def pooled(members: Iterable[tuple[Tensor, Tensor, Tensor]], axis: int, dtype: torch.dtype, place: str) -> Tensor:
-    """Slices of tensors, along an axis, added up at new places: slice n of a member, times share n, at place n. float32, rounded
-    once; as many places as the axis has. Raises InputError where the sum is not finite.
+    """Slices of tensors, along an axis, added up at new places: slice n of a member, times its share n, at its place n.
+
+    float32, rounded once; as many places as the axis has. Raises InputError where the sum is not finite.
 
     members: tensor, places and shares, both [size of the axis]. Slices of a member that share a place are added one after
     another, because one call would add them in any order on a GPU.

@@ -44,7 +44,8 @@ class PlanArgs:
     """A layer of a target that is planned.
 
     calibrate_dir: relative to the run directory. num_slots: experts that the layer keeps. method: module that holds it.
-    clustering: its settings. router: how a stock router's rows are combined; None for a tied export.
+    clustering: its settings. router: how a stock router's rows are combined; None for a tied export. model, survey_dir: where
+    the weights of neurons are read, if merging aligns by them. max_bytes: of the similarities of neurons.
     """
 
     calibrate_dir: str
@@ -54,6 +55,9 @@ class PlanArgs:
     clustering: Mapping[str, JsonValue]
     merging: Merging
     router: str | None
+    model: str
+    survey_dir: str
+    max_bytes: int
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ class Cluster(StageSpec):
             for layer, count in target.counts(run.survey.moe_layers).items():
                 planned = PlanArgs(
                     calibrate_dir, layer, count, modules[target.variant.method.name], clustering.model_dump(mode="json"),
-                    target.variant.merging, export.router if target.format == "stock" else None,
+                    target.variant.merging, export.router if target.format == "stock" else None, str(run.model),
+                    run.part("prepare", "model").dir, run.config.resources.worker_memory,
                 )  # fmt: skip
                 part = run.part(self.name, target.part)
                 yield run.unit(part, f"layer-{layer:04d}", PLAN.on(planned), f"{target.part}, layer {layer}")

@@ -26,7 +26,7 @@ class Column:
     """A column of evidence: one value or array per expert.
 
     meaning: description for the file's metadata; "{tokens}" in it becomes "all T tokens", or "tokens" if tokens are sampled.
-    shape: dimensions of an array, such as "[D]". dtype: float64 or int64.
+    shape: dimensions of an array, such as "[D]". dtype: float64, float32 or int64.
     """
 
     name: str
@@ -84,7 +84,7 @@ _COMMON = {
 
 
 def _type(column: Column, values: Array) -> pa.DataType:
-    scalar = {"float64": pa.float64(), "int64": pa.int64()}[column.dtype]
+    scalar = {"float64": pa.float64(), "float32": pa.float32(), "int64": pa.int64()}[column.dtype]
     return pa.list_(scalar, values[0].size) if column.shape else scalar
 
 

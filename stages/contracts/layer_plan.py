@@ -158,7 +158,7 @@ def _problem_of_places(slot: Slot) -> str:
     if not given:
         return ""
     if slot.is_joined or len(given) < len(slot.members) or any(member.neurons is not None for member in slot.members):
-        return "has members with places beside others without, or joined, or with chosen neurons; give places to all and no more"
+        return "has places for some members only, or beside chosen or joined neurons; give places to all members, and no more"
     if min(member.weight for member in slot.members) <= 0:
         return "averages neurons by weights that are not positive"
     named = {place for places in given for place in places}
@@ -188,7 +188,7 @@ _MEANINGS = {
 }
 _PLACES = "places"
 _PLACES_TYPE = pa.list_(pa.list_(pa.int32()))
-_PLACES_MEANING = "by member, the place in the slot of each of its neurons; those that share a place are averaged; null: in order"
+_PLACES_MEANING = "by member, the place in the slot of each of its neurons; those that share one are averaged; null: in order"
 """A column of its own, only in files of plans that have places."""
 
 
