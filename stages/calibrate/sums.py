@@ -4,7 +4,6 @@ Dimensions: D hidden size, F intermediate size, E experts, C cells, N rows of a 
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -47,8 +46,8 @@ class PartialSums:
 def write_partial_sums(path: Path, part: PartialSums) -> WrittenFile:
     """Write the sums of one layer over one token shard, one row per expert."""
     arrays = {f"{name}.{key}": values for name, sums in part.sums.items() for key, values in sums.items()}
-    flat = {name: values.reshape(len(values), math.prod(values.shape[1:])) for name, values in arrays.items()}
-    num_experts = len(next(iter(flat.values())))
+    num_experts = len(next(iter(arrays.values())))
+    flat = {name: values.reshape(num_experts, -1) for name, values in arrays.items() if values.size}  # Arrow has no empty lists
     columns = {
         "num_unrouted_tokens": list_column(np.tile(part.num_unrouted_C, (num_experts, 1)), pa.int64()),
         **{name: list_column(values, pa.from_numpy_dtype(values.dtype)) for name, values in flat.items()},
@@ -71,7 +70,9 @@ def read_partial_sums(path: Path) -> PartialSums:
     sums: dict[str, dict[str, Array]] = {}
     for column, shape in json.loads(metadata[b"shapes"]).items():
         collector, _, name = column.partition(".")
-        sums.setdefault(collector, {})[name] = read_lists(table, column).reshape(len(table), *shape)
+        is_kept = column in table.column_names
+        values = read_lists(table, column).reshape(len(table), *shape) if is_kept else np.zeros((len(table), *shape))
+        sums.setdefault(collector, {})[name] = values
     num_unrouted_C = read_lists(table, "num_unrouted_tokens")[0]
     return PartialSums(int(metadata[b"layer"]), int(metadata[b"num_tokens"]), num_unrouted_C, sums)
 
