@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from stages.contracts.naming import hub_name
-from stages.contracts.settings import Refit, RunConfig, Section
+from stages.contracts.settings import Merging, Refit, RunConfig, Section
 from stages.contracts.spec import Run
 from stages.contracts.targets import Target
 
@@ -65,10 +65,14 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         calibration=f"{data.num_sequences} sequences of {data.sequence_length} tokens of "
         f"{labels}{f' (revision {commit})' if commit else ''}, seed {data.seed}{sampled}",
         clustering=", ".join(f"{key} {value}" for key, value in clustering.items()),
-        merging=variant.merging.method if variant.method.reads_merging else "",
+        merging=_merging_text(variant.merging) if variant.method.reads_merging else "",
         refit=_refit_text(variant.refit),
         settings={**_settings(config, target, commit), "model": base_model or config.name},
     )
+
+
+def _merging_text(merging: Merging) -> str:
+    return merging.method + (f", neurons aligned by {merging.align}" if merging.align != "none" else "")
 
 
 def _refit_text(refit: Refit) -> str:

@@ -8,12 +8,14 @@ from pydantic import JsonValue
 from rich import filesize
 
 from stages.calibrate.collectors.registry import gathering
+from stages.calibrate.even_tokens import step_of
 from stages.contracts import paths
 from stages.contracts.keys import Part
 from stages.contracts.partition import held_bytes
 from stages.contracts.settings import Calibration
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, partition, stream_plan, stream_units
+from stages.contracts.tensors import num_neurons
 from stages.contracts.units import Hold, HoldCall, Unit, UnitCall
 
 
@@ -155,6 +157,17 @@ class Calibrate(StageSpec):
             lines.append(
                 "  that is more, since a worker holds at least one layer; lower tokens_per_shard or use a larger worker"
             )
+        if "neuron_activations" in required_collectors(run):
+            values = survey.num_experts * num_neurons(run.tensors)
+            num_kept = -(
+                -data.num_sequences * data.sequence_length // step_of(data.num_sequences * data.sequence_length, values)
+            )
+            kept = filesize.decimal(4 * values * num_kept)
+            lines.append(
+                f"activations of all neurons are kept on {num_kept:,} tokens: {kept} a layer, and twice that in passing"
+            )
+        if "output_gram" in required_collectors(run):
+            lines.append("feature token_wise: every expert's output on every token, about 2.5 times the experts' work")
         hidden = data.num_sequences * data.sequence_length * survey.hidden_size * survey.itemsize * (len(shards) > 1)
         units = f"{stream_plan(run, part, data)} + {len(survey.moe_layers)} layers"
         return StagePlan(units, "workers", lines, disk_bytes=2 * hidden)

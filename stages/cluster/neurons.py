@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from stages.cluster.neuron_memory import zip_bytes
 from stages.contracts.arrow import Array
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import LayerEvidence
@@ -116,16 +117,6 @@ class Activations:
         place_EF = zipped(unit_SN.T @ unit_SN, unit_SN.shape[1] // len(experts)).reshape(len(experts), -1)
         places = dict(zip(experts, place_EF.tolist(), strict=True))
         return _placed(slot, [tuple(places[member.expert]) for member in slot.members])
-
-
-def zip_bytes(num_members: int, num_neurons: int) -> int:
-    """Memory in bytes of the correlations of a cluster that is zipped, float32."""
-    return 4 * (num_members * num_neurons) ** 2
-
-
-def pair_bytes(num_neurons: int) -> int:
-    """Memory in bytes of the similarities of two experts' neurons: float32, and the solver's copy in float64."""
-    return 12 * num_neurons**2
 
 
 def with_neurons(

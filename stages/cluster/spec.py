@@ -4,15 +4,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import JsonValue
+from rich import filesize
 
 from stages.checkpoint.folder import Checkpoint
 from stages.cluster import registry
+from stages.cluster.neuron_memory import pair_bytes, zip_bytes
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.method import Methods
 from stages.contracts.settings import Merging, RunConfig
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.targets import Target, Variant
+from stages.contracts.tensors import num_neurons
 from stages.contracts.units import Unit, UnitCall
 from stages.model.families import num_experts_in
 
@@ -104,6 +107,14 @@ class Cluster(StageSpec):
                     f"clustering.num_experts has a target with {len(target.num_experts)} numbers but {run.config.model} has "
                     f"{num_layers} MoE layers; give one number for each"
                 )
+        limit = run.config.resources.worker_memory
+        for variant in run.variants:
+            needed = _neuron_bytes(variant, run)
+            if needed > limit:
+                raise InputError(
+                    f"merging of {variant.name or variant.method.name} compares the {num_neurons(run.tensors):,} neurons of "
+                    f"two experts, which takes {needed:,} bytes, more than resources.worker_memory {limit:,}; raise it"
+                )
 
     def parts(self, run: Run) -> Iterator[Part]:
         """One for each variant whose method has a dendrogram, and one for each target."""
@@ -151,7 +162,21 @@ class Cluster(StageSpec):
 
     def plan(self, run: Run) -> StagePlan:
         """A unit for each layer of each part."""
-        return StagePlan(f"{len(run.parts(self.name)) * len(run.survey.moe_layers)} layers", "CPU")
+        needed = max(_neuron_bytes(variant, run) for variant in run.variants)
+        lines = (
+            [f"memory of a layer whose neurons are matched: {filesize.decimal(needed)} for a pair of experts"] if needed else []
+        )
+        if any(variant.merging.method == "zipit" for variant in run.variants):
+            lines.append("  zipit: grows with the square of a cluster's experts; more than resources.worker_memory is refused")
+        return StagePlan(f"{len(run.parts(self.name)) * len(run.survey.moe_layers)} layers", "CPU", lines)
+
+
+def _neuron_bytes(variant: Variant, run: Run) -> int:
+    """Memory in bytes for the similarities of two experts' neurons; 0 if neurons are not matched."""
+    if not (variant.method.reads_merging and variant.merging.matches_neurons):
+        return 0
+    size = num_neurons(run.tensors)
+    return zip_bytes(2, size) if variant.merging.method == "zipit" else pair_bytes(size)
 
 
 def _settings(variant: Variant) -> dict[str, JsonValue]:
