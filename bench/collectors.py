@@ -7,6 +7,7 @@ finish the layers' sums.
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str
         gather(())  # warms up
         for _ in range(repeats):
             for collector in ("", *FURTHER):
-                seconds = timed(lambda chosen=(collector,) if collector else (): gather(chosen))
+                seconds = timed(partial(gather, (collector,) if collector else ()))
                 wall_s.setdefault(collector, []).append(seconds[0])
                 cpu_s.setdefault(collector, []).append(seconds[1])
                 if collector:

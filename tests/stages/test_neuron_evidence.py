@@ -4,11 +4,14 @@ Dimensions: D hidden size, F neurons of an expert, E experts, S tokens.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.calibrate import sums
 from stages.calibrate.collectors.registry import collectors
 from stages.calibrate.even_tokens import EvenTokens
 from stages.calibrate.spec import CalibrationShardArgs
@@ -24,6 +27,7 @@ from stages.contracts.method import PlanSettings
 from stages.contracts.paths import TENSORS_FILE
 from stages.contracts.settings import Clustering, Merging
 from stages.contracts.tensors import write_tensors
+from stages.model import direct_load
 from stages.model.families import SUPPORTED
 from stages.model.stream import Stream, pass_through
 from tests.runs import token_ids
@@ -146,3 +150,39 @@ def test_neurons_of_a_quantised_source_are_compared_by_its_values(scheme: str, t
             found.append(weights.between(0, 1))
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
     assert permutation(found[0]) == permutation(found[1])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "llama4_text"])
+def test_evidence_of_mapped_weights_is_that_of_loaded_ones(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(build(family, torch.float32), tmp_path / "source")
+    loaded = evidence_by_layer(opened(source), tmp_path)
+    monkeypatch.setattr(direct_load, "MAPPED_BYTES", 0)
+    held = opened(source)
+    assert held.shard.expert_weights(next(iter(loaded))).experts.down_proj.is_meta
+    for layer, evidence in evidence_by_layer(held, tmp_path).items():
+        for name in GATHERED:
+            due = loaded[layer][name]
+            np.testing.assert_allclose(evidence[name], due, rtol=1e-5, atol=1e-5 * np.abs(due).max(), err_msg=name)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made._base is None:
+            self.num_bytes = max(self.num_bytes, made.nbytes)
+        return made
+
+
+def test_products_of_weights_make_no_copy_of_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = opened(save(build("mixtral", torch.bfloat16), tmp_path / "source"))
+    weights = held.shard.expert_weights(0)
+    monkeypatch.setattr(sums, "_GRAM_VALUES", 2048)
+    with torch.inference_mode(), Largest() as largest:
+        sums.LayerSums(0, np.zeros(1), weights).weight_gram()
+    assert 0 < largest.num_bytes <= 8 * 2048 < 2 * weights.experts.down_proj.numel()
