@@ -17,6 +17,7 @@ from stages.calibrate.collectors.registry import FURTHER
 from stages.calibrate.spec import ReduceArgs
 from stages.calibrate.units import calibrate_unit, reduce_unit
 from stages.contracts.paths import column_file
+from stages.contracts.texts import DomainShards
 from stages.contracts.units import HeldJob
 
 
@@ -32,7 +33,7 @@ def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str
             job = opened.job(collectors)
             calibrate_unit(job)
             for layer in opened.survey.moe_layers:
-                args = ReduceArgs(layer, num_shards=1, is_sampled=False, collectors=collectors)
+                args = ReduceArgs(layer, (DomainShards("", 0, 1),), is_sampled=False, collectors=collectors)
                 reduce_unit(HeldJob(job.run_dir, job.part_dir, args, opened.shard))
 
         gather(())  # warms up

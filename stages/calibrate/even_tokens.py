@@ -1,4 +1,5 @@
-"""Evenly spaced tokens of the whole calibration set, the same ones however it is cut into token shards. No torch.
+"""Evenly spaced tokens of the calibration set, or of each of its domains, the same ones however it is cut into token shards.
+No torch.
 
 Dimensions: N chosen tokens.
 """
@@ -11,17 +12,18 @@ MOST_VALUES = 1 << 26
 MOST_TOKENS = 4096
 
 
-def step_of(num_tokens: int, values_per_token: int) -> int:
-    """Distance of chosen tokens. It is odd, so that they do not stand at the same few places of every sequence."""
-    most = min(MOST_TOKENS, max(1, MOST_VALUES // values_per_token))
+def step_of(num_tokens: int, values_per_token: int, num_domains: int = 1) -> int:
+    """Distance of chosen tokens. It is odd, so that they do not stand at the same few places of every sequence. num_tokens: of
+    the domain; every domain has an equal share of what is kept, one token at least."""
+    most = max(1, min(MOST_TOKENS, MOST_VALUES // values_per_token) // num_domains)
     return 1 if num_tokens <= most else -(-num_tokens // most) | 1
 
 
 @dataclass(frozen=True)
 class EvenTokens:
-    """The chosen tokens of one token shard: every `step`-th of the calibration set, from its first on.
+    """The chosen tokens of one token shard: every `step`-th of its domain, from the domain's first on.
 
-    first: index in the calibration set of the shard's first token. num_tokens: of the shard.
+    first: index in the domain of the shard's first token. num_tokens: of the shard.
     """
 
     step: int
@@ -29,7 +31,7 @@ class EvenTokens:
     num_tokens: int
 
     def _rank(self, index: int) -> int:
-        """Number of chosen tokens of the calibration set before the one at an index of the shard."""
+        """Number of chosen tokens of the domain before the one at an index of the shard."""
         return -(-(self.first + index) // self.step)
 
     @property

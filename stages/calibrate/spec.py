@@ -16,6 +16,7 @@ from stages.contracts.settings import Calibration
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, partition, stream_plan, stream_units
 from stages.contracts.tensors import num_neurons
+from stages.contracts.texts import DomainShards, domain_shards
 from stages.contracts.units import Hold, HoldCall, Unit, UnitCall
 
 
@@ -28,33 +29,37 @@ class CalibrationShardArgs(LayerShardArgs):
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Rules for sampling tokens. The settings are those of `Calibration` and `Sampling`."""
+    """Rules for sampling tokens of a token shard. The settings are those of `Calibration` and `Sampling`.
+
+    num_sequences: of the text, or of the token shard's domain. first_sequence: index among those of the shard's first sequence.
+    """
 
     fraction: float
     groups: int
     num_sequences: int
     sequence_length: int
-    sequences_per_shard: int
+    first_sequence: int
     seed: int
 
 
 @dataclass(frozen=True)
-class TokenCounts:
-    """Tokens of the calibration set, and of each of its token shards but the last."""
+class DomainTokens:
+    """Where a token shard is in its domain. num_tokens: of the domain. first: index in it of the shard's first token."""
 
     num_tokens: int
-    shard_tokens: int
+    first: int
+    num_domains: int
 
 
 @dataclass(frozen=True)
 class CalibrateArgs:
-    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones. counts: None if
+    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones. domain: None if
     the token shard is the whole calibration set."""
 
     stream: StreamArgs
     sample: SampleArgs | None
     collectors: tuple[str, ...]
-    counts: TokenCounts | None = None
+    domain: DomainTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,11 @@ class CalibrateFacts:
 
 @dataclass(frozen=True)
 class ReduceArgs:
-    """Arguments for adding up the sums of one layer over all token shards. is_sampled: whether groups of sequences are kept
-    separately. collectors: names of the collectors used beside the default ones."""
+    """Arguments for adding up the sums of one layer over the token shards of each domain. is_sampled: whether groups of
+    sequences are kept separately. collectors: names of the collectors used beside the default ones."""
 
     layer: int
-    num_shards: int
+    domains: tuple[DomainShards, ...]
     is_sampled: bool
     collectors: tuple[str, ...]
 
@@ -109,11 +114,10 @@ class Calibrate(StageSpec):
         yield run.new_part(self, "", settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
-        """Units that pass token shards through layer shards, then one unit per MoE layer that adds up its sums."""
+        """Units that pass token shards through layer shards, then one unit per MoE layer that adds up its sums, by domain."""
         part, data, moe_layers = run.part(self.name), run.config.calibration, run.survey.moe_layers
         part_dir = Path(part.dir)
-        sample, collectors = _sample(data), required_collectors(run)
-        counts = TokenCounts(data.num_sequences * data.sequence_length, data.sequences_per_shard * data.sequence_length)
+        collectors = required_collectors(run)
 
         def makes(layers: tuple[int, int], shard: int) -> list[Path]:
             return [paths.partial_evidence_file(part_dir, layer, shard) for layer in moe_layers if layer in range(*layers)]
@@ -121,7 +125,9 @@ class Calibrate(StageSpec):
         stream = Stream(
             part, run.part("prepare", "calibration"), data, str(run.model), "",
             lambda args: OPEN.on(CalibrationShardArgs(**vars(args), routers=run.survey.routers)),
-            lambda args: CALIBRATE.on(CalibrateArgs(args, sample, collectors, counts)),
+            lambda args: CALIBRATE.on(
+                CalibrateArgs(args, _sample(data, args.shard), collectors, _domain_tokens(data, args.shard))
+            ),
             makes,
         )  # fmt: skip
         holds: dict[int, Hold] = {}
@@ -134,7 +140,7 @@ class Calibrate(StageSpec):
             yield run.unit(
                 part,
                 f"layer-{layer:04d}",
-                REDUCE.on(ReduceArgs(layer, data.num_shards, sample is not None, collectors)),
+                REDUCE.on(ReduceArgs(layer, domain_shards(data), data.sampling is not None, collectors)),
                 f"layer {layer}, sum over token shards",
                 reads=[paths.partial_evidence_file(part_dir, layer, shard) for shard in range(data.num_shards)],
                 hold=holds[layer],  # W_down is applied here, and the worker with this hold has it
@@ -159,9 +165,8 @@ class Calibrate(StageSpec):
             )
         if "neuron_activations" in required_collectors(run):
             values = survey.num_experts * num_neurons(run.tensors)
-            num_kept = -(
-                -data.num_sequences * data.sequence_length // step_of(data.num_sequences * data.sequence_length, values)
-            )
+            sizes = [count * data.sequence_length for count in data.sequences_by_domain.values()]
+            num_kept = sum(-(-size // step_of(size, values, len(sizes))) for size in sizes)
             kept = filesize.decimal(4 * values * num_kept)
             lines.append(
                 f"activations of all neurons are kept on {num_kept:,} tokens: {kept} a layer, and twice that in passing"
@@ -178,14 +183,27 @@ def required_collectors(run: Run) -> tuple[str, ...]:
     return gathering({column for variant in run.variants for column in variant.requires})
 
 
-def _sample(data: Calibration) -> SampleArgs | None:
+def _domain_of(data: Calibration, shard: int) -> tuple[str, int]:
+    """The domain of a token shard, and the number of its sequences before the shard's."""
+    ((domain, shards),) = [(name, shards) for name, shards in data.shards_by_domain.items() if shard in shards]
+    return domain, (shard - shards.start) * data.sequences_per_shard
+
+
+def _domain_tokens(data: Calibration, shard: int) -> DomainTokens:
+    domain, first = _domain_of(data, shard)
+    sizes = data.sequences_by_domain
+    return DomainTokens(sizes[domain] * data.sequence_length, first * data.sequence_length, len(sizes))
+
+
+def _sample(data: Calibration, shard: int) -> SampleArgs | None:
     if data.sampling is None:
         return None
+    domain, first = _domain_of(data, shard)
     return SampleArgs(
         **data.sampling.model_dump(),
-        num_sequences=data.num_sequences,
+        num_sequences=data.sequences_by_domain[domain],
         sequence_length=data.sequence_length,
-        sequences_per_shard=data.sequences_per_shard,
+        first_sequence=first,
         seed=data.seed,
     )
 

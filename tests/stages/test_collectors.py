@@ -31,6 +31,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.evidence import Column, LayerEvidence, read_evidence
 from stages.contracts.paths import column_file, partial_evidence_file, statistics_file, tokens_file
 from stages.contracts.stream_units import StreamArgs
+from stages.contracts.texts import DomainShards
 from stages.contracts.tokens import write_tokens
 from stages.contracts.units import HeldJob
 from stages.model.expert_weights import ExpertWeights
@@ -233,7 +234,7 @@ def evidence_dir(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path
         args = CalibrateArgs(StreamArgs("tokens", shard, 2, is_last=True), None, gathering({"gate_sum", "largest_output_norm"}))
         calibrate_unit(HeldJob(tmp_path, tmp_path / "calibrate", args, held))
     for layer in survey.moe_layers:
-        reduced = ReduceArgs(layer, 2, is_sampled=False, collectors=("output_norms",))
+        reduced = ReduceArgs(layer, (DomainShards("", 0, 2),), is_sampled=False, collectors=("output_norms",))
         result = reduce_unit(HeldJob(tmp_path, tmp_path / "calibrate", reduced, held))
         assert [file.path.name for file in result.files] == [
             f"layer-{layer:04d}.{name}.arrow" for name in ("statistics", "largest_output_norm", "cell_norm_sum")

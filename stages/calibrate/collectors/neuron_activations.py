@@ -25,7 +25,15 @@ class NeuronActivations(Collector):
     """
 
     name = "neuron_activations"
-    columns = (Column(NEURON_COLUMN, "on evenly spaced tokens, in order: the input of W_down, not gated", "[N F]", "float32"),)
+    columns = (
+        Column(
+            NEURON_COLUMN,
+            "on evenly spaced tokens, in order: the input of W_down, not gated",
+            "[N F]",
+            dtype="float32",
+            over_domains="rows",
+        ),
+    )
 
     @property
     def sums(self) -> tuple[Sum, ...]:

@@ -17,7 +17,7 @@ class WeightGram(Collector):
     float64, a block of every expert at a time. Cost: one more pass over the layer's weights, E products a weight."""
 
     name = "weight_gram"
-    columns = (Column("weight_gram", "row e of w_e . w_e', w all weights and biases of an expert", "[E]"),)
+    columns = (Column("weight_gram", "row e of w_e . w_e', w all weights and biases of an expert", "[E]", over_domains="same"),)
 
     @property
     def sums(self) -> tuple[Sum, ...]:
