@@ -15,6 +15,7 @@ from stages.contracts.partition import held_bytes
 from stages.contracts.settings import Calibration
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, partition, stream_plan, stream_units
+from stages.contracts.survey import Survey
 from stages.contracts.tensors import num_neurons
 from stages.contracts.texts import DomainShards, domain_shards
 from stages.contracts.units import Hold, HoldCall, Unit, UnitCall
@@ -88,6 +89,11 @@ class ReduceFacts:
     num_tokens: int
     never_routed: tuple[int, ...]
 
+
+RATES = (100e12, 1e12)
+"""Rates, in operations a second, for which `plan` states times: scale them by what your hardware reaches."""
+MANY_SHARDS = 1024
+"""Token shards above which `plan` suggests larger ones: their sums and units take time and files."""
 
 OPEN = HoldCall("stages.calibrate.units:open_shard", CalibrationShardArgs)
 CALIBRATE = UnitCall("stages.calibrate.units:calibrate_unit", CalibrateArgs, CalibrateFacts)
@@ -163,19 +169,53 @@ class Calibrate(StageSpec):
             lines.append(
                 "  that is more, since a worker holds at least one layer; lower tokens_per_shard or use a larger worker"
             )
-        if "neuron_activations" in required_collectors(run):
-            values = survey.num_experts * num_neurons(run.tensors)
-            sizes = [count * data.sequence_length for count in data.sequences_by_domain.values()]
-            num_kept = sum(-(-size // step_of(size, values, len(sizes))) for size in sizes)
-            kept = filesize.decimal(4 * values * num_kept)
-            lines.append(
-                f"activations of all neurons are kept on {num_kept:,} tokens: {kept} a layer, and twice that in passing"
-            )
-        if "output_gram" in required_collectors(run):
-            lines.append("feature token_wise: every expert's output on every token, about 2.5 times the experts' work")
+        lines += _work_lines(survey, data)
+        lines += _collector_lines(run)
         hidden = data.num_sequences * data.sequence_length * survey.hidden_size * survey.itemsize * (len(shards) > 1)
         units = f"{stream_plan(run, part, data)} + {len(survey.moe_layers)} layers"
         return StagePlan(units, "workers", lines, disk_bytes=2 * hidden)
+
+
+def _work_lines(survey: Survey, data: Calibration) -> list[str]:
+    """How much there is to compute, and how long that takes at stated rates; and whether there are very many units."""
+    flops = data.num_sequences * data.sequence_length * flops_a_token(survey, data)
+    times = ", ".join(f"{_duration(flops / rate)} at {rate / 1e12:g} TFLOP/s" for rate in RATES)
+    lines = [f"calibrate computes about {flops / 1e12:.3g} TFLOP: one worker takes {times}; n workers, an n-th of it"]
+    if data.num_shards > MANY_SHARDS:
+        lines.append(
+            f"  {data.num_shards:,} token shards are very many; with tokens_per_shard "
+            f"{-(-data.num_sequences * data.sequence_length // MANY_SHARDS):,} there are about {MANY_SHARDS:,}"
+        )
+    return lines
+
+
+def flops_a_token(survey: Survey, data: Calibration) -> float:
+    """Floating-point operations for a token, two a weight. Every expert's gate and up projections run on every token, or on the
+    sampled ones; W_down of routed experts alone, since its mean output follows from a mean. Attention scores are left out."""
+    share = data.sampling.fraction if data.sampling is not None else 1.0
+    routed = survey.top_k / survey.num_experts
+    up = share + (routed if data.sampling is not None else 0.0)
+    experts = sum(survey.layer_expert_bytes) / survey.itemsize
+    rest = sum(survey.layer_bytes) / survey.itemsize - experts
+    return 2 * (rest + experts * (2 / 3 * up + 1 / 3 * routed))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.1f} s"
+
+
+def _collector_lines(run: Run) -> list[str]:
+    """What evidence costs that only some methods need."""
+    data, survey, collectors, lines = run.config.calibration, run.survey, required_collectors(run), list[str]()
+    if "neuron_activations" in collectors:
+        values = survey.num_experts * num_neurons(run.tensors)
+        sizes = [count * data.sequence_length for count in data.sequences_by_domain.values()]
+        num_kept = sum(-(-size // step_of(size, values, len(sizes))) for size in sizes)
+        kept = filesize.decimal(4 * values * num_kept)
+        lines.append(f"activations of all neurons are kept on {num_kept:,} tokens: {kept} a layer, and twice that in passing")
+    if "output_gram" in collectors:
+        lines.append("feature token_wise: every expert's output on every token, about 2.5 times the experts' work")
+    return lines
 
 
 def required_collectors(run: Run) -> tuple[str, ...]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from stages.contracts.errors import InputError
+from stages.contracts.evidence import read_evidence
 from stages.contracts.layer_plan import read_plan
-from stages.contracts.paths import column_file, plan_file
+from stages.contracts.paths import column_file, domain_dir, plan_file
 from tests.runs import digests, read_tensors, run_all, tensor_bytes, token_ids
 from tests.stages.test_neuron_evidence import copied
 from tests.stages.test_neurons import slow_zip
@@ -196,3 +197,35 @@ def test_neurons_that_do_not_fit_in_memory_are_refused_before_calibration(mergin
     with pytest.raises(InputError, match=message):
         exports(source, tmp_path / "run", 3, ["stock"], variants, resources={"worker_memory": 20_000})
     assert not [*(tmp_path / "run").glob("calibrate-*/**/*.arrow")]
+
+
+def test_neurons_are_compared_on_tokens_of_every_domain_alike(tmp_path: Path) -> None:
+    """Two domains, each with all of its tokens."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    for number, name in enumerate(("prose", "code")):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(number).integers(3, 128, (2, 16)))
+    data = {
+        "data": {"prose": str(tmp_path / "prose.npy"), "code": {"data": str(tmp_path / "code.npy"), "weight": 3}},
+        "num_sequences": 4, "sequence_length": 16, "tokens_per_micro_batch": 16, "tokens_per_shard": 16,
+    }  # fmt: skip
+    variants = [
+        {"name": f"{feature}-{given}", "preset": "hc-smoe", "merging": {"method": "zipit"},
+         "clustering": {"feature": feature, "domain_weights": given}}
+        for feature in ("weight", "token_wise") for given in ("uniform", "given")
+    ]  # fmt: skip
+    exports(source, tmp_path / "run", 3, ["stock"], variants, calibration=data)
+    (folder,) = (tmp_path / "run").glob("calibrate-*")
+    for layer in range(3):
+        parts = [read_evidence(domain_dir(folder, name), layer, ["neuron_activations"]) for name in ("code", "prose")]
+        for part, name in zip(parts, ("code", "prose"), strict=True):
+            x_TD = inputs_of(source, torch.from_numpy(np.load(tmp_path / f"{name}.npy")))[layer]
+            gate, up = load(source).model.layers[layer].mlp.experts.gate_up_proj[5].double().chunk(2)
+            due = (silu(x_TD @ gate.T) * (x_TD @ up.T)).numpy()
+            order = [int(np.abs(due - row).sum(1).argmin()) for row in part["neuron_activations"][5]]
+            assert sorted(order) == list(range(32)), "every token of the domain is kept, its sequences drawn in any order"
+            np.testing.assert_allclose(part["neuron_activations"][5], due[order], rtol=1e-4, atol=1e-5)
+        plans = {}
+        for variant in variants:
+            (plan_dir,) = (tmp_path / "run").glob(f"cluster-{variant['name']}-3e-stock-*")
+            plans[variant["name"]] = [slot.experts for slot in read_plan(plan_file(plan_dir, layer)).slots]
+        assert plans["weight-uniform"] == plans["weight-given"], "weights of experts do not depend on tokens"

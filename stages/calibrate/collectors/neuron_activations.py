@@ -48,11 +48,11 @@ class NeuronActivations(Collector):
                 kept_NF[row : row + len(tokens)] = view.forward.activations_of(view.hidden_TD, tokens, expert)
 
     def add(self, one: Mapping[str, Array], other: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Rows of one token shard after those of the other."""
-        import numpy as np
-
-        return {"a": np.concatenate([one["a"], other["a"]], axis=1)}
+        """The rows of each token shard as they are, under names of their own: there may be thousands of shards to add up."""
+        return {**one, f"a.{len(one)}": other["a"]}
 
     def finish(self, sums: Mapping[str, Array], summed: object) -> Mapping[str, Array]:
-        """The rows as they are."""
-        return {NEURON_COLUMN: sums["a"]}
+        """The rows of all token shards, in their order."""
+        import numpy as np
+
+        return {NEURON_COLUMN: np.concatenate(list(sums.values()), axis=1)}
