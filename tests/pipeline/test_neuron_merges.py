@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich import filesize
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import silu
 
+from pipeline.checks import check
+from pipeline.run.view import RunView
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import read_evidence
 from stages.contracts.layer_plan import read_plan
 from stages.contracts.paths import column_file, domain_dir, plan_file
-from tests.runs import digests, read_tensors, run_all, tensor_bytes, token_ids
+from stages.registry import stage_specs
+from tests.runs import digests, read_tensors, run_all, run_config, tensor_bytes, token_ids
 from tests.stages.test_neuron_evidence import copied
 from tests.stages.test_neurons import slow_zip
 from tests.tiny import NUM_EXPERTS, build, load, logits, save
@@ -229,3 +233,31 @@ def test_neurons_are_compared_on_tokens_of_every_domain_alike(tmp_path: Path) ->
             (plan_dir,) = (tmp_path / "run").glob(f"cluster-{variant['name']}-3e-stock-*")
             plans[variant["name"]] = [slot.experts for slot in read_plan(plan_file(plan_dir, layer)).slots]
         assert plans["weight-uniform"] == plans["weight-given"], "weights of experts do not depend on tokens"
+
+
+def test_plan_states_what_matching_neurons_and_outputs_of_every_token_cost(tmp_path: Path) -> None:
+    """64 tokens of 8 experts with 48 neurons; two experts' 96 neurons, float32."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+    variants = [VARIANTS[-1], FEATURES[-1]]
+    config = run_config(source, tmp_path / "run", path, [3], ["stock"], variants=variants)
+    run_all(source, tmp_path / "run", path, [3], ["stock"], variants=variants)
+    view = RunView(config, check(config).inputs)
+    lines = {spec.name: spec.plan(view).lines for spec in stage_specs() if spec.name in ("calibrate", "cluster")}
+    kept, pair = (filesize.decimal(num_bytes) for num_bytes in (4 * 64 * 8 * 48, 4 * 96**2))
+    assert f"activations of all neurons are kept on 64 tokens: {kept} a layer, and twice that in passing" in lines["calibrate"]
+    assert any(line.startswith("feature token_wise: every expert's output on every token") for line in lines["calibrate"])
+    assert f"memory of a layer whose neurons are matched: {pair} for a pair of experts" in lines["cluster"]
+    assert any(line.startswith("  zipit: grows with the square") for line in lines["cluster"])
+
+
+def test_whole_neurons_are_chosen_in_place_of_joined_ones(tmp_path: Path) -> None:
+    """`refit.neurons: choose` begins from a zipped plan, and replaces it: rows of gate are the members' own."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    variants = [{"name": "both", "preset": "hc-recombine", "merging": {"method": "zipit"}}]
+    (folder,) = exports(source, tmp_path / "run", 3, ["stock"], variants).values()
+    before, after = read_tensors(source), read_tensors(folder)
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts"
+        known = {tuple(row.tolist()) for e in range(NUM_EXPERTS) for row in before[f"{prefix}.{e}.w1.weight"]}
+        assert {tuple(row.tolist()) for slot in range(3) for row in after[f"{prefix}.{slot}.w1.weight"]} <= known

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from stages.calibrate.observations import InputView
 
 _BLOCK_BYTES = 1 << 28
-"""Outputs of all experts that are held at a time, and the least number of tokens of a block, which `padded` makes of fewer."""
+"""Outputs of all experts that are held at a time."""
 _LEAST_BLOCK = 64
+"""Tokens of a block at least. A product of fewer rows costs as much on a CPU (`stages.model.products.padded`)."""
 _PIECE_VALUES = 1 << 22
 """Values that are converted to float64 at a time."""
 
