@@ -21,7 +21,8 @@ LONGEST_FIRST = (
     "stages/test_families.py", "stages/test_widths.py", "hostile/test_corpus.py", "deploy/test_metrics.py",
     "deploy/test_autoscaling.py",
     "pipeline/test_process.py", "pipeline/test_secrets.py", "cluster/test_storage.py", "ray/test_driver_imports.py",
-    "pipeline/test_memory.py", "stages/test_mapped.py", "pipeline/test_hub.py", "pipeline/test_hub_data.py",
+    "pipeline/test_memory.py", "stages/test_neuron_evidence.py", "pipeline/test_neuron_merges.py", "stages/test_mapped.py",
+    "pipeline/test_hub.py", "pipeline/test_hub_data.py",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from stages.contracts.naming import hub_name
-from stages.contracts.settings import Refit, RunConfig, Section, TextData
+from stages.contracts.settings import Merging, Refit, RunConfig, Section, TextData
 from stages.contracts.spec import Run, narrowed_to
 from stages.contracts.targets import Target
 from stages.contracts.texts import Text, texts_in
@@ -69,11 +69,15 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         calibration=f"{data.num_sequences} sequences of {data.sequence_length} tokens of "
         f"{', '.join(text.described for text in texts)}, seed {data.seed}{sampled}",
         clustering=", ".join(f"{key} {value}" for key, value in clustering.items()),
-        merging=variant.merging.method if variant.method.reads_merging else "",
+        merging=_merging_text(variant.merging) if variant.method.reads_merging else "",
         refit=_refit_text(variant.refit),
         settings={**_settings(config, target, texts), "model": base_model or config.name},
         num_neurons=None if narrow is None else (num_neurons_of(run.tensors), narrow),
     )
+
+
+def _merging_text(merging: Merging) -> str:
+    return merging.method + (f", neurons aligned by {merging.align}" if merging.align != "none" else "")
 
 
 def _refit_text(refit: Refit) -> str:

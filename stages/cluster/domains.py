@@ -55,6 +55,8 @@ def mixed(parts: Sequence[LayerEvidence], weight_D: Array) -> LayerEvidence:
                 return reduce(np.maximum, (part[name] for part in parts))
             case "same":
                 return first[name]
+            case "rows":
+                return np.concatenate([part[name] for part in parts], axis=1)
             case _:
                 return weighted(lambda part: part[name])  # type: ignore[no-any-return]
 

@@ -5,15 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import JsonValue
+from rich import filesize
 
 from stages.checkpoint.folder import Checkpoint
 from stages.cluster import registry
+from stages.cluster.neuron_memory import pair_bytes, zip_bytes
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.method import Methods
 from stages.contracts.settings import Merging, RunConfig
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.targets import Target, Variant
+from stages.contracts.tensors import num_neurons
 from stages.contracts.units import Unit, UnitCall
 from stages.model.families import num_experts_in
 
@@ -56,7 +59,8 @@ class PlanArgs:
 
     calibrate_dir: relative to the run directory. mix: of its domains; None if there are none. num_slots: experts that the layer
     keeps. method: module that holds it. clustering: its settings. router: how a stock router's rows are combined; None for a
-    tied export. model: checkpoint folder, whose config says the groups of the router.
+    tied export. model, survey_dir: the checkpoint folder, whose config says the groups of the router, and where the weights of
+    neurons are read, if merging aligns by them. max_bytes: of the similarities of neurons.
     """
 
     calibrate_dir: str
@@ -68,6 +72,8 @@ class PlanArgs:
     merging: Merging
     router: str | None
     model: str
+    survey_dir: str
+    max_bytes: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,14 @@ class Cluster(StageSpec):
                     f"clustering.num_experts has a target with {len(target.num_experts)} numbers but {run.config.model} has "
                     f"{num_layers} MoE layers; give one number for each"
                 )
+        limit = run.config.resources.worker_memory
+        for variant in run.variants:
+            needed = _neuron_bytes(variant, run)
+            if needed > limit:
+                raise InputError(
+                    f"merging of {variant.name or variant.method.name} compares the {num_neurons(run.tensors):,} neurons of "
+                    f"two experts, which takes {needed:,} bytes, more than resources.worker_memory {limit:,}; raise it"
+                )
 
     def parts(self, run: Run) -> Iterator[Part]:
         """One for each variant whose method has a dendrogram, and one for each target."""
@@ -169,13 +183,28 @@ class Cluster(StageSpec):
                     calibrate_dir, _mix(run, target.variant), layer, count, modules[target.variant.method.name],
                     clustering.model_dump(mode="json"), target.variant.merging,
                     export.planned_router if target.format == "stock" else None, str(run.model),
+                    run.part("prepare", "model").dir, run.config.resources.worker_memory,
                 )  # fmt: skip
                 part = run.part(self.name, target.part)
                 yield run.unit(part, f"layer-{layer:04d}", PLAN.on(planned), f"{target.part}, layer {layer}")
 
     def plan(self, run: Run) -> StagePlan:
         """A unit for each layer of each part."""
-        return StagePlan(f"{len(run.parts(self.name)) * len(run.survey.moe_layers)} layers", "CPU")
+        needed = max(_neuron_bytes(variant, run) for variant in run.variants)
+        lines = (
+            [f"memory of a layer whose neurons are matched: {filesize.decimal(needed)} for a pair of experts"] if needed else []
+        )
+        if any(variant.merging.method == "zipit" for variant in run.variants):
+            lines.append("  zipit: grows with the square of a cluster's experts; more than resources.worker_memory is refused")
+        return StagePlan(f"{len(run.parts(self.name)) * len(run.survey.moe_layers)} layers", "CPU", lines)
+
+
+def _neuron_bytes(variant: Variant, run: Run) -> int:
+    """Memory in bytes for the similarities of two experts' neurons; 0 if neurons are not matched."""
+    if not (variant.method.reads_merging and variant.merging.matches_neurons):
+        return 0
+    size = num_neurons(run.tensors)
+    return zip_bytes(2, size) if variant.merging.method == "zipit" else pair_bytes(size)
 
 
 def _settings(run: Run, variant: Variant) -> dict[str, JsonValue]:

@@ -20,7 +20,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.paths import column_file, groups_file, statistics_file
 from stages.io.files import WrittenFile
 
-OverDomains = Literal["sum", "max", "same"]
+OverDomains = Literal["sum", "max", "same", "rows"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Column:
     """A column of evidence: one value or array per expert.
 
     meaning: description for the file's metadata; "{tokens}" in it becomes "all T tokens", or "tokens" if tokens are sampled.
-    shape: dimensions of an array, such as "[D]". dtype: float64 or int64. over_domains: what its value over several domains is:
-    their weighted sum, their maximum, or the value of each, for what does not depend on tokens.
+    shape: dimensions of an array, such as "[D]". dtype: float64, float32 or int64. over_domains: what its value over several
+    domains is: their weighted sum, their maximum, the value of each, for what does not depend on tokens, or the rows of all one
+    after another, whatever the domains' weights.
     """
 
     name: str
@@ -90,7 +91,7 @@ _COMMON = {
 
 
 def _type(column: Column, values: Array) -> pa.DataType:
-    scalar = {"float64": pa.float64(), "int64": pa.int64()}[column.dtype]
+    scalar = {"float64": pa.float64(), "float32": pa.float32(), "int64": pa.int64()}[column.dtype]
     return pa.list_(scalar, values[0].size) if column.shape else scalar
 
 

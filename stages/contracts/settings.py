@@ -17,9 +17,11 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     Tag,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -262,11 +264,46 @@ class Clustering(Section):
         return {"num_experts": values["targets"], **{name: value for name, value in values.items() if name != "targets"}}
 
 
+NEURON_COLUMN = "neuron_activations"
+"""Column of evidence by which neurons are compared."""
+
+
 class Merging(Section):
     """How the experts of a cluster are merged into one."""
 
-    method: Literal["frequency", "average", "saliency", "dominant"] = "frequency"
-    """Weights of the cluster members: usage frequency, equal weights, REAP's saliency, or only the most used member."""
+    method: Literal["frequency", "average", "saliency", "dominant", "fix_dominant", "zipit"] = "frequency"
+    """Weights of the cluster members: usage frequency, equal weights, REAP's saliency, or only the most used member. Or, with
+    equal weights, by neurons: each neuron is averaged with the most used member's most correlated one (fix_dominant), or the
+    most correlated neurons of all members are averaged until as many are left as an expert has (zipit)."""
+    align: Literal["none", "weight", "activation"] = "none"
+    """Whether the neurons of every member are first brought into the order of the most used member's, so that their weights, or
+    their activations on a sample of the calibration tokens, agree best."""
+
+    @property
+    def matches_neurons(self) -> bool:
+        """Whether members are more than added up neuron by neuron as they are."""
+        return self.align != "none" or self.method in ("fix_dominant", "zipit")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Columns of evidence that it reads beyond those of every run."""
+        return frozenset({NEURON_COLUMN} if self.matches_neurons and self.align != "weight" else ())
+
+    @model_validator(mode="after")
+    def _check_align(self) -> Self:
+        reasons = {"fix_dominant": "matches neurons itself", "zipit": "matches neurons itself", "dominant": "keeps one member"}
+        if self.align != "none" and self.method in reasons:
+            raise ValueError(
+                f"align is {self.align}, but method {self.method} {reasons[self.method]}; leave align out, or set method to "
+                "frequency, average or saliency"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave align out where it is none, so that keys and cards of runs without it stay as they were."""
+        values: dict[str, Any] = values_of(self)
+        return {name: value for name, value in values.items() if (name, value) != ("align", "none")}
 
 
 class Refit(Section):
