@@ -50,7 +50,7 @@ def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
             f"layer {args.layer}: method {method.name} planned {len(plan.slots)} slots instead of {args.num_slots}"
         )
     if merging.align == "weight":
-        from stages.cluster.neuron_weights import NeuronWeights  # torch, which no other unit of this stage needs
+        from stages.checkpoint.neuron_weights import NeuronWeights  # reads by torch, which no other unit here needs
 
         with NeuronWeights(args.model, job.run_dir / args.survey_dir / TENSORS_FILE, args.layer) as weights:
             plan = with_neurons(plan, evidence, merging, weights.between, args.max_bytes)
