@@ -7,7 +7,7 @@ from pydantic import JsonValue, TypeAdapter
 
 from stages.contracts.keys import Part
 from stages.contracts.paths import REPORT_FILE
-from stages.contracts.spec import Publication, Run, StagePlan, StageSpec
+from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, narrowed_to
 from stages.contracts.targets import NumExperts
 from stages.contracts.units import Facts, Unit, UnitCall
 
@@ -20,7 +20,8 @@ class ReportedTarget:
     relative to the run directory. assembled: facts of its folder. plan_dir: directory of its method's layer plans.
     evaluate_dir: directory of its scores, or None.
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
-    unweighted_clusters: by layer, merged experts whose members got no token.
+    unweighted_clusters: by layer, merged experts whose members got no token. num_neurons: of an expert, where it has fewer than
+    the source's; then asked_experts and asked_width are what the run file asks for.
     """
 
     name: str
@@ -35,6 +36,9 @@ class ReportedTarget:
     evaluate_dir: str | None
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
+    num_neurons: int | None
+    asked_experts: NumExperts
+    asked_width: float
 
 
 @dataclass(frozen=True)
@@ -140,14 +144,17 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             target=target.label,
             variant=target.variant.name,
             format=target.format,
-            num_experts=target.num_experts,
-            num_merged=target.counts(run.survey.moe_layers),
+            num_experts=target.kept_experts(run.survey.num_experts),
+            num_merged=target.counts(run.survey),
             path=f"models/{target.name}",
             assembled=sealed.facts,
             plan_dir=run.part("cluster", target.part).dir,
             evaluate_dir=_dir_of(run, "evaluate", target.part),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
+            num_neurons=narrowed_to(run, target),
+            asked_experts=target.num_experts,
+            asked_width=target.width,
         )
 
 
