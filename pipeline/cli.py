@@ -102,7 +102,7 @@ def run(
     from pipeline.config import load_config
     from pipeline.display.comparison import Comparison
     from pipeline.display.progress import Reporter
-    from pipeline.display.tables import certainty_lines, result_table
+    from pipeline.display.tables import certainty_lines, result_table, super_expert_lines
     from pipeline.driver.run_state import RunOptions
 
     config = load_config(run_file, settings or [])
@@ -116,7 +116,7 @@ def run(
         show(console, result_table(result.report))
         if config.variants is not None:
             show(console, Comparison.of(result.report).table())
-        for line in certainty_lines(result.report):
+        for line in (*super_expert_lines(result.report), *certainty_lines(result.report)):
             show(console, line)
         for warning in result.report["warnings"]:
             reporter.line(f"warning: {warning}")
@@ -184,7 +184,8 @@ def compare(
     if output_format is TableFormat.JSON:
         console.print_json(data=found.values(), ensure_ascii=True)
         return
-    show(console, found.source_line)
+    for line in (found.source_line, *found.super_lines):
+        show(console, line)
     if output_format is TableFormat.TABLE:
         show(console, found.table())
         return

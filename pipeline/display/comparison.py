@@ -11,6 +11,7 @@ from rich import filesize
 from rich.table import Table
 
 from pipeline.display.printing import add_row, printable
+from pipeline.display.tables import super_expert_lines
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,13 @@ class Comparison:
     """Perplexities of a run's checkpoints.
 
     source: perplexity of the source, or None. columns: most experts first. rows: cells by variant, in the order of the report;
-    variants that differ in nothing but their seed are one row.
+    variants that differ in nothing but their seed are one row. super_lines: name the experts that checkpoints keep as they are.
     """
 
     source: float | None
     columns: tuple[Column, ...]
     rows: Mapping[str, Mapping[Column, Cell]]
+    super_lines: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> "Comparison":
@@ -67,7 +69,7 @@ class Comparison:
         columns = {column for row in rows.values() for column in row}
         ordered = sorted(columns, key=lambda column: (-counts[column[0]], column[0], column[1] != "tied", column[1]))
         cells = {label: {column: _cell(found) for column, found in row.items()} for label, row in rows.items()}
-        return cls(source.get("perplexity"), tuple(ordered), cells)
+        return cls(source.get("perplexity"), tuple(ordered), cells, tuple(super_expert_lines(report)))
 
     @cached_property
     def best(self) -> Mapping[Column, float]:
@@ -118,6 +120,7 @@ class Comparison:
         """For JSON."""
         return {
             "source_perplexity": self.source,
+            **({"super_experts": list(self.super_lines)} if self.super_lines else {}),
             "variants": [
                 {
                     "variant": label,

@@ -7,9 +7,20 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from pipeline.display.problems import problems
+from stages.contracts.budget import BudgetKind, BudgetKinds
 from stages.contracts.errors import InputError
 from stages.contracts.method import Method, Methods, Preset
-from stages.contracts.settings import Clustering, Export, Merging, Refit, RunConfig, Section, VariantEntry, check_target_formats
+from stages.contracts.settings import (
+    Budget,
+    Clustering,
+    Export,
+    Merging,
+    Refit,
+    RunConfig,
+    Section,
+    VariantEntry,
+    check_target_formats,
+)
 from stages.contracts.targets import Variant
 from stages.registry import stage_specs
 
@@ -19,6 +30,11 @@ S = TypeVar("S", bound=Section)
 def methods() -> Methods:
     """All methods of all stages, by name."""
     return {name: method for spec in stage_specs() for name, method in spec.methods().items()}
+
+
+def budgets() -> BudgetKinds:
+    """All kinds of budgets of all stages, by name."""
+    return {name: kind for spec in stage_specs() for name, kind in spec.budgets().items()}
 
 
 def presets() -> dict[str, Preset]:
@@ -48,7 +64,8 @@ def variants_of(config: RunConfig) -> tuple[Variant, ...]:
     if config.variants is None:
         method = methods()[config.clustering.method]
         _check_fits(method, "merging" in config.model_fields_set, config.refit, config.export, "")
-        return (Variant("", method, config.clustering, config.merging, config.refit, config.export),)
+        kind = _kind_of(config.budget, method, config.clustering, config.export, "")
+        return (Variant("", method, config.clustering, kind, config.budget, config.merging, config.refit, config.export),)
     (name, count), *_ = Counter(entry.name for entry in config.variants).most_common(1)
     if count > 1:
         raise InputError(f"variants: {count} are named {name}; give each its own name")
@@ -73,11 +90,48 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
     exported = {**config.export.model_dump(), **preset.get("export", {}), **entry.export}
     export = _section(Export, exported, f"{place}: export")
     _check_fits(method, bool(given), refit, export, f"{place}: ")
+    budget = _section(Budget, {**preset.get("budget", {}), **entry.budget}, f"{place}: budget")
+    kind = _kind_of(budget, method, clustering, export, f"{place}: ")
     try:
         check_target_formats(clustering.num_experts, export.formats)
     except ValueError as e:
         raise InputError(f"{place}: {e}") from e
-    return Variant(entry.name, method, clustering, merging, refit, export)
+    return Variant(entry.name, method, clustering, kind, budget, merging, refit, export)
+
+
+def _kind_of(budget: Budget, method: Method[Any], clustering: Clustering, export: Export, at: str) -> BudgetKind:
+    """The kind of a budget. Raises InputError for an unknown one, and for a method, targets or formats that do not go with it.
+
+    at: names the variant in the message, if there is one.
+    """
+    known = budgets()
+    if budget.kind not in known:
+        raise InputError(f"{at}budget.kind: there is no budget named {budget.kind!r}; known: {', '.join(sorted(known))}")
+    kind = known[budget.kind]
+    if kind.costs is None:
+        return kind
+    if any(not isinstance(count, int) for count in clustering.num_experts):
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, but clustering.num_experts lists a number for each layer; give their mean alone, "
+            "or set budget.kind to uniform"
+        )
+    if "tied" not in method.formats:
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, which gives layers different numbers of experts, but what method {method.name} "
+            "drops only a stock export can express, which has one number for all layers; set budget.kind to uniform"
+        )
+    if "stock" in export.formats:
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, which gives layers different numbers of experts, but a stock export is the "
+            "source's own architecture, whose config has one number for all layers; set export.formats to [tied]"
+        )
+    if kind.needs_linkage and method.linkage is None:
+        having = sorted(name for name, one in methods().items() if one.linkage is not None)
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, but method {method.name} has no dendrogram; choose {', '.join(having)}, or "
+            "another budget"
+        )
+    return kind
 
 
 def _check_fits(method: Method[Any], has_merging: bool, refit: Refit, export: Export, at: str) -> None:

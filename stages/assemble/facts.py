@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from stages.contracts.naming import hub_name
-from stages.contracts.settings import Refit, RunConfig, Section
-from stages.contracts.spec import Run
+from stages.contracts.settings import Budget, Refit, RunConfig, Section
+from stages.contracts.spec import Run, counts_of
 from stages.contracts.targets import Target
 
 
@@ -19,8 +19,8 @@ class CardFacts:
     name: of the export. source: name of the source. base_model: the source's name on the hub, or None. revision: of the source,
     or None. num_experts: experts per layer of the source. experts_text: number of experts kept, in words. source_parameters,
     source_bytes: of the source's weights. router: rule that combines router rows in a stock export. method, method_source:
-    title of the method and where it was published. calibration, clustering, merging, refit: descriptions; empty if there are
-    no such settings. settings: a run file that makes only this checkpoint.
+    title of the method and where it was published. calibration, clustering, budget, merging, refit: descriptions; empty if
+    there are no such settings. settings: a run file that makes only this checkpoint.
     """
 
     name: str
@@ -36,6 +36,7 @@ class CardFacts:
     method_source: str
     calibration: str
     clustering: str
+    budget: str
     merging: str
     refit: str
     settings: dict[str, JsonValue]
@@ -47,6 +48,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
     model = run.model
     base_model = hub_name(str(model))
     data = config.calibration
+    compares, counts = variant.kind.costs is not None, counts_of(run, target).values()
     sampled = f"; un-routed means from {data.sampling.fraction:.0%} of the tokens" if data.sampling else ""
     clustering = variant.clustering.model_dump(exclude={"num_experts", "method"})
     labels = ", ".join(_labels(data.data, commit))
@@ -56,7 +58,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         base_model=base_model,
         revision=model.name if model.parent.name == "snapshots" else config.revision,
         num_experts=run.survey.num_experts,
-        experts_text=str(target.num_experts),
+        experts_text=f"{target.num_experts}{f' on average ({min(counts)} to {max(counts)})' if compares else ''}",
         source_parameters=run.survey.num_parameters,
         source_bytes=run.survey.total_bytes,
         router=variant.export.router,
@@ -65,6 +67,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         calibration=f"{data.num_sequences} sequences of {data.sequence_length} tokens of "
         f"{labels}{f' (revision {commit})' if commit else ''}, seed {data.seed}{sampled}",
         clustering=", ".join(f"{key} {value}" for key, value in clustering.items()),
+        budget=f"{variant.kind.title} ({variant.kind.source})" if compares else "",
         merging=variant.merging.method if variant.method.reads_merging else "",
         refit=_refit_text(variant.refit),
         settings={**_settings(config, target, commit), "model": base_model or config.name},
@@ -85,10 +88,14 @@ def _labels(data: Sequence[str], commit: str | None) -> list[str]:
 
 def _settings(config: RunConfig, target: Target, commit: str | None) -> dict[str, JsonValue]:
     """A run file for one target alone. With the same input files, the same command makes the same checkpoint from it."""
-    exclude = {"run_dir", "cache_dir", "resources", "evaluation", "variants", "clustering", "merging", "refit", "export"}
+    exclude = {
+        "run_dir", "cache_dir", "resources", "evaluation", "variants", "clustering", "budget", "merging", "refit", "export",
+    }  # fmt: skip
     settings: dict[str, JsonValue] = config.model_dump(mode="json", exclude=exclude, exclude_none=True)
     variant = target.variant
     sections: dict[str, Section] = {"clustering": variant.clustering, "export": variant.export}
+    if variant.budget != Budget():
+        sections["budget"] = variant.budget
     if variant.refit.mode != "none":
         sections["refit"] = variant.refit
     if variant.method.reads_merging:

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import JsonValue
 from rich import filesize
 
-from stages.calibrate.collectors.registry import gathering
+from stages.calibrate.collectors.registry import FURTHER, gathering
 from stages.contracts import paths
 from stages.contracts.keys import Part
 from stages.contracts.partition import held_bytes
@@ -36,13 +36,36 @@ class SampleArgs:
     seed: int
 
 
+MAX_SAMPLED = 1024
+"""Tokens that are kept one by one, at most."""
+MAX_SAMPLED_VALUES = 1 << 22
+"""Inner products of experts that are kept for them in one layer, at most: 32 MB."""
+
+
+def sampled_tokens(num_experts: int, num_tokens: int) -> int:
+    """Number of tokens whose experts' inner products are kept: 1,024 up to 64 experts, 256 of 128, 64 of 256."""
+    return max(1, min(num_tokens, MAX_SAMPLED, MAX_SAMPLED_VALUES // num_experts**2))
+
+
+@dataclass(frozen=True)
+class TokenSampleArgs:
+    """Tokens that are kept one by one. num_sampled: of num_tokens in the calibration set."""
+
+    num_sampled: int
+    num_tokens: int
+    tokens_per_shard: int
+    seed: int
+
+
 @dataclass(frozen=True)
 class CalibrateArgs:
-    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones."""
+    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones. token_sample:
+    None unless one of them keeps tokens."""
 
     stream: StreamArgs
     sample: SampleArgs | None
     collectors: tuple[str, ...]
+    token_sample: TokenSampleArgs | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +123,7 @@ class Calibrate(StageSpec):
         """Units that pass token shards through layer shards, then one unit per MoE layer that adds up its sums."""
         part, data, moe_layers = run.part(self.name), run.config.calibration, run.survey.moe_layers
         part_dir = Path(part.dir)
-        sample, collectors = _sample(data), required_collectors(run)
+        sample, collectors, token_sample = _sample(data), required_collectors(run), _token_sample(run)
 
         def makes(layers: tuple[int, int], shard: int) -> list[Path]:
             return [paths.partial_evidence_file(part_dir, layer, shard) for layer in moe_layers if layer in range(*layers)]
@@ -108,7 +131,7 @@ class Calibrate(StageSpec):
         stream = Stream(
             part, run.part("prepare", "calibration"), data, str(run.model), "",
             lambda args: OPEN.on(CalibrationShardArgs(**vars(args), routers=run.survey.routers)),
-            lambda args: CALIBRATE.on(CalibrateArgs(args, sample, collectors)),
+            lambda args: CALIBRATE.on(CalibrateArgs(args, sample, collectors, token_sample)),
             makes,
         )  # fmt: skip
         holds: dict[int, Hold] = {}
@@ -144,6 +167,9 @@ class Calibrate(StageSpec):
             lines.append(
                 "  that is more, since a worker holds at least one layer; lower tokens_per_shard or use a larger worker"
             )
+        if token_sample := _token_sample(run):
+            num_bytes = filesize.decimal(8 * token_sample.num_sampled * survey.num_experts**2)
+            lines.append(f"inner products of experts on {token_sample.num_sampled:,} tokens: {num_bytes} a layer of evidence")
         hidden = data.num_sequences * data.sequence_length * survey.hidden_size * survey.itemsize * (len(shards) > 1)
         units = f"{stream_plan(run, part, data)} + {len(survey.moe_layers)} layers"
         return StagePlan(units, "workers", lines, disk_bytes=2 * hidden)
@@ -152,6 +178,15 @@ class Calibrate(StageSpec):
 def required_collectors(run: Run) -> tuple[str, ...]:
     """Names of the collectors that the run's methods need beside the default ones."""
     return gathering({column for variant in run.variants for column in variant.requires})
+
+
+def _token_sample(run: Run) -> TokenSampleArgs | None:
+    if not any(FURTHER[name].keeps_tokens for name in required_collectors(run)):
+        return None
+    data = run.config.calibration
+    num_tokens = data.num_sequences * data.sequence_length
+    num_sampled = sampled_tokens(run.survey.num_experts, num_tokens)
+    return TokenSampleArgs(num_sampled, num_tokens, data.sequences_per_shard * data.sequence_length, data.seed)
 
 
 def _sample(data: Calibration) -> SampleArgs | None:

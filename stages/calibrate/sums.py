@@ -47,7 +47,7 @@ def write_partial_sums(path: Path, part: PartialSums) -> WrittenFile:
     num_experts = len(next(iter(flat.values())))
     columns = {
         "num_unrouted_tokens": list_column(np.tile(part.num_unrouted_C, (num_experts, 1)), pa.int64()),
-        **{name: list_column(values, pa.from_numpy_dtype(values.dtype)) for name, values in flat.items()},
+        **{name: list_column(values, pa.from_numpy_dtype(values.dtype)) for name, values in flat.items() if values.size},
     }
     metadata = {
         "table": "sums of one MoE layer over one token shard, one expert a row; columns are named collector.sum",
@@ -67,7 +67,9 @@ def read_partial_sums(path: Path) -> PartialSums:
     sums: dict[str, dict[str, Array]] = {}
     for column, shape in json.loads(metadata[b"shapes"]).items():
         collector, _, name = column.partition(".")
-        sums.setdefault(collector, {})[name] = read_lists(table, column).reshape(len(table), *shape)
+        sizes = (len(table), *shape)
+        is_there = column in table.column_names  # not so where a shard has no sampled token: Arrow has no lists of length zero
+        sums.setdefault(collector, {})[name] = read_lists(table, column).reshape(sizes) if is_there else np.zeros(sizes)
     num_unrouted_C = read_lists(table, "num_unrouted_tokens")[0]
     return PartialSums(int(metadata[b"layer"]), int(metadata[b"num_tokens"]), num_unrouted_C, sums)
 

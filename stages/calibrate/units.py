@@ -12,6 +12,7 @@ from stages.calibrate.collectors.base import Collector
 from stages.calibrate.collectors.registry import DEFAULT, DEFAULT_COLUMNS, FURTHER, collectors
 from stages.calibrate.spec import CalibrateArgs, CalibrateFacts, CalibrationShardArgs, ReduceArgs, ReduceFacts
 from stages.calibrate.sums import add_up, evidence_of, read_partial_sums, write_partial_sums
+from stages.calibrate.token_sample import NO_SAMPLE, TokenSample
 from stages.calibrate.watcher import Watcher
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.evidence import write_column, write_groups, write_statistics
@@ -19,6 +20,7 @@ from stages.contracts.paths import column_file, groups_file, partial_evidence_fi
 from stages.contracts.units import HeldJob, UnitResult
 from stages.model.families import Family, family_of
 from stages.model.layer_shard import LayerShard
+from stages.model.routing import choice_bias
 from stages.model.stream import Stream, hidden_files, pass_through, read_token_ids
 
 
@@ -44,13 +46,20 @@ class CalibrationShard:
         self.shard.close()
 
     def watch(
-        self, layer: int, into: dict[int, Watcher], cells: Cells = ALL_TOKENS, gathered: Sequence[Collector] = DEFAULT
+        self,
+        layer: int,
+        into: dict[int, Watcher],
+        cells: Cells = ALL_TOKENS,
+        gathered: Sequence[Collector] = DEFAULT,
+        sample: TokenSample = NO_SAMPLE,
     ) -> AbstractContextManager[object]:
         """Watch a layer while it runs. Does nothing for a dense layer."""
         if layer not in self.routers:
             return nullcontext()
         router = self.shard.adapted.model.get_submodule(self.routers[layer])
-        into[layer] = Watcher(layer, self.shard.expert_weights(layer), router, self.family, cells, gathered)
+        weights = self.shard.expert_weights(layer)
+        bias_E = choice_bias(self.shard.adapted.layers[layer], weights.num_experts)
+        into[layer] = Watcher(layer, weights, router, self.family, cells, gathered, sample, bias_E)
         return into[layer]
 
 
@@ -68,9 +77,10 @@ def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[
     token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number))
     cells = Sample.of(job.args.sample, number) if job.args.sample else ALL_TOKENS
     gathered = collectors(job.args.collectors)
+    sample = TokenSample.of(job.args.token_sample, number) if job.args.token_sample else NO_SAMPLE
     watched: dict[int, Watcher] = {}
     stream = Stream(
-        *hidden_files(job.part_dir, args, held.shard), around=lambda layer: held.watch(layer, watched, cells, gathered)
+        *hidden_files(job.part_dir, args, held.shard), around=lambda layer: held.watch(layer, watched, cells, gathered, sample)
     )
     passed = pass_through(held.shard, token_ids_ST, args.micro_batch, {"source": stream})
     sums = [

@@ -17,6 +17,7 @@ MODULES = (
     "stages.cluster.methods.s_prune",
     "stages.cluster.methods.reap",
     "stages.cluster.methods.ean",
+    "stages.cluster.methods.o_prune",
     "stages.cluster.methods.random_prune",
 )
 """Each holds a METHOD."""

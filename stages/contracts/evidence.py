@@ -72,6 +72,9 @@ class LayerEvidence:
         return self.columns[name]
 
 
+PAIRED_AXES = {"router_logit_gram": 1, "sampled_output_gram": 2}
+"""Columns that have a second axis of experts, and which. The first axis is the experts in all columns."""
+
 _KEYS = ("layer", "expert", "num_tokens", "num_output_tokens")
 _LEADING = ("layer", "expert", "num_tokens", "num_routed_tokens", "gate_sum", "num_output_tokens", "output_sum")
 """First columns of a statistics file. The others follow in the order of their collectors."""

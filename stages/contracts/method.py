@@ -19,7 +19,7 @@ from stages.contracts.settings import Clustering, Merging
 S = TypeVar("S", bound=Clustering)
 
 Preset = Mapping[str, Mapping[str, JsonValue]]
-"""Settings by section: clustering, merging, refit, export."""
+"""Settings by section: clustering, budget, merging, refit, export."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class PlanSettings(Generic[S]):
     """What a method is asked for, beside the number of slots.
 
     clustering: its own settings. merging: how weights are made of evidence. router: how a stock router's rows are combined;
-    None for a tied export, whose router stays as it is.
+    None for a tied export, whose router stays as it is. protected: experts that must stay as they are; always empty for a
+    method that does not declare `keeps_protected`.
     """
 
     clustering: S
     merging: Merging
     router: str | None
+    protected: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Method(Generic[S]):
     settings: its section `clustering`. plan: given the evidence of a layer and the number of slots; a pure function.
     requires: given its settings, columns of evidence that it reads beyond those of every run. formats: that can express its
     plans.
+    keeps_protected: whether it reads `PlanSettings.protected`; any other method is given the evidence of the other experts
+    alone. predicts_routing: whether it predicts what the router picks among fewer experts, which not all families allow.
     reads_merging: whether it reads the section `merging`. linkage: the dendrogram that its plans are cuts of, as scipy's matrix
     [E-1, 4], where there is one. presets: named settings for variants.
     """
@@ -57,6 +61,8 @@ class Method(Generic[S]):
     requires: Callable[[S], frozenset[str]] = lambda settings: frozenset()
     formats: tuple[str, ...] = ("tied", "stock")
     reads_merging: bool = True
+    keeps_protected: bool = False
+    predicts_routing: bool = False
     linkage: Callable[[LayerEvidence, S], Array] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
 

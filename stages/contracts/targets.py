@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stages.contracts.budget import BudgetKind
 from stages.contracts.keys import key_of
 from stages.contracts.method import Method
-from stages.contracts.settings import Clustering, Export, Merging, Refit
+from stages.contracts.protection import REQUIRED
+from stages.contracts.settings import Budget, Clustering, Export, Merging, Refit
 
 NumExperts = int | tuple[int, ...]
 """Experts that each MoE layer keeps: one number for all layers, or one per layer."""
@@ -14,24 +16,29 @@ NumExperts = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way from evidence to a checkpoint. name: empty if the run file lists no variants."""
+    """One way from evidence to a checkpoint. name: empty if the run file lists no variants. kind: of its budget."""
 
     name: str
     method: Method[Any]
     clustering: Clustering
+    kind: BudgetKind
+    budget: Budget
     merging: Merging
     refit: Refit
     export: Export
 
     @property
     def requires(self) -> frozenset[str]:
-        """Columns of evidence that its method requires beyond the default ones."""
-        return self.method.requires(self.clustering)
+        """Columns of evidence that it requires beyond the default ones: for its method, its budget and its protection."""
+        return self.method.requires(self.clustering) | self.kind.requires | REQUIRED[self.clustering.protect]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint to be made. name: name of its folder under `models/`. format: "tied" or "stock"."""
+    """A checkpoint to be made. name: name of its folder under `models/`. format: "tied" or "stock".
+
+    num_experts: as the run file has it: the mean a layer where the budget of the variant gives layers different numbers.
+    """
 
     variant: Variant
     num_experts: NumExperts
@@ -49,7 +56,8 @@ class Target:
         return f"{self.label}-{self.format}"
 
     def counts(self, moe_layers: Sequence[int]) -> dict[int, int]:
-        """Experts that each MoE layer keeps, by layer."""
+        """Experts that each MoE layer keeps, by layer, as far as the run file says: `stages.contracts.spec.counts_of` knows
+        what a budget has decided."""
         if isinstance(self.num_experts, int):
             return dict.fromkeys(moe_layers, self.num_experts)
         return dict(zip(moe_layers, self.num_experts, strict=True))

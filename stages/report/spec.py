@@ -7,7 +7,8 @@ from pydantic import JsonValue, TypeAdapter
 
 from stages.contracts.keys import Part
 from stages.contracts.paths import REPORT_FILE
-from stages.contracts.spec import Publication, Run, StagePlan, StageSpec
+from stages.contracts.protection import PROTECT_UNIT, ProtectFacts
+from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, counts_of
 from stages.contracts.targets import NumExperts
 from stages.contracts.units import Facts, Unit, UnitCall
 
@@ -19,7 +20,8 @@ class ReportedTarget:
     name: name of its folder. target: its variant and number of experts. variant: empty if the run file lists none. path:
     relative to the run directory. assembled: facts of its folder. evaluate_dir: directory of its scores, or None.
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
-    unweighted_clusters: by layer, merged experts whose members got no token.
+    unweighted_clusters: by layer, merged experts whose members got no token. budget: its kind; empty where all layers keep the
+    same number. super_experts: by layer, experts that it keeps as they are; None where it protects none.
     """
 
     name: str
@@ -33,6 +35,8 @@ class ReportedTarget:
     evaluate_dir: str | None
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
+    budget: str
+    super_experts: Mapping[int, tuple[int, ...]] | None
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,19 @@ def _by_layer(run: Run, stage: str, part_dir: str, fact: str) -> dict[int, tuple
     return found
 
 
+def _super_experts(run: Run, part_dir: str) -> dict[int, tuple[int, ...]] | None:
+    """Protected experts of a target by layer; None where it protects none."""
+    for unit in run.units("cluster"):
+        if unit.part_dir == part_dir and unit.name == PROTECT_UNIT:
+            sealed = run.sealed(unit)
+            assert sealed is not None, unit.id
+            found: dict[int, tuple[int, ...]] = {}
+            for layer, expert in TypeAdapter(ProtectFacts).validate_python(sealed.facts).experts:
+                found[layer] = (*found.get(layer, ()), expert)
+            return found
+    return None
+
+
 def _reported(run: Run) -> Iterator[ReportedTarget]:
     assembled = {unit.part_dir: run.sealed(unit) for unit in run.units("assemble")}
     for target in run.targets:
@@ -135,12 +152,14 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             variant=target.variant.name,
             format=target.format,
             num_experts=target.num_experts,
-            num_merged=target.counts(run.survey.moe_layers),
+            num_merged=counts_of(run, target),
             path=f"models/{target.name}",
             assembled=sealed.facts,
             evaluate_dir=_dir_of(run, "evaluate", target.part),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
+            budget=target.variant.kind.name if target.variant.kind.costs is not None else "",
+            super_experts=_super_experts(run, run.part("cluster", target.part).dir),
         )
 
 

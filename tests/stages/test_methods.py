@@ -18,7 +18,7 @@ from stages.contracts.method import PlanSettings
 from stages.contracts.settings import Merging
 from tests.conftest import REPOSITORY
 
-NUM_EXPERTS, HIDDEN, NEURONS, TOKENS = 12, 5, 64, 300
+NUM_EXPERTS, HIDDEN, NEURONS, TOKENS, SAMPLED = 12, 5, 64, 300, 20
 METHODS = sorted(methods())
 PRUNING = sorted(name for name, method in methods().items() if not method.reads_merging)
 CLUSTERING = sorted(set(METHODS) - set(PRUNING))
@@ -30,6 +30,7 @@ VARIANTS = [
     *((name, {"feature": feature}) for name in ("kmeans", "ream") for feature in FEATURES),
     ("ean", {"statistic": "sum"}),
     ("ream", {"max_absorbed": 2}),
+    ("o_prune", {"max_subsets": 50}),
 ]
 
 
@@ -53,6 +54,10 @@ def evidence_of(seed: int = 0, num_experts: int = NUM_EXPERTS) -> LayerEvidence:
         "output_sum": output_TED.sum(0),
         "neuron_importance_sum": random.exponential(size=(num_experts, NEURONS)),
         "gated_output_sum": (gate_TE[..., None] * output_TED).sum(0),
+        "sampled_output_gram": np.einsum("ned,nfd->enf", output_TED[:SAMPLED], output_TED[:SAMPLED]),
+        "sampled_gates": gate_TE[:SAMPLED].T,
+        "sampled_logits": logits_TE[:SAMPLED].T,
+        "router_choice_bias": np.zeros(num_experts),
     }
     return LayerEvidence(3, TOKENS, TOKENS, num_experts, columns)
 
@@ -61,6 +66,7 @@ def renumbered(evidence: LayerEvidence, order: list[int]) -> LayerEvidence:
     """Expert i of the new numbering is expert order[i] of the old one."""
     columns = {name: values[order] for name, values in evidence.columns.items()}
     columns["router_logit_gram"] = columns["router_logit_gram"][:, order]
+    columns["sampled_output_gram"] = columns["sampled_output_gram"][:, :, order]
     return LayerEvidence(evidence.layer, evidence.num_tokens, evidence.num_output_tokens, len(order), columns)
 
 
@@ -240,12 +246,16 @@ def test_a_method_says_where_it_is_from_and_what_it_cannot_do(name: str) -> None
     method = methods()[name]
     assert method.source and method.limits.endswith(".") and method.title
     assert method.presets and all(
-        preset.keys() <= {"clustering", "merging", "refit", "export"} for preset in method.presets.values()
+        preset.keys() <= {"clustering", "budget", "merging", "refit", "export"} for preset in method.presets.values()
     )
 
 
 def test_the_page_of_methods_lists_all_presets_with_their_methods_and_formats() -> None:
     rows = [line.split("|") for line in (REPOSITORY / "docs" / "methods.md").read_text().splitlines() if line.startswith("| `")]
     listed = {preset.strip(" `"): (method.strip(" `"), formats.strip()) for _, preset, method, _, _, formats, _ in rows}
-    known = {name: (method.name, ", ".join(method.formats)) for method in methods().values() for name in method.presets}
+    known = {
+        name: (method.name, ", ".join(preset.get("export", {}).get("formats", method.formats)))  # type: ignore[arg-type]
+        for method in methods().values()
+        for name, preset in method.presets.items()
+    }
     assert listed == known
