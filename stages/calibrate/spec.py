@@ -14,6 +14,7 @@ from stages.contracts.partition import held_bytes
 from stages.contracts.settings import Calibration
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, partition, stream_plan, stream_units
+from stages.contracts.texts import DomainShards, domain_shards
 from stages.contracts.units import Hold, HoldCall, Unit, UnitCall
 
 
@@ -26,13 +27,16 @@ class CalibrationShardArgs(LayerShardArgs):
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Rules for sampling tokens. The settings are those of `Calibration` and `Sampling`."""
+    """Rules for sampling tokens of a token shard. The settings are those of `Calibration` and `Sampling`.
+
+    num_sequences: of the text, or of the token shard's domain. first_sequence: index among those of the shard's first sequence.
+    """
 
     fraction: float
     groups: int
     num_sequences: int
     sequence_length: int
-    sequences_per_shard: int
+    first_sequence: int
     seed: int
 
 
@@ -49,10 +53,14 @@ def sampled_tokens(num_experts: int, num_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class TokenSampleArgs:
-    """Tokens that are kept one by one. num_sampled: of num_tokens in the calibration set."""
+    """Tokens of a token shard that are kept one by one.
+
+    num_sampled: of the num_tokens tokens of the calibration set, or of its domain. first_token: of the token shard among them.
+    """
 
     num_sampled: int
     num_tokens: int
+    first_token: int
     tokens_per_shard: int
     seed: int
 
@@ -77,11 +85,11 @@ class CalibrateFacts:
 
 @dataclass(frozen=True)
 class ReduceArgs:
-    """Arguments for adding up the sums of one layer over all token shards. is_sampled: whether groups of sequences are kept
-    separately. collectors: names of the collectors used beside the default ones."""
+    """Arguments for adding up the sums of one layer over the token shards of each domain. is_sampled: whether groups of
+    sequences are kept separately. collectors: names of the collectors used beside the default ones."""
 
     layer: int
-    num_shards: int
+    domains: tuple[DomainShards, ...]
     is_sampled: bool
     collectors: tuple[str, ...]
 
@@ -120,10 +128,10 @@ class Calibrate(StageSpec):
         yield run.new_part(self, "", settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
-        """Units that pass token shards through layer shards, then one unit per MoE layer that adds up its sums."""
+        """Units that pass token shards through layer shards, then one unit per MoE layer that adds up its sums, by domain."""
         part, data, moe_layers = run.part(self.name), run.config.calibration, run.survey.moe_layers
         part_dir = Path(part.dir)
-        sample, collectors, token_sample = _sample(data), required_collectors(run), _token_sample(run)
+        collectors = required_collectors(run)
 
         def makes(layers: tuple[int, int], shard: int) -> list[Path]:
             return [paths.partial_evidence_file(part_dir, layer, shard) for layer in moe_layers if layer in range(*layers)]
@@ -131,7 +139,9 @@ class Calibrate(StageSpec):
         stream = Stream(
             part, run.part("prepare", "calibration"), data, str(run.model), "",
             lambda args: OPEN.on(CalibrationShardArgs(**vars(args), routers=run.survey.routers)),
-            lambda args: CALIBRATE.on(CalibrateArgs(args, sample, collectors, token_sample)),
+            lambda args: CALIBRATE.on(
+                CalibrateArgs(args, _sample(data, args.shard), collectors, _token_sample(run, args.shard))
+            ),
             makes,
         )  # fmt: skip
         holds: dict[int, Hold] = {}
@@ -144,7 +154,7 @@ class Calibrate(StageSpec):
             yield run.unit(
                 part,
                 f"layer-{layer:04d}",
-                REDUCE.on(ReduceArgs(layer, data.num_shards, sample is not None, collectors)),
+                REDUCE.on(ReduceArgs(layer, domain_shards(data), data.sampling is not None, collectors)),
                 f"layer {layer}, sum over token shards",
                 reads=[paths.partial_evidence_file(part_dir, layer, shard) for shard in range(data.num_shards)],
                 hold=holds[layer],  # W_down is applied here, and the worker with this hold has it
@@ -167,9 +177,9 @@ class Calibrate(StageSpec):
             lines.append(
                 "  that is more, since a worker holds at least one layer; lower tokens_per_shard or use a larger worker"
             )
-        if token_sample := _token_sample(run):
-            num_bytes = filesize.decimal(8 * token_sample.num_sampled * survey.num_experts**2)
-            lines.append(f"inner products of experts on {token_sample.num_sampled:,} tokens: {num_bytes} a layer of evidence")
+        if _token_sample(run, 0) is not None:
+            num_bytes = filesize.decimal(8 * _num_sampled(run) * survey.num_experts**2)
+            lines.append(f"inner products of experts on {_num_sampled(run):,} tokens: {num_bytes} a layer of evidence")
         hidden = data.num_sequences * data.sequence_length * survey.hidden_size * survey.itemsize * (len(shards) > 1)
         units = f"{stream_plan(run, part, data)} + {len(survey.moe_layers)} layers"
         return StagePlan(units, "workers", lines, disk_bytes=2 * hidden)
@@ -180,23 +190,41 @@ def required_collectors(run: Run) -> tuple[str, ...]:
     return gathering({column for variant in run.variants for column in variant.requires})
 
 
-def _token_sample(run: Run) -> TokenSampleArgs | None:
+def _token_sample(run: Run, shard: int) -> TokenSampleArgs | None:
     if not any(FURTHER[name].keeps_tokens for name in required_collectors(run)):
         return None
     data = run.config.calibration
-    num_tokens = data.num_sequences * data.sequence_length
-    num_sampled = sampled_tokens(run.survey.num_experts, num_tokens)
-    return TokenSampleArgs(num_sampled, num_tokens, data.sequences_per_shard * data.sequence_length, data.seed)
+    domain, shards = _domain_of(data, shard)
+    num_tokens = data.sequences_by_domain[domain] * data.sequence_length
+    return TokenSampleArgs(
+        num_sampled=max(1, _num_sampled(run) * data.sequences_by_domain[domain] // data.num_sequences),
+        num_tokens=num_tokens,
+        first_token=(shard - shards.start) * data.sequences_per_shard * data.sequence_length,
+        tokens_per_shard=data.sequences_per_shard * data.sequence_length,
+        seed=data.seed,
+    )
 
 
-def _sample(data: Calibration) -> SampleArgs | None:
+def _num_sampled(run: Run) -> int:
+    data = run.config.calibration
+    return sampled_tokens(run.survey.num_experts, data.num_sequences * data.sequence_length)
+
+
+def _domain_of(data: Calibration, shard: int) -> tuple[str, range]:
+    """The domain of a token shard, and all token shards of it."""
+    ((domain, shards),) = [(name, shards) for name, shards in data.shards_by_domain.items() if shard in shards]
+    return domain, shards
+
+
+def _sample(data: Calibration, shard: int) -> SampleArgs | None:
     if data.sampling is None:
         return None
+    domain, shards = _domain_of(data, shard)
     return SampleArgs(
         **data.sampling.model_dump(),
-        num_sequences=data.num_sequences,
+        num_sequences=data.sequences_by_domain[domain],
         sequence_length=data.sequence_length,
-        sequences_per_shard=data.sequences_per_shard,
+        first_sequence=(shard - shards.start) * data.sequences_per_shard,
         seed=data.seed,
     )
 

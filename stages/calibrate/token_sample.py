@@ -18,13 +18,13 @@ class TokenSample:
     places_N: Array
 
     @classmethod
-    def of(cls, args: TokenSampleArgs, shard: int) -> "TokenSample":
-        """One token at random from each of `num_sampled` equal stretches of the calibration set, so that the sample does not
-        depend on how the set is cut into shards."""
+    def of(cls, args: TokenSampleArgs) -> "TokenSample":
+        """One token at random from each of `num_sampled` equal stretches of the calibration set, or of each of its domains, so
+        that the sample does not depend on how the set is cut into shards."""
         width = max(1.0, args.num_tokens / args.num_sampled)
         starts = np.arange(min(args.num_sampled, args.num_tokens)) * width
         places = np.unique((starts + np.random.default_rng(args.seed).random(len(starts)) * width).astype(np.int64))
-        first = shard * args.tokens_per_shard
+        first = args.first_token
         inside = places[(places >= first) & (places < min(first + args.tokens_per_shard, args.num_tokens))]
         return cls(inside - first)
 

@@ -1,5 +1,6 @@
 """The stage cluster: layer plans, which say what becomes of each layer's experts, and dendrograms where a method has them."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +23,24 @@ from stages.model.families import family_of, groups_in, num_experts_in, stock_ta
 
 
 @dataclass(frozen=True)
+class Mix:
+    """How evidence on several domains becomes one. weights: of the domains, sum 1; None where each layer has its own
+    (`max_min`)."""
+
+    domains: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
 class DendrogramArgs:
     """A layer whose dendrogram is made.
 
-    calibrate_dir: relative to the run directory. method: module that holds it. clustering: its settings. seed: of the halves of
-    the data that are compared under sampling.
+    calibrate_dir: relative to the run directory. mix: of its domains; None if there are none. method: module that holds it.
+    clustering: its settings. seed: of the halves of the data that are compared under sampling.
     """
 
     calibrate_dir: str
+    mix: Mix | None
     layer: int
     method: str
     clustering: Mapping[str, JsonValue]
@@ -47,11 +58,12 @@ class DendrogramFacts:
 class Planning:
     """What plans of a target's layers have in common.
 
-    calibrate_dir: relative to the run directory. method: module that holds it. clustering: its settings. router: how a stock
-    router's rows are combined; None for a tied export.
+    calibrate_dir: relative to the run directory. mix: of its domains; None if there are none. method: module that holds it.
+    clustering: its settings. router: how a stock router's rows are combined; None for a tied export.
     """
 
     calibrate_dir: str
+    mix: Mix | None
     method: str
     clustering: Mapping[str, JsonValue]
     merging: Merging
@@ -80,6 +92,7 @@ class ProtectArgs:
     """layers: MoE layers, ascending."""
 
     calibrate_dir: str
+    mix: Mix | None
     layers: tuple[int, ...]
 
 
@@ -139,8 +152,14 @@ class Cluster(StageSpec):
         return budgets()
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
-        """Raise InputError for a target with more experts than there are, or fewer than its budget allows, and for a family
-        whose routing a method or budget cannot follow."""
+        """Raise InputError for a target with more experts than there are, or fewer than its budget allows, for a family whose
+        routing a method or budget cannot follow, and for weights of domains where there are none."""
+        for target in targets:
+            if target.variant.clustering.domain_weights != "uniform" and not config.calibration.domains:
+                raise InputError(
+                    f"clustering.domain_weights is {target.variant.clustering.domain_weights} but calibration.data has no "
+                    f"domains; give it as a mapping of domains, or leave domain_weights out"
+                )
         place = str(checkpoint.folder)
         num_experts = num_experts_in(checkpoint.config, place)
         for target in targets:
@@ -168,11 +187,11 @@ class Cluster(StageSpec):
         upstream = {"calibrate": run.part("calibrate")}
         for variant in run.variants:
             if variant.method.linkage is not None:
-                yield run.new_part(self, variant.name, _settings(variant), upstream)
+                yield run.new_part(self, variant.name, _settings(run, variant), upstream)
         for target in run.targets:
             counts = target.num_experts
             settings: dict[str, JsonValue] = {
-                **_settings(target.variant),
+                **_settings(run, target.variant),
                 "num_experts": counts if isinstance(counts, int) else list(counts),
                 "format": target.format,
             }
@@ -192,8 +211,8 @@ class Cluster(StageSpec):
             label = f"{variant.name}, " if variant.name else ""
             for layer in run.survey.moe_layers:
                 drawn = DendrogramArgs(
-                    calibrate_dir, layer, modules[variant.method.name], variant.clustering.model_dump(mode="json"),
-                    run.config.calibration.seed,
+                    calibrate_dir, _mix(run, variant), layer, modules[variant.method.name],
+                    variant.clustering.model_dump(mode="json"), run.config.calibration.seed,
                 )  # fmt: skip
                 part = run.part(self.name, variant.name)
                 yield run.unit(part, f"layer-{layer:04d}", DENDROGRAM.on(drawn), f"{label}layer {layer}")
@@ -214,9 +233,29 @@ class Cluster(StageSpec):
         return StagePlan(f"{units} + {num_single} over all layers" if num_single else units, "CPU", lines)
 
 
-def _settings(variant: Variant) -> dict[str, JsonValue]:
+def _settings(run: Run, variant: Variant) -> dict[str, JsonValue]:
     """What a dendrogram depends on."""
-    return variant.clustering.model_dump(mode="json", exclude={"num_experts", "protect"})
+    excluded = {"num_experts", "protect", "domain_weights"}
+    settings: dict[str, JsonValue] = variant.clustering.model_dump(mode="json", exclude=excluded)
+    mix = _mix(run, variant)
+    if mix is not None:
+        weights: JsonValue = "max_min" if mix.weights is None else list(mix.weights)
+        settings["domain_weights"] = weights
+    return settings
+
+
+def _mix(run: Run, variant: Variant) -> Mix | None:
+    domains = run.config.calibration.data
+    if not isinstance(domains, dict):
+        return None
+    match variant.clustering.domain_weights:
+        case "max_min":
+            return Mix(tuple(domains), None)
+        case "given":
+            total = math.fsum(domain.weight for domain in domains.values())
+            return Mix(tuple(domains), tuple(domain.weight / total for domain in domains.values()))
+        case "uniform":
+            return Mix(tuple(domains), (1 / len(domains),) * len(domains))
 
 
 def _further_settings(variant: Variant) -> dict[str, JsonValue]:
@@ -270,13 +309,14 @@ def _check_family(variant: Variant, config: Mapping[str, Any], place: str) -> No
 def _target_units(run: Run, target: Target, calibrate_dir: str, module: str) -> Iterator[Unit]:
     """Of a target: its protected experts, what numbers of experts cost each layer, its budget, and its plans."""
     variant, part, layers = target.variant, run.part("cluster", target.part), tuple(run.survey.moe_layers)
+    mix = _mix(run, variant)
     before: list[Unit] = []
     if variant.clustering.protect != "none":
-        protect = PROTECT.on(ProtectArgs(calibrate_dir, layers))
+        protect = PROTECT.on(ProtectArgs(calibrate_dir, mix, layers))
         before = [run.unit(part, PROTECT_UNIT, protect, f"{target.part}, super experts")]
         yield from before
     planning = Planning(
-        calibrate_dir, module, variant.clustering.model_dump(mode="json"), variant.merging,
+        calibrate_dir, mix, module, variant.clustering.model_dump(mode="json"), variant.merging,
         variant.export.router if target.format == "stock" else None,
     )  # fmt: skip
     counts: Mapping[int, int | None] = target.counts(layers)

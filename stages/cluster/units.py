@@ -8,6 +8,7 @@ import numpy as np
 from stages.cluster.allocation import allocate
 from stages.cluster.budgets.registry import budgets
 from stages.cluster.certainty import relative_standard_errors, stability
+from stages.cluster.domains import read_mixed
 from stages.cluster.linkage import all_cuts
 from stages.cluster.protection import least_slots, planned, super_experts
 from stages.cluster.registry import method_at
@@ -24,7 +25,6 @@ from stages.cluster.spec import (
 from stages.contracts.budget import BudgetFacts, LayerCosts, Planner, read_budget, read_costs, write_budget, write_costs
 from stages.contracts.certainty import write_errors, write_stability
 from stages.contracts.dendrogram import write_dendrogram, write_labels
-from stages.contracts.evidence import read_evidence
 from stages.contracts.layer_plan import write_plan
 from stages.contracts.method import PlanSettings
 from stages.contracts.paths import (
@@ -46,7 +46,8 @@ def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
     args, layer, method = job.args, job.args.layer, method_at(job.args.method)
     settings, linkage = method.settings.model_validate(args.clustering), method.linkage
     assert linkage is not None, method.name
-    evidence = read_evidence(job.run_dir / args.calibrate_dir, layer, method.requires(settings))
+    calibrate_dir, required = job.run_dir / args.calibrate_dir, method.requires(settings)
+    evidence = read_mixed(calibrate_dir, layer, required, args.mix, None)
     linkage_Z = linkage(evidence, settings)
     files = [
         write_dendrogram(dendrogram_file(job.part_dir, layer), linkage_Z),
@@ -62,7 +63,7 @@ def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
 def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
     """Write the plan of one layer of a target."""
     args = job.args
-    planner = _planner(job, args.planning, args.layer)
+    planner = _planner(job, args.planning, args.layer, num_slots=args.num_slots)
     num_slots = args.num_slots if args.num_slots is not None else read_budget(budget_file(job.part_dir))[args.layer]
     plan = planner.plan(num_slots)
     if len(plan.slots) != num_slots:
@@ -72,21 +73,27 @@ def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
     return UnitResult(PlanFacts(args.layer, plan.unweighted_slots), [write_plan(plan_file(job.part_dir, args.layer), plan)])
 
 
-def _planner(job: Job[Any], planning: Planning, layer: int, columns: Iterable[str] = ()) -> Planner:
-    """A layer with its evidence, protected experts and method. columns: further ones that are read."""
+def _planner(
+    job: Job[Any], planning: Planning, layer: int, columns: Iterable[str] = (), num_slots: int | None = None
+) -> Planner:
+    """A layer with its evidence, protected experts and method. columns: further ones that are read. num_slots: None where a
+    budget decides it, which must see the same evidence as the plan does then."""
     method = method_at(planning.method)
     clustering = method.settings.model_validate(planning.clustering)
     protected = read_protected(protected_file(job.part_dir)).get(layer, ()) if clustering.protect != "none" else ()
     settings = PlanSettings(clustering, planning.merging, planning.router, protected)
-    evidence = read_evidence(job.run_dir / planning.calibrate_dir, layer, {*method.requires(clustering), *columns})
+    num_kept = None if method.linkage else num_slots  # a dendrogram serves all targets
+    required = {*method.requires(clustering), *columns}
+    evidence = read_mixed(job.run_dir / planning.calibrate_dir, layer, required, planning.mix, num_kept)
     return Planner(evidence, method, settings, lambda num_slots: planned(method, evidence, num_slots, settings))
 
 
 def protect_unit(job: Job[ProtectArgs]) -> UnitResult[ProtectFacts]:
     """Find the super experts of all layers."""
     args = job.args
-    columns = (read_evidence(job.run_dir / args.calibrate_dir, layer, [LARGEST])[LARGEST] for layer in args.layers)
-    is_super_LE = super_experts(np.stack(list(columns)))
+    folder = job.run_dir / args.calibrate_dir
+    largest_LE = np.stack([read_mixed(folder, layer, [LARGEST], args.mix, None)[LARGEST] for layer in args.layers])
+    is_super_LE = super_experts(largest_LE)
     experts = {layer: tuple(np.flatnonzero(row).tolist()) for layer, row in zip(args.layers, is_super_LE, strict=True)}
     facts = ProtectFacts(tuple((layer, expert) for layer, found in experts.items() for expert in found))
     return UnitResult(facts, [write_protected(protected_file(job.part_dir), experts)])

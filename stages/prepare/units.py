@@ -32,7 +32,7 @@ def tokens_unit(job: Job[TokensArgs]) -> UnitResult[TokensFacts]:
     step = job.args.sequences_per_shard
     files = [
         write_tokens(job.part_dir / tokens_file(shard), ids_ST[start : start + step])
-        for shard, start in enumerate(range(0, len(ids_ST), step))
+        for shard, start in enumerate(range(0, len(ids_ST), step), job.args.first_shard)
     ]
     return UnitResult(TokensFacts(int(ids_ST.size)), files)
 
@@ -50,15 +50,22 @@ def sequences(args: TextArgs) -> Array:
         raise InputError(f"{place}.sequence_length is {sequence_length} but the model has {max_positions} positions; lower it")
     files = [file.path for file in list_files(args.data, place)]
     if kind_of(files[0].name) == "ids":
+        if args.format == "chat":
+            raise InputError(f"{place}.format is chat, but {files[0]} holds token ids; leave format out")
         ids_ST = read_ids(files[0], num_sequences, sequence_length, place)
     else:
         from stages.prepare.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(checkpoint, args.trust_remote_code)
         max_characters = POOL_FACTOR * num_sequences * sequence_length
-        documents = read_documents(files, args.text_field, args.seed, max_characters, place)
+        documents = read_documents(
+            files, args.text_field, args.seed, max_characters, place,
+            is_chat=args.format == "chat", num_even=num_sequences if args.is_even else 1,
+        )  # fmt: skip
         source = f"{place}.data ({files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''})"
-        ids_ST = draw_sequences(map(tokenizer.encode, documents), num_sequences, sequence_length, args.seed, source)
+        ids_ST = draw_sequences(
+            map(tokenizer.encode, documents), num_sequences, sequence_length, args.seed, source, is_even=args.is_even
+        )
     vocab_size = number_in(text, "vocab_size", config_place)
     if vocab_size is None:
         raise InputError(f"{config_place} has no vocab_size; restore the config")

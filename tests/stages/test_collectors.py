@@ -30,6 +30,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.evidence import Column, LayerEvidence, read_evidence
 from stages.contracts.paths import column_file, partial_evidence_file, statistics_file, tokens_file
 from stages.contracts.stream_units import StreamArgs
+from stages.contracts.texts import DomainShards
 from stages.contracts.tokens import write_tokens
 from stages.contracts.units import HeldJob
 from stages.model.expert_weights import ExpertWeights
@@ -88,7 +89,7 @@ BIAS = torch.linspace(1, 2, FAMILIES["mixtral"].num_experts)
 
 def watched(layer: Layer, ids_ST: np.ndarray, cells: Cells, first: int = 0) -> PartialSums:
     weights = ExpertWeights(layer.experts)
-    places = PLACES[(PLACES >= first * LENGTH) & (PLACES < first * LENGTH + ids_ST.size)] - first * LENGTH
+    places = np.array([p for p in PLACES - first * LENGTH if 0 <= p < ids_ST.size], dtype=np.int64)
     parts = (weights, layer.router, Family(), cells, collectors(GATHERED), TokenSample(places), BIAS)
     with Watcher(layer.index, *parts) as watcher:
         logits(layer.model, ids_ST)
@@ -163,9 +164,9 @@ def test_further_sums_are_what_their_columns_say(layer: Layer) -> None:
 @pytest.mark.parametrize("tokens_per_shard", [32, 96, 256])
 def test_the_sampled_tokens_do_not_depend_on_shards(num_sampled: int, tokens_per_shard: int) -> None:
     """They are spread over the calibration set, and all of it where they are as many."""
-    args = TokenSampleArgs(num_sampled, 256, tokens_per_shard, seed=3)
-    found = [TokenSample.of(args, shard).places_N + shard * tokens_per_shard for shard in range(-(-256 // tokens_per_shard))]
-    (whole,) = (TokenSample.of(replace(args, tokens_per_shard=256), 0).places_N,)
+    args = TokenSampleArgs(num_sampled, 256, 0, tokens_per_shard, seed=3)
+    found = [TokenSample.of(replace(args, first_token=first)).places_N + first for first in range(0, 256, tokens_per_shard)]
+    whole = TokenSample.of(replace(args, tokens_per_shard=256)).places_N
     assert np.concatenate(found).tolist() == whole.tolist()
     assert len(set(whole.tolist())) == len(whole) and ((whole >= 0) & (whole < 256)).all()
     if num_sampled <= 128:  # one of each stretch, which is at least two wide
@@ -204,7 +205,7 @@ def evidence_dir(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path
         args = CalibrateArgs(StreamArgs("tokens", shard, 2, is_last=True), None, gathering({"gate_sum", "largest_output_norm"}))
         calibrate_unit(HeldJob(tmp_path, tmp_path / "calibrate", args, held))
     for layer in survey.moe_layers:
-        reduced = ReduceArgs(layer, 2, is_sampled=False, collectors=("output_norms",))
+        reduced = ReduceArgs(layer, (DomainShards("", 0, 2),), is_sampled=False, collectors=("output_norms",))
         result = reduce_unit(HeldJob(tmp_path, tmp_path / "calibrate", reduced, held))
         assert [file.path.name for file in result.files] == [
             f"layer-{layer:04d}.{name}.arrow" for name in ("statistics", "largest_output_norm", "cell_norm_sum")

@@ -1,6 +1,8 @@
 """Calibration and evaluation sequences: drawn by a seed, without replacement, from the documents as the tokenizer sees them."""
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,3 +55,30 @@ def test_too_few_tokens_are_one_line() -> None:
         "here holds 31 tokens in 2 documents (at most 512 characters of each are read) but num_sequences 4 x "
         "sequence_length 8 = 32; give more text or lower one of them"
     )
+
+
+def documents_of(rows: "np.ndarray[Any, Any]", sizes: list[int]) -> list[int]:
+    """Document of each sequence's first token."""
+    ends = np.cumsum(sizes)
+    return [int(np.argmax(ends > row[0])) for row in rows]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_even_draw_takes_as_many_sequences_from_a_short_document_as_from_a_long_one(seed: int) -> None:
+    sizes = [400, 40, 80, 160]
+    ids = draw_sequences(documents(sizes), 8, 8, seed, "here", is_even=True)
+    assert Counter(documents_of(ids, sizes)) == dict.fromkeys(range(4), 2)
+    assert len({int(row[0]) for row in ids}) == 8
+    assert all((np.diff(row) == 1).all() and row[0] % 8 == 0 for row in ids)
+
+
+def test_an_even_draw_takes_more_where_others_have_no_more() -> None:
+    sizes = [8, 16, 400]
+    ids = draw_sequences(documents(sizes), 10, 8, 0, "here", is_even=True)
+    assert Counter(documents_of(ids, sizes)) == {0: 1, 1: 2, 2: 7}
+
+
+def test_an_even_draw_of_more_documents_takes_one_of_each_by_the_seed() -> None:
+    sizes = [16] * 30
+    drawn = [documents_of(draw_sequences(documents(sizes), 6, 8, seed, "here", is_even=True), sizes) for seed in (0, 0, 1)]
+    assert len(set(drawn[0])) == 6 and drawn[0] == drawn[1] != drawn[2]

@@ -22,7 +22,7 @@ class LargestDownOutput(Collector):
     """
 
     name = "largest_down_output"
-    columns = (Column("largest_down_output", "largest absolute component of E_e(x) over routed tokens"),)
+    columns = (Column("largest_down_output", "largest absolute component of E_e(x) over routed tokens", over_domains="max"),)
 
     def observe_routed(self, sums: Sums, routed: RoutedView) -> None:
         """Raise the maxima."""

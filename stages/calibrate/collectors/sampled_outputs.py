@@ -24,11 +24,20 @@ class SampledOutputs(Collector):
 
     name = "sampled_outputs"
     columns = (
-        Column("sampled_output_gram", "for each sampled token, inner products of E_e(x) with every E_f(x), not gated", "[N E]"),
-        Column("sampled_gates", "for each sampled token, the weight that the model gave the expert, 0 if not routed", "[N]"),
-        Column("sampled_logits", "for each sampled token, the router's logit", "[N]"),
-        Column("router_choice_bias", "added to the expert's score where the router picks experts, not to its gate"),
-    )
+        Column(
+            "sampled_output_gram", "for each sampled token, inner products of E_e(x) with every E_f(x), not gated", "[N E]",
+            over_domains="weighted_tokens",
+        ),
+        Column(
+            "sampled_gates", "for each sampled token, the weight that the model gave the expert, 0 if not routed", "[N]",
+            over_domains="tokens",
+        ),
+        Column("sampled_logits", "for each sampled token, the router's logit", "[N]", over_domains="tokens"),
+        Column(
+            "router_choice_bias", "added to the expert's score where the router picks experts, not to its gate",
+            over_domains="same",
+        ),
+    )  # fmt: skip
     keeps_tokens = True
 
     def observe_sampled(self, sums: Sums, sampled: SampledView) -> None:
