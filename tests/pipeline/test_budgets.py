@@ -23,7 +23,7 @@ from pipeline.display.comparison import Comparison
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import read_evidence
 from stages.contracts.layer_plan import read_plan
-from stages.contracts.paths import plan_file
+from stages.contracts.paths import domain_dir, plan_file
 from tests.runs import FinishedRun, read_tensors, rewrite, tensor_bytes, write_run_file
 from tests.stages.test_statistics import Layer
 from tests.tiny import FAMILIES, build, load, logits, random_ids, save, save_checkpoint
@@ -316,3 +316,23 @@ def test_other_families_load_with_different_numbers_of_experts(tmp_path: Path, t
     ids = random_ids()
     loss = cross_entropy(logits(model, ids)[:, :-1].flatten(0, 1).double(), torch.from_numpy(ids[:, 1:]).flatten())
     assert other.report["models"][1]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
+
+
+def test_domains_are_sampled_apart_and_give_plans_together(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], token_ids: Path
+) -> None:
+    other = tmp_path / "other.npy"
+    np.save(other, random_ids(8, 32, seed=5))
+    preset = {"preset": "hc-smoe", "clustering": {"protect": "super"}, "budget": {"kind": "error"}, "export": TIED}
+    settings = {
+        "calibration.data": {"a": str(token_ids), "b": str(other)}, "calibration.num_sequences": 9, "evaluation": None,
+        "clustering.num_experts": [4], "variants": [{"name": "e", **preset}, "o-prune"],
+    }  # fmt: skip
+    run = FinishedRun.of(write_run_file(tmp_path, tiny_checkpoint("mixtral"), token_ids, settings))
+    for layer in run.view.survey.moe_layers:
+        for domain, num_sequences in {"a": 5, "b": 4}.items():
+            evidence = read_evidence(domain_dir(run.calibrate_dir, domain), layer, ["sampled_gates"])
+            assert evidence["sampled_gates"].shape == (6, num_sequences * 32) == (6, evidence.num_tokens)
+            assert ((evidence["sampled_gates"] > 0).sum(1) == evidence["num_routed_tokens"]).all()
+    counts = next(one for one in run.report["models"] if one.get("variant") == "e")["experts_by_layer"]
+    assert sum(counts.values()) == 4 * 3

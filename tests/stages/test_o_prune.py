@@ -4,6 +4,7 @@ Dimensions: D hidden size, E experts, N tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from stages.cluster import subsets
+from stages.cluster.domains import mixed
 from stages.cluster.rerouting import RoutingRule, rule_of
 from stages.cluster.subsets import OutputErrors, least_error
 from stages.contracts.errors import InputError
-from stages.contracts.evidence import LayerEvidence
+from stages.contracts.evidence import LayerEvidence, OverDomains
 
 EXPERTS, TOKENS, HIDDEN, TOP_K = 7, 30, 5, 2
 RULES = {
@@ -146,3 +148,17 @@ def test_gates_rounded_to_bfloat16_are_explained() -> None:
     gates = torch.from_numpy(evidence["sampled_gates"].T.copy()).bfloat16().double().numpy()
     rule = rule_of(evidence["sampled_logits"].T, evidence["router_choice_bias"], gates, "layer 3")
     assert (rule.score, rule.is_normalised) == ("softmax", False)
+
+
+def test_a_domain_counts_by_its_weight_in_errors_over_several() -> None:
+    """Errors are sums over tokens: those of the domains, times their factors."""
+    kinds: dict[str, OverDomains] = {
+        "sampled_output_gram": "weighted_tokens", "sampled_gates": "tokens", "sampled_logits": "tokens",
+        "router_choice_bias": "same",
+    }  # fmt: skip
+    toys = [Toy(RULES["glm4_moe"], seed) for seed in (0, 1)]
+    toys[1].bias_E = toys[0].bias_E
+    parts = [replace(toy.evidence, over_domains=kinds) for toy in toys]
+    both = OutputErrors(mixed(parts, np.array([0.8, 0.2])))
+    for kept in combinations(range(EXPERTS), 4):
+        assert both.of(kept) == pytest.approx(2 * (0.8 * toys[0].error(kept) + 0.2 * toys[1].error(kept)))
