@@ -14,6 +14,7 @@ from stages.contracts.partition import held_bytes
 from stages.contracts.settings import Calibration
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, partition, stream_plan, stream_units
+from stages.contracts.survey import Survey
 from stages.contracts.texts import DomainShards, domain_shards
 from stages.contracts.units import Hold, HoldCall, Unit, UnitCall
 
@@ -103,6 +104,11 @@ class ReduceFacts:
     never_routed: tuple[int, ...]
 
 
+RATES = (100e12, 1e12)
+"""Rates, in operations a second, for which `plan` states times: scale them by what your hardware reaches."""
+MANY_SHARDS = 1024
+"""Token shards above which `plan` suggests larger ones: their sums and units take time and files."""
+
 OPEN = HoldCall("stages.calibrate.units:open_shard", CalibrationShardArgs)
 CALIBRATE = UnitCall("stages.calibrate.units:calibrate_unit", CalibrateArgs, CalibrateFacts)
 REDUCE = UnitCall("stages.calibrate.units:reduce_unit", ReduceArgs, ReduceFacts)
@@ -180,9 +186,38 @@ class Calibrate(StageSpec):
         if _token_sample(run, 0) is not None:
             num_bytes = filesize.decimal(8 * _num_sampled(run) * survey.num_experts**2)
             lines.append(f"inner products of experts on {_num_sampled(run):,} tokens: {num_bytes} a layer of evidence")
+        lines += _work_lines(survey, data)
         hidden = data.num_sequences * data.sequence_length * survey.hidden_size * survey.itemsize * (len(shards) > 1)
         units = f"{stream_plan(run, part, data)} + {len(survey.moe_layers)} layers"
         return StagePlan(units, "workers", lines, disk_bytes=2 * hidden)
+
+
+def _work_lines(survey: Survey, data: Calibration) -> list[str]:
+    """How much there is to compute, and how long that takes at stated rates; and whether there are very many units."""
+    flops = data.num_sequences * data.sequence_length * flops_a_token(survey, data)
+    times = ", ".join(f"{_duration(flops / rate)} at {rate / 1e12:g} TFLOP/s" for rate in RATES)
+    lines = [f"calibrate computes about {flops / 1e12:.3g} TFLOP: one worker takes {times}; n workers, an n-th of it"]
+    if data.num_shards > MANY_SHARDS:
+        lines.append(
+            f"  {data.num_shards:,} token shards are very many; with tokens_per_shard "
+            f"{-(-data.num_sequences * data.sequence_length // MANY_SHARDS):,} there are about {MANY_SHARDS:,}"
+        )
+    return lines
+
+
+def flops_a_token(survey: Survey, data: Calibration) -> float:
+    """Floating-point operations for a token, two a weight. Every expert's gate and up projections run on every token, or on the
+    sampled ones; W_down of routed experts alone, since its mean output follows from a mean. Attention scores are left out."""
+    share = data.sampling.fraction if data.sampling is not None else 1.0
+    routed = survey.top_k / survey.num_experts
+    up = share + (routed if data.sampling is not None else 0.0)
+    experts = sum(survey.layer_expert_bytes) / survey.itemsize
+    rest = sum(survey.layer_bytes) / survey.itemsize - experts
+    return 2 * (rest + experts * (2 / 3 * up + 1 / 3 * routed))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.1f} s"
 
 
 def required_collectors(run: Run) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def reduce_unit(job: HeldJob[ReduceArgs, CalibrationShard]) -> UnitResult[Reduce
 def _domain_evidence(job: HeldJob[ReduceArgs, CalibrationShard], domain: DomainShards) -> LayerEvidence:
     args, gathered = job.args, collectors(job.args.collectors)
     paths = [partial_evidence_file(job.part_dir, args.layer, shard) for shard in range(domain.first, domain.stop)]
-    total = add_up([read_partial_sums(path) for path in paths], gathered)
+    total = add_up((read_partial_sums(path) for path in paths), gathered)
     with torch.inference_mode():
         return evidence_of(total, gathered, job.held.shard.expert_weights(args.layer), args.is_sampled)
 

@@ -21,6 +21,8 @@ MAX_ORDERED = 1 << 24
 Of more documents, this many are used, evenly spaced."""
 _CHARACTERS_A_TOKEN = 6
 """More characters per token than in most texts with most tokenizers, so that one pass usually picks enough documents."""
+_PASS_CHARACTERS = 1 << 28
+"""About as many characters are picked in one pass over the files. They are held in memory."""
 _FEWEST_CHARACTERS_A_TOKEN = 2
 """Fewer than in most texts, so that as many documents as are wanted usually find room."""
 
@@ -60,13 +62,13 @@ def read_documents(
         return text[begin : begin + room]
 
     mean_characters = min(room, max(1, sum(size.num_bytes for size in sizes) // max(1, starts[-1])))
-    num_wanted, begin = 1 + _CHARACTERS_A_TOKEN * max_characters // mean_characters, 0
+    num_wanted, begin = 1 + min(_CHARACTERS_A_TOKEN * max_characters, _PASS_CHARACTERS) // mean_characters, 0
     while begin < len(order_D):
         wanted = order_D[begin : begin + num_wanted].tolist()
         found = _pick(readers, starts, sorted(wanted), cut)
         yield from (found.pop(number) for number in wanted)
         begin += len(wanted)
-        num_wanted *= 2
+        num_wanted = min(2 * num_wanted, 1 + _PASS_CHARACTERS // mean_characters)
 
 
 def seeded_order(num_documents: int, seed: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":

@@ -5,6 +5,7 @@ Dimensions: E experts, R routed pairs, S sequences, T tokens, C cells.
 
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -278,3 +279,25 @@ def test_a_watched_layer_runs_as_before_once_the_watcher_has_left(layer: Layer) 
     with pytest.raises(RuntimeError, match="stop"), Watcher(layer.index, weights, layer.router, Family(), ALL_TOKENS, DEFAULT):
         raise RuntimeError("stop")
     assert torch.equal(logits(layer.model, layer.ids_ST), layer.plain_logits)
+
+
+def test_sums_are_added_up_one_token_shard_at_a_time() -> None:
+    size = 1 << 20
+
+    class Large(Collector):
+        name, columns = "large", (Column("large", "ones", "[D]"),)
+
+    def parts(count: int) -> Iterator[PartialSums]:
+        for _ in range(count):
+            yield PartialSums(0, 1, np.ones(1, dtype=np.int64), {"large": {"large": np.ones((1, size // 8))}})
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        try:
+            assert add_up(parts(count), [Large()]).sums["large"]["large"][0, 0] == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(64) < 2 * peak(4)
+    assert peak(64) < 5 * size
