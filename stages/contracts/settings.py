@@ -253,6 +253,24 @@ class Clustering(Section):
     domain_weights: Literal["uniform", "given", "max_min"] = "uniform"
     """How much each domain of `calibration.data` counts: all the same, as their `weight` says, or so that the domain that loses
     most keeps as much saliency as it can. Changing it calibrates nothing anew."""
+    protect: Literal["none", "super"] = "none"
+    """super: super experts (arXiv:2507.23279) stay as they are, whatever the method: never merged, never dropped."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """All settings, but `protect` only where it is set: keys and model cards of runs without it stay as they are."""
+        return {name: value for name, value in values(self).items() if name != "protect" or value != "none"}
+
+
+class Budget(Section):
+    """How the experts that are kept are distributed over the layers. `clustering.num_experts` is the mean a layer."""
+
+    kind: str = "uniform"
+    """Name of the kind; any other than uniform gives layers different numbers, which only the tied format can express."""
+    least: Count | None = None
+    """Experts that every layer keeps at least. Never fewer than the router picks for a token."""
+    multiple_of: Count = 1
+    """Every layer's number of experts is a multiple of this one, such as the number of devices of expert parallelism."""
 
     @model_validator(mode="before")
     @classmethod
@@ -391,6 +409,7 @@ class VariantEntry(Section):
     preset: str | None = None
     """Name of a preset, a predefined set of settings."""
     clustering: dict[str, JsonValue] = {}
+    budget: dict[str, JsonValue] = {}
     merging: dict[str, JsonValue] = {}
     refit: dict[str, JsonValue] = {}
     export: dict[str, JsonValue] = {}
@@ -432,13 +451,14 @@ class RunConfig(Section):
     """Folder for all results and state of the run, on storage that every node reaches, or a URL of object storage."""
     calibration: Calibration
     clustering: Clustering
+    budget: Budget = Budget()
     merging: Merging = Merging()
     refit: Refit = Refit()
     export: Export = Export()
     variants: tuple[Annotated[VariantEntry, BeforeValidator(_by_preset)], ...] | None = None
     """Ways from one calibration to checkpoints. Omit for a single way, given by the sections above. With variants, `clustering`
-    contains only `num_experts`; `merging` and `refit` belong into each variant. `export` applies to every variant that does
-    not change it."""
+    contains only `num_experts`; `budget`, `merging` and `refit` belong into each variant. `export` applies to every variant
+    that does not change it."""
     evaluation: Evaluation | None = None
     """Omit to skip evaluation."""
     resources: Resources = Resources()

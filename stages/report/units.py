@@ -59,6 +59,8 @@ def _target(job: Job[ReportArgs], target: ReportedTarget, shares: Shares) -> Val
         "format": target.format,
         "num_experts": target.num_experts,
         **_narrower(target),
+        **({"budget": target.budget, "experts_by_layer": target.num_merged} if target.budget else {}),
+        **({"super_experts": target.super_experts} if target.super_experts is not None else {}),
         **target.assembled,
         "path": target.path,
         "unweighted_clusters": target.unweighted_clusters,
