@@ -15,6 +15,11 @@ def perplexity_text(model: Mapping[str, Any]) -> str:
     return "inf" if model["perplexity"] is None else f"{model['perplexity']:.3f}"
 
 
+def experts_text(num_experts: object, num_neurons: int | None) -> str:
+    """Experts of a layer; and neurons of each where these are fewer than the source's."""
+    return str(num_experts) if num_neurons is None else f"{num_experts} x {num_neurons}"
+
+
 def _percentage(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
@@ -28,7 +33,8 @@ def result_table(report: Mapping[str, Any]) -> Table:
     for model in report["models"]:
         count = model["num_experts"]
         by_layer = [*model["experts_by_layer"].values()] if "experts_by_layer" in model else count
-        experts = str(by_layer) if isinstance(by_layer, int) else f"{min(by_layer)}-{max(by_layer)}"
+        kept = by_layer if isinstance(by_layer, int) else f"{min(by_layer)}-{max(by_layer)}"
+        experts = experts_text(kept, model.get("num_neurons"))
         add_row(table, (model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity_text(model)))
     return table
 

@@ -1,6 +1,6 @@
 """A sample of calibration tokens for evidence that is kept token by token.
 
-Dimensions: E experts, N sampled tokens.
+Dimensions: E experts, M sampled tokens.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from stages.contracts.arrow import Array
 
 @dataclass(frozen=True)
 class TokenSample:
-    """The sampled tokens of one token shard. places_N: ascending, counted from the shard's first token."""
+    """The sampled tokens of one token shard. places_M: ascending, counted from the shard's first token."""
 
-    places_N: Array
+    places_M: Array
 
     @classmethod
     def of(cls, args: TokenSampleArgs) -> "TokenSample":
@@ -30,8 +30,8 @@ class TokenSample:
 
     def within(self, num_seen: int, num_tokens: int) -> tuple[int, Array]:
         """The sampled ones of the next num_tokens tokens, counted from the first of them, and how many came before."""
-        low, high = np.searchsorted(self.places_N, (num_seen, num_seen + num_tokens))
-        return int(low), self.places_N[low:high] - num_seen
+        low, high = np.searchsorted(self.places_M, (num_seen, num_seen + num_tokens))
+        return int(low), self.places_M[low:high] - num_seen
 
 
 NO_SAMPLE = TokenSample(np.zeros(0, dtype=np.int64))

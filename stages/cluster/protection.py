@@ -57,8 +57,13 @@ def planned(method: Method[Any], evidence: LayerEvidence, num_slots: int, settin
     The method plans the other experts from their evidence alone, unless it knows of protected experts itself. Raises InputError
     where the protected ones leave no slot for others that have to be merged.
     """
-    if not settings.protected or method.keeps_protected:
+    if not settings.protected or method.keeps_protected or method.keeps_all:
         return method.plan(evidence, num_slots, settings)
+    if settings.num_groups > 1:
+        raise InputError(
+            f"layer {evidence.layer}: clustering.protect is super, but {method.name} plans within the groups of the router, "
+            "which would not be equally large without the super experts; set export.formats to [tied], or protect to none"
+        )
     others = others_of(evidence, settings.protected)
     num_left = num_slots - len(settings.protected)
     if num_left < least_slots(method, evidence.num_experts, 0) * bool(others):

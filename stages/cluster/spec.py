@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import JsonValue
+from rich import filesize
 
 from stages.checkpoint.folder import Checkpoint
 from stages.cluster import registry
 from stages.cluster.budgets.registry import budgets
+from stages.cluster.neuron_memory import pair_bytes, zip_bytes
 from stages.contracts.budget import BUDGET_UNIT, BudgetFacts, BudgetKinds
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
@@ -18,6 +20,7 @@ from stages.contracts.protection import PROTECT_UNIT, ProtectFacts
 from stages.contracts.settings import Merging, RunConfig
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.targets import Target, Variant
+from stages.contracts.tensors import num_neurons
 from stages.contracts.units import NoFacts, Unit, UnitCall
 from stages.model.families import family_of, groups_in, num_experts_in, stock_targets
 
@@ -59,7 +62,9 @@ class Planning:
     """What plans of a target's layers have in common.
 
     calibrate_dir: relative to the run directory. mix: of its domains; None if there are none. method: module that holds it.
-    clustering: its settings. router: how a stock router's rows are combined; None for a tied export.
+    clustering: its settings. router: how a stock router's rows are combined; None for a tied export. model, survey_dir: the
+    checkpoint folder, whose config says the groups of the router, and where the weights of neurons are read, if merging aligns
+    by them. max_bytes: of the similarities of neurons.
     """
 
     calibrate_dir: str
@@ -68,6 +73,9 @@ class Planning:
     clustering: Mapping[str, JsonValue]
     merging: Merging
     router: str | None
+    model: str
+    survey_dir: str
+    max_bytes: int
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,9 @@ class Cluster(StageSpec):
         return budgets()
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
-        """Raise InputError for a target with more experts than there are, or fewer than its budget allows, for a family whose
-        routing a method or budget cannot follow, and for weights of domains where there are none."""
+        """Raise InputError for a target with more experts than there are, with a number a layer where all are kept, or fewer
+        than its budget allows, for a family whose routing a method or budget cannot follow, and for weights of domains where
+        there are none."""
         for target in targets:
             if target.variant.clustering.domain_weights != "uniform" and not config.calibration.domains:
                 raise InputError(
@@ -164,6 +173,11 @@ class Cluster(StageSpec):
         num_experts = num_experts_in(checkpoint.config, place)
         for target in targets:
             counts = (target.num_experts,) if isinstance(target.num_experts, int) else target.num_experts
+            if target.variant.method.keeps_all and not isinstance(target.num_experts, int):
+                raise InputError(
+                    f"clustering.num_experts has a number for each layer, but method {target.variant.method.name} keeps all "
+                    f"experts, equally wide in all layers; give one number"
+                )
             if max(counts) > num_experts:
                 raise InputError(
                     f"clustering.num_experts is {max(counts)} but {config.model} has {num_experts} experts a layer; "
@@ -180,6 +194,14 @@ class Cluster(StageSpec):
                 raise InputError(
                     f"clustering.num_experts has a target with {len(target.num_experts)} numbers but {run.config.model} has "
                     f"{num_layers} MoE layers; give one number for each"
+                )
+        limit = run.config.resources.worker_memory
+        for variant in run.variants:
+            needed = _neuron_bytes(variant, run)
+            if needed > limit:
+                raise InputError(
+                    f"merging of {variant.name or variant.method.name} compares the {num_neurons(run.tensors):,} neurons of "
+                    f"two experts, which takes {needed:,} bytes, more than resources.worker_memory {limit:,}; raise it"
                 )
 
     def parts(self, run: Run) -> Iterator[Part]:
@@ -199,7 +221,9 @@ class Cluster(StageSpec):
             if target.variant.method.reads_merging:
                 settings["merging"] = target.variant.merging.model_dump(mode="json")
             if target.format == "stock":
-                settings["router"] = target.variant.export.router
+                settings["router"] = target.variant.export.planned_router
+                if target.variant.method.reads_groups:
+                    settings["groups"] = "of the router"
             yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
@@ -225,12 +249,26 @@ class Cluster(StageSpec):
         num_layers = len(run.survey.moe_layers)
         units = f"{(len(run.parts(self.name)) + len(compared)) * num_layers} layers"
         num_single = len(compared) + sum(target.variant.clustering.protect != "none" for target in run.targets)
-        lines = [
+        needed = max(_neuron_bytes(variant, run) for variant in run.variants)
+        lines = (
+            [f"memory of a layer whose neurons are matched: {filesize.decimal(needed)} for a pair of experts"] if needed else []
+        )
+        if any(variant.merging.method == "zipit" for variant in run.variants):
+            lines.append("  zipit: grows with the square of a cluster's experts; more than resources.worker_memory is refused")
+        lines += [
             f"budget of {target.part}: {target.variant.kind.name} decides each layer's number after calibration; files are "
             "counted as if all layers had the mean"
             for target in compared
         ]
         return StagePlan(f"{units} + {num_single} over all layers" if num_single else units, "CPU", lines)
+
+
+def _neuron_bytes(variant: Variant, run: Run) -> int:
+    """Memory in bytes for the similarities of two experts' neurons; 0 if neurons are not matched."""
+    if not (variant.method.reads_merging and variant.merging.matches_neurons):
+        return 0
+    size = num_neurons(run.tensors)
+    return zip_bytes(2, size) if variant.merging.method == "zipit" else pair_bytes(size)
 
 
 def _settings(run: Run, variant: Variant) -> dict[str, JsonValue]:
@@ -317,9 +355,10 @@ def _target_units(run: Run, target: Target, calibrate_dir: str, module: str) -> 
         yield from before
     planning = Planning(
         calibrate_dir, mix, module, variant.clustering.model_dump(mode="json"), variant.merging,
-        variant.export.router if target.format == "stock" else None,
+        variant.export.planned_router if target.format == "stock" else None, str(run.model), run.part("prepare", "model").dir,
+        run.config.resources.worker_memory,
     )  # fmt: skip
-    counts: Mapping[int, int | None] = target.counts(layers)
+    counts: Mapping[int, int | None] = target.counts(run.survey)
     if variant.kind.costs is not None:
         bounds = bounds_of(variant, Checkpoint(run.model).config, str(run.model))
         costs = [

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from stages.checkpoint.folder import Checkpoint
 from stages.cluster.allocation import allocate
 from stages.cluster.budgets.registry import budgets
 from stages.cluster.certainty import relative_standard_errors, stability
 from stages.cluster.domains import read_mixed
 from stages.cluster.linkage import all_cuts
+from stages.cluster.neurons import with_neurons
 from stages.cluster.protection import least_slots, planned, super_experts
 from stages.cluster.registry import method_at
 from stages.cluster.spec import (
@@ -28,6 +30,7 @@ from stages.contracts.dendrogram import write_dendrogram, write_labels
 from stages.contracts.layer_plan import write_plan
 from stages.contracts.method import PlanSettings
 from stages.contracts.paths import (
+    TENSORS_FILE,
     budget_file,
     costs_file,
     dendrogram_file,
@@ -38,7 +41,9 @@ from stages.contracts.paths import (
     stability_file,
 )
 from stages.contracts.protection import LARGEST, ProtectFacts, read_protected, write_protected
+from stages.contracts.settings import Merging
 from stages.contracts.units import Job, NoFacts, UnitResult
+from stages.model.families import groups_in
 
 
 def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
@@ -62,14 +67,22 @@ def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
 
 def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
     """Write the plan of one layer of a target."""
-    args = job.args
-    planner = _planner(job, args.planning, args.layer, num_slots=args.num_slots)
+    args, planning = job.args, job.args.planning
+    planner = _planner(job, planning, args.layer, num_slots=args.num_slots)
+    evidence, merging = planner.evidence, planning.merging if planner.method.reads_merging else Merging()
     num_slots = args.num_slots if args.num_slots is not None else read_budget(budget_file(job.part_dir))[args.layer]
     plan = planner.plan(num_slots)
     if len(plan.slots) != num_slots:
         raise ValueError(
             f"layer {args.layer}: method {planner.method.name} planned {len(plan.slots)} slots instead of {num_slots}"
         )
+    if merging.align == "weight":
+        from stages.checkpoint.neuron_weights import NeuronWeights  # reads by torch, which no other unit here needs
+
+        with NeuronWeights(planning.model, job.run_dir / planning.survey_dir / TENSORS_FILE, args.layer) as weights:
+            plan = with_neurons(plan, evidence, merging, weights.between, planning.max_bytes)
+    else:
+        plan = with_neurons(plan, evidence, merging, None, planning.max_bytes)
     return UnitResult(PlanFacts(args.layer, plan.unweighted_slots), [write_plan(plan_file(job.part_dir, args.layer), plan)])
 
 
@@ -81,9 +94,11 @@ def _planner(
     method = method_at(planning.method)
     clustering = method.settings.model_validate(planning.clustering)
     protected = read_protected(protected_file(job.part_dir)).get(layer, ()) if clustering.protect != "none" else ()
-    settings = PlanSettings(clustering, planning.merging, planning.router, protected)
+    groups = groups_in(Checkpoint(planning.model).config, planning.model) if method.reads_groups and planning.router else None
+    num_groups = 1 if groups is None else groups.num_groups
+    settings = PlanSettings(clustering, planning.merging, planning.router, num_groups, protected)
     num_kept = None if method.linkage else num_slots  # a dendrogram serves all targets
-    required = {*method.requires(clustering), *columns}
+    required = {*method.requires(clustering), *columns, *(planning.merging.requires if method.reads_merging else ())}
     evidence = read_mixed(job.run_dir / planning.calibrate_dir, layer, required, planning.mix, num_kept)
     return Planner(evidence, method, settings, lambda num_slots: planned(method, evidence, num_slots, settings))
 

@@ -20,7 +20,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.paths import column_file, groups_file, statistics_file
 from stages.io.files import WrittenFile
 
-OverDomains = Literal["sum", "max", "same", "tokens", "weighted_tokens"]
+OverDomains = Literal["sum", "max", "same", "rows", "weighted_rows"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Column:
     """A column of evidence: one value or array per expert.
 
     meaning: description for the file's metadata; "{tokens}" in it becomes "all T tokens", or "tokens" if tokens are sampled.
-    shape: dimensions of an array, such as "[D]". dtype: float64 or int64. over_domains: what its value over several domains is:
-    their weighted sum, their maximum, or the value of each, for what does not depend on tokens; for values token by token the
-    tokens of all domains, and whether they are multiplied by the domain's weight.
+    shape: dimensions of an array, such as "[D]". dtype: float64, float32 or int64. over_domains: what its value over several
+    domains is: their weighted sum, their maximum, the value of each, for what does not depend on tokens, or the rows of all one
+    after another, whatever the domains' weights or multiplied by them.
     """
 
     name: str
@@ -79,7 +79,7 @@ class LayerEvidence:
         return self.columns[name]
 
 
-PAIRED_AXES = {"router_logit_gram": 1, "sampled_output_gram": 2}
+PAIRED_AXES = {"router_logit_gram": 1, "output_gram": 1, "weight_gram": 1, "sampled_output_gram": 2}
 """Columns that have a second axis of experts, and which. The first axis is the experts in all columns."""
 
 _KEYS = ("layer", "expert", "num_tokens", "num_output_tokens")
@@ -94,7 +94,7 @@ _COMMON = {
 
 
 def _type(column: Column, values: Array) -> pa.DataType:
-    scalar = {"float64": pa.float64(), "int64": pa.int64()}[column.dtype]
+    scalar = {"float64": pa.float64(), "float32": pa.float32(), "int64": pa.int64()}[column.dtype]
     return pa.list_(scalar, values[0].size) if column.shape else scalar
 
 

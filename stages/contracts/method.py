@@ -27,13 +27,15 @@ class PlanSettings(Generic[S]):
     """What a method is asked for, beside the number of slots.
 
     clustering: its own settings. merging: how weights are made of evidence. router: how a stock router's rows are combined;
-    None for a tied export, whose router stays as it is. protected: experts that must stay as they are; always empty for a
-    method that does not declare `keeps_protected`.
+    None for a tied export, whose router stays as it is. num_groups: groups of equally many experts, in order, that the router
+    first chooses from, where slots have to stay in them: of a stock export, for a method with `reads_groups`. protected:
+    experts that must stay as they are; always empty for a method that does not declare `keeps_protected`.
     """
 
     clustering: S
     merging: Merging
     router: str | None
+    num_groups: int = 1
     protected: tuple[int, ...] = ()
 
 
@@ -48,8 +50,11 @@ class Method(Generic[S]):
     plans.
     keeps_protected: whether it reads `PlanSettings.protected`; any other method is given the evidence of the other experts
     alone. predicts_routing: whether it predicts what the router picks among fewer experts, which not all families allow.
-    reads_merging: whether it reads the section `merging`. linkage: the dendrogram that its plans are cuts of, as scipy's matrix
-    [E-1, 4], where there is one. presets: named settings for variants.
+    reads_merging: whether it reads the section `merging`. reads_groups: whether it keeps slots within groups of a stock
+    router. keeps_all: every expert is a slot, and a target's number of experts says how wide they are: as many parameters as so
+    many experts have. needs_choice: its slots only list whose neurons are to be chosen from (`refit.neurons: choose`). linkage:
+    the dendrogram that its plans are cuts of, as scipy's matrix [E-1, 4], where there is one. presets: named settings for
+    variants.
     """
 
     name: str
@@ -63,6 +68,9 @@ class Method(Generic[S]):
     reads_merging: bool = True
     keeps_protected: bool = False
     predicts_routing: bool = False
+    reads_groups: bool = False
+    keeps_all: bool = False
+    needs_choice: bool = False
     linkage: Callable[[LayerEvidence, S], Array] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
 

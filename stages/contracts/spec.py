@@ -21,6 +21,7 @@ from stages.contracts.survey import Survey
 from stages.contracts.targets import NumExperts, Target, Variant
 from stages.contracts.tensors import TensorRow
 from stages.contracts.units import Call, Facts, Hold, Unit
+from stages.contracts.widths import kept_neurons, num_neurons_of
 
 S = TypeVar("S", bound=Section)
 
@@ -48,10 +49,11 @@ class Publication:
 
 @dataclass(frozen=True)
 class PlannedCheckpoint:
-    """A checkpoint that a run would write."""
+    """A checkpoint that a run would write. num_experts: a layer. num_neurons: of an expert, where it has fewer than before."""
 
     name: str
     num_experts: NumExperts
+    num_neurons: int | None
     num_files: int
     num_bytes: int
 
@@ -157,7 +159,7 @@ def counts_of(run: Run, target: Target) -> dict[int, int]:
     """Experts that each MoE layer of a target keeps, by layer: what the target's budget has decided from the evidence, or what
     the run file says. Raises InputError before a budget has decided."""
     if target.variant.kind.costs is None:
-        return target.counts(run.survey.moe_layers)
+        return target.counts(run.survey)
     part = run.part("cluster", target.part)
     (unit,) = (unit for unit in run.units("cluster") if unit.part_dir == part.dir and unit.name == BUDGET_UNIT)
     sealed = run.sealed(unit)
@@ -165,6 +167,14 @@ def counts_of(run: Run, target: Target) -> dict[int, int]:
         raise InputError(f"{part.dir}: the budget of {target.part} is not decided yet; run again with --from cluster")
     facts = TypeAdapter(BudgetFacts).validate_python(sealed.facts)
     return dict(zip(facts.layers, facts.num_slots, strict=True))
+
+
+def narrowed_to(run: Run, target: Target) -> int | None:
+    """Neurons that each expert of a target keeps; None for all. Raises InputError as `kept_neurons` does."""
+    share = target.share(run.survey.num_experts)
+    if share == 1:
+        return None
+    return kept_neurons(num_neurons_of(run.tensors), share, target.variant.refit.width_multiple)
 
 
 class StageSpec(ABC):

@@ -8,7 +8,7 @@ from pydantic import JsonValue, TypeAdapter
 from stages.contracts.keys import Part
 from stages.contracts.paths import REPORT_FILE
 from stages.contracts.protection import PROTECT_UNIT, ProtectFacts
-from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, counts_of
+from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, counts_of, narrowed_to
 from stages.contracts.targets import NumExperts
 from stages.contracts.units import Facts, Unit, UnitCall
 
@@ -21,8 +21,9 @@ class ReportedTarget:
     relative to the run directory. assembled: facts of its folder. plan_dir: directory of its method's layer plans.
     evaluate_dir: directory of its scores, or None.
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
-    unweighted_clusters: by layer, merged experts whose members got no token. budget: its kind; empty where all layers keep the
-    same number. super_experts: by layer, experts that it keeps as they are; None where it protects none.
+    unweighted_clusters: by layer, merged experts whose members got no token. num_neurons: of an expert, where it has fewer than
+    the source's; then asked_experts and asked_width are what the run file asks for. budget: its kind; empty where all layers
+    keep the same number. super_experts: by layer, experts that it keeps as they are; None where it protects none.
     """
 
     name: str
@@ -37,6 +38,9 @@ class ReportedTarget:
     evaluate_dir: str | None
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
+    num_neurons: int | None
+    asked_experts: NumExperts
+    asked_width: float
     budget: str
     super_experts: Mapping[int, tuple[int, ...]] | None
 
@@ -157,7 +161,7 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             target=target.label,
             variant=target.variant.name,
             format=target.format,
-            num_experts=target.num_experts,
+            num_experts=target.kept_experts(run.survey.num_experts),
             num_merged=counts_of(run, target),
             path=f"models/{target.name}",
             assembled=sealed.facts,
@@ -165,6 +169,9 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             evaluate_dir=_dir_of(run, "evaluate", target.part),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
+            num_neurons=narrowed_to(run, target),
+            asked_experts=target.num_experts,
+            asked_width=target.width,
             budget=target.variant.kind.name if target.variant.kind.costs is not None else "",
             super_experts=_super_experts(run, run.part("cluster", target.part).dir),
         )

@@ -153,7 +153,7 @@ def test_gates_rounded_to_bfloat16_are_explained() -> None:
 def test_a_domain_counts_by_its_weight_in_errors_over_several() -> None:
     """Errors are sums over tokens: those of the domains, times their factors."""
     kinds: dict[str, OverDomains] = {
-        "sampled_output_gram": "weighted_tokens", "sampled_gates": "tokens", "sampled_logits": "tokens",
+        "sampled_output_gram": "weighted_rows", "sampled_gates": "rows", "sampled_logits": "rows",
         "router_choice_bias": "same",
     }  # fmt: skip
     toys = [Toy(RULES["glm4_moe"], seed) for seed in (0, 1)]

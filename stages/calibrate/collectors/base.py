@@ -1,6 +1,6 @@
 """Base class of collectors. Neither this module nor a collector imports torch, because the driver reads their declarations.
 
-Dimensions: C cells, D hidden size, E experts, F intermediate size, N sampled tokens.
+Dimensions: C cells, D hidden size, E experts, F intermediate size, N evenly spaced tokens of a token shard, M sampled tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stages.contracts.evidence import Column
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.calibrate.observations import RoutedView, RouterView, SampledView, UnroutedView
+    from stages.calibrate.observations import InputView, RoutedView, RouterView, SampledView, UnroutedView
     from stages.contracts.arrow import Array
 
 Sums = Mapping[str, "Tensor"]
@@ -26,7 +26,7 @@ class Sum:
     """A sum that a collector keeps for each expert. shape: axes of one expert's part, as letters of the legend above in
     brackets.
 
-    A sum with C in its shape is kept separately for each cell, one with N for each sampled token, any other in total.
+    A sum with C in its shape is kept separately for each cell, one with M for each sampled token, any other in total.
     """
 
     name: str
@@ -50,6 +50,9 @@ class Summed(Protocol):
     def down_square_norms(self) -> Array:
         """Squared norms of the columns of W_down, float64 [E, F]."""
 
+    def weight_gram(self) -> Array:
+        """Inner products of all weights of the experts, float64 [E, E]."""
+
 
 class Collector:
     """One or several sums over tokens for every expert of a layer. A collector has no state: sums are passed in.
@@ -66,6 +69,9 @@ class Collector:
         """Sums kept for a token shard: by default the columns themselves.
         A collector that overrides `finish` may keep other sums."""
         return tuple(Sum(column.name, column.shape) for column in self.columns)
+
+    def observe_input(self, sums: Sums, view: InputView) -> None:
+        """Run experts on tokens of the collector's own choice. What that costs comes on top of the forward."""
 
     def observe_router(self, sums: Sums, router: RouterView) -> None:
         """Add the router's output for a micro-batch."""

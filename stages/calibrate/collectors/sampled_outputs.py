@@ -25,14 +25,14 @@ class SampledOutputs(Collector):
     name = "sampled_outputs"
     columns = (
         Column(
-            "sampled_output_gram", "for each sampled token, inner products of E_e(x) with every E_f(x), not gated", "[N E]",
-            over_domains="weighted_tokens",
+            "sampled_output_gram", "for each sampled token, inner products of E_e(x) with every E_f(x), not gated", "[M E]",
+            over_domains="weighted_rows",
         ),
         Column(
-            "sampled_gates", "for each sampled token, the weight that the model gave the expert, 0 if not routed", "[N]",
-            over_domains="tokens",
+            "sampled_gates", "for each sampled token, the weight that the model gave the expert, 0 if not routed", "[M]",
+            over_domains="rows",
         ),
-        Column("sampled_logits", "for each sampled token, the router's logit", "[N]", over_domains="tokens"),
+        Column("sampled_logits", "for each sampled token, the router's logit", "[M]", over_domains="rows"),
         Column(
             "router_choice_bias", "added to the expert's score where the router picks experts, not to its gate",
             over_domains="same",
@@ -43,11 +43,11 @@ class SampledOutputs(Collector):
     def observe_sampled(self, sums: Sums, sampled: SampledView) -> None:
         """Fill in the tokens of a block."""
         sums["router_choice_bias"].copy_(sampled.choice_bias_E)
-        tokens = slice(sampled.first, sampled.first + len(sampled.gates_NE))
-        sums["sampled_gates"][:, tokens] = sampled.gates_NE.T.double()
-        sums["sampled_logits"][:, tokens] = sampled.logits_NE.T.double()
-        output_NED = sampled.output_END.transpose(0, 1).double()
-        sums["sampled_output_gram"][:, tokens] = (output_NED @ output_NED.mT).transpose(0, 1)
+        tokens = slice(sampled.first, sampled.first + len(sampled.gates_ME))
+        sums["sampled_gates"][:, tokens] = sampled.gates_ME.T.double()
+        sums["sampled_logits"][:, tokens] = sampled.logits_ME.T.double()
+        output_MED = sampled.output_EMD.transpose(0, 1).double()
+        sums["sampled_output_gram"][:, tokens] = (output_MED @ output_MED.mT).transpose(0, 1)
 
     def add(self, one: Mapping[str, Array], other: Mapping[str, Array]) -> Mapping[str, Array]:
         """Tokens of the one shard, then of the next. The bias is the same in both, or zero in one without a sampled token."""
