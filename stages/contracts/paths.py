@@ -5,6 +5,7 @@ from pathlib import Path
 SURVEY_FILE = "plan.json"
 TENSORS_FILE = "tensors.arrow"
 CHECKPOINT_DIR = "checkpoint"
+DOCUMENTS_FILE = "documents.arrow"
 SCORES_FILE = "scores.json"
 REPORT_FILE = "report.json"
 TRANSIENT_DIRS = ("hidden", "partial")

@@ -109,10 +109,29 @@ class Calibration(TextData):
         return self
 
 
+class Perplexity(Section):
+    """Which tokens of the held-out text are predicted, with how many before them."""
+
+    stride: Count | None = None
+    """Tokens between the starts of neighbouring sequences, which then slide over the text in its own order instead of being
+    drawn from it. Each token is predicted once, with at least sequence_length - stride tokens before it. Omit to draw."""
+
+
 class Evaluation(TextData):
     """The held-out text."""
 
     metrics: Annotated[tuple[Literal["perplexity"], ...], BeforeValidator(_as_tuple)] = ("perplexity",)
+    perplexity: Perplexity = Perplexity()
+
+    @model_validator(mode="after")
+    def _check_stride(self) -> Self:
+        stride = self.perplexity.stride
+        if stride is not None and stride > self.sequence_length:
+            raise ValueError(
+                f"perplexity.stride is {stride} but sequence_length {self.sequence_length}: tokens between two sequences would "
+                f"not be predicted; use at most {self.sequence_length}"
+            )
+        return self
 
 
 Target = Count | Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -300,6 +319,11 @@ def texts_of(config: RunConfig) -> dict[str, TextData]:
     """The texts of a run, by the names of their sections."""
     texts = {"calibration": config.calibration, "evaluation": config.evaluation}
     return {place: data for place, data in texts.items() if data is not None}
+
+
+def stride_of(data: TextData) -> int | None:
+    """Tokens between the starts of neighbouring sequences of a text; None if its sequences are drawn."""
+    return data.perplexity.stride if isinstance(data, Evaluation) else None
 
 
 def hub_dir(config: RunConfig) -> Path:

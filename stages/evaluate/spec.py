@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from stages.contracts.keys import Part
 from stages.contracts.paths import CHECKPOINT_DIR
 from stages.contracts.settings import Evaluation
@@ -16,26 +18,35 @@ SOURCE_PART = "source"
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Arguments for a token shard. Its losses are computed after the last layer."""
+    """Arguments for a token shard. Its losses are computed after the last layer.
+
+    first_sequence: index, within the text, of the shard's first sequence. stride: as in `Perplexity`.
+    """
 
     stream: StreamArgs
+    first_sequence: int
+    stride: int | None
 
 
 @dataclass(frozen=True)
 class ScoreArgs:
-    """num_shards: token shards of the text."""
+    """num_shards: token shards of the text. num_bytes: bytes of UTF-8 that the predicted tokens stand for; None if not
+    known."""
 
     num_shards: int
+    num_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Scores:
     """loss: mean negative log-likelihood of a prediction, nats; None if it is not finite. perplexity: exponential of the loss;
-    None if it overflows a float. num_predictions: number of predicted tokens."""
+    None if it overflows a float. num_predictions: number of predicted tokens. bits_per_byte: negative log-likelihood in bits
+    over the bytes of the predicted text in UTF-8, which models with different tokenizers share; None if not known."""
 
     perplexity: float | None
     loss: float | None
     num_predictions: int
+    bits_per_byte: float | None
 
 
 OPEN = HoldCall("stages.model.layer_shard:open_layer_shard", LayerShardArgs)
@@ -47,7 +58,7 @@ class Evaluate(StageSpec):
     """Computes the perplexity of every model."""
 
     name = "evaluate"
-    version = 2
+    version = 3
     libraries = ("torch", "transformers")
     after = ("prepare", "assemble")
 
@@ -83,12 +94,22 @@ class Evaluate(StageSpec):
 def _model_units(run: Run, data: Evaluation, part: Part, model: Path, name: str) -> Iterator[Unit]:
     stream = Stream(
         part, run.part("prepare", "evaluation"), data, str(model), f"{name}, ", OPEN.on,
-        lambda args: EVALUATE.on(EvaluateArgs(args)),
+        lambda args: EVALUATE.on(EvaluateArgs(args, args.shard * data.sequences_per_shard, data.perplexity.stride)),
     )  # fmt: skip
     units = stream_units(run, stream)
     yield from units
     last = [unit for unit in units if not unit.writes]
-    yield run.unit(part, "perplexity", SCORE.on(ScoreArgs(data.num_shards)), f"{name}, perplexity", after=last)
+    args = ScoreArgs(data.num_shards, _num_bytes(run))
+    yield run.unit(part, "perplexity", SCORE.on(args), f"{name}, perplexity", after=last)
+
+
+def _num_bytes(run: Run) -> int | None:
+    """Bytes of the predicted text, which prepare has found."""
+    for unit in run.units("prepare"):
+        sealed = run.sealed(unit) if unit.part_dir == run.part("prepare", "evaluation").dir else None
+        if sealed is not None:
+            return TypeAdapter(int | None).validate_python(sealed.facts.get("num_bytes"))
+    return None
 
 
 SPEC = Evaluate()

@@ -2,24 +2,27 @@
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from stages.contracts.losses import Losses, read_losses, write_losses
 from stages.contracts.paths import SCORES_FILE, losses_file, tokens_file
 from stages.contracts.units import HeldJob, Job, NoFacts, UnitResult
+from stages.contracts.windows import scored
 from stages.evaluate.spec import EvaluateArgs, ScoreArgs, Scores
 from stages.io.files import write_json
 from stages.model.layer_shard import LayerShard
 from stages.model.stream import Stream, hidden_files, pass_through, read_token_ids
 
 
-def sequence_losses(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:
-    """Next-token negative log-likelihood of each sequence in nats, float64 [B], summed over its T - 1 predictions."""
+def sequence_losses(logits_BTV: Tensor, token_ids_BT: Tensor, is_scored_BT: Tensor) -> Tensor:
+    """Next-token negative log-likelihood of each sequence in nats, float64 [B], summed over its predicted tokens.
+    is_scored_BT: which tokens are predicted, bool."""
     predicted = logits_BTV[:, :-1].float().flatten(0, 1)
     actual = token_ids_BT[:, 1:].to(predicted.device)
     losses = functional.cross_entropy(predicted, actual.flatten(), reduction="none")
-    return losses.double().view(actual.shape).sum(1).cpu()
+    return losses.double().view(actual.shape).where(is_scored_BT[:, 1:].to(losses.device), 0.0).sum(1).cpu()
 
 
 def evaluate_unit(job: HeldJob[EvaluateArgs, LayerShard]) -> UnitResult[NoFacts]:
@@ -27,12 +30,15 @@ def evaluate_unit(job: HeldJob[EvaluateArgs, LayerShard]) -> UnitResult[NoFacts]
     args = job.args.stream
     losses: list[float] = []
     num_predictions: list[int] = []
+    token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(args.shard))
+    is_scored_ST = torch.from_numpy(scored(token_ids_ST.numpy(), job.args.first_sequence, job.args.stride))
+    token_ids_ST = token_ids_ST.clamp(min=0)  # behind the end of the text stands no token: later ones see it, and count nothing
 
     def see_logits(logits_BTV: Tensor, token_ids_BT: Tensor) -> None:
-        losses.extend(sequence_losses(logits_BTV, token_ids_BT).tolist())
-        num_predictions.extend([token_ids_BT.shape[1] - 1] * len(token_ids_BT))
+        is_scored_BT = is_scored_ST[len(losses) : len(losses) + len(token_ids_BT)]
+        losses.extend(sequence_losses(logits_BTV, token_ids_BT, is_scored_BT).tolist())
+        num_predictions.extend(is_scored_BT.sum(1).tolist())
 
-    token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(args.shard))
     reads, writes = hidden_files(job.part_dir, args, job.held)
     stream = Stream(reads, writes, see_logits=see_logits if args.is_last else None)
     passed = pass_through(job.held, token_ids_ST, args.micro_batch, {"model": stream})
@@ -53,7 +59,9 @@ def score_unit(job: Job[ScoreArgs]) -> UnitResult[Scores]:
         total += math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
         num_predictions += sum(found.num_predictions)
     loss = total / num_predictions
-    scores = Scores(_exp(loss), loss if math.isfinite(loss) else None, num_predictions)
+    num_bytes = job.args.num_bytes
+    bits_per_byte = total / math.log(2) / num_bytes if num_bytes and math.isfinite(loss) else None
+    scores = Scores(_exp(loss), loss if math.isfinite(loss) else None, num_predictions, bits_per_byte)
     return UnitResult(scores, (write_json(job.part_dir / SCORES_FILE, vars(scores)),))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from stages.contracts.keys import Part
-from stages.contracts.settings import TextData, texts_of
+from stages.contracts.settings import TextData, stride_of, texts_of
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.survey import unread_lines
 from stages.contracts.units import Call, Unit, UnitCall
@@ -30,7 +30,7 @@ class SurveyFacts:
 
 @dataclass(frozen=True)
 class TextArgs:
-    """A text and the sequences to draw from it. Settings as in `TextData`.
+    """A text and the sequences to draw from it. Settings as in `TextData`, and `Perplexity.stride`.
 
     place: the section that names the text, for messages. model: checkpoint folder, for the tokenizer. data: paths of files and
     folders.
@@ -44,6 +44,7 @@ class TextArgs:
     num_sequences: int
     sequence_length: int
     seed: int
+    stride: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ class TokensArgs:
 
 @dataclass(frozen=True)
 class TokensFacts:
-    """num_tokens: tokens in all token shards."""
+    """num_tokens: tokens in all token shards. num_bytes: bytes of UTF-8 that the predicted tokens stand for; None if not
+    known."""
 
     num_tokens: int
+    num_bytes: int | None
 
 
 SURVEY = UnitCall("stages.prepare.units:survey_unit", SurveyArgs, SurveyFacts)
@@ -71,7 +74,7 @@ class Prepare(StageSpec):
     """Makes the survey and the token shards."""
 
     name = "prepare"
-    version = 4
+    version = 5
     libraries = ("numpy", "tokenizers", "transformers")
     makes_survey = True
 
@@ -115,6 +118,8 @@ def _settings(run: Run, place: str, data: TextData) -> dict[str, JsonValue]:
         "micro_batch": data.micro_batch,
         "sequences_per_shard": data.sequences_per_shard,
     }
+    if (stride := stride_of(data)) is not None:
+        settings["stride"] = stride
     return settings
 
 
@@ -128,6 +133,7 @@ def _text_args(run: Run, place: str, data: TextData) -> TextArgs:
         num_sequences=data.num_sequences,
         sequence_length=data.sequence_length,
         seed=data.seed,
+        stride=stride_of(data),
     )
 
 

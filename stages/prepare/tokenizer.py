@@ -1,7 +1,7 @@
 """Loads the checkpoint's tokenizer with transformers. Any exception of the libraries becomes a one-line error."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.io.untrusted import MAX_SMALL_BYTES, check_regular, read_json
-from stages.prepare.tokens import Tokens
+from stages.prepare.tokens import Document, Tokens
 
 _JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FILES = (
@@ -41,17 +41,20 @@ class Tokenizer:
         with self._reported(fails), _environment(_NO_CACHE):
             self._encode = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
-    def encode(self, document: str) -> Tokens:
-        """Token ids of a document, int64 [T], including the tokenizer's own special tokens."""
+    def encode(self, document: str) -> Document:
+        """Tokens of a document, including the tokenizer's own special tokens. Their bytes are known of a fast tokenizer, which
+        says where in the text each token ends."""
         with self._reported("fails as a tokenizer on a document of the text"):
-            ids = self._encode(document, verbose=False)["input_ids"]
+            encoded = self._encode(document, verbose=False, return_offsets_mapping=self._encode.is_fast)
+            ids = encoded["input_ids"]
             ids_T = np.asarray(ids)
         if not isinstance(ids, list) or ids_T.ndim != 1 or (ids and ids_T.dtype.kind != "i"):
             raise InputError(
                 f"{self._name} returns {type(ids).__name__} of shape {list(ids_T.shape)} and {ids_T.dtype} for "
                 f"a document; a list of token ids is needed"
             )
-        return ids_T.astype(np.int64)
+        num_bytes_T = _num_bytes(document, encoded["offset_mapping"]) if self._encode.is_fast else None
+        return Document(ids_T.astype(np.int64), num_bytes_T)
 
     @contextmanager
     def _reported(self, what: str) -> Iterator[None]:
@@ -70,6 +73,15 @@ class Tokenizer:
                 f"{self._name} {what}: {reason}; use the tokenizer files that belong to the checkpoint, from a version of "
                 f"transformers that is not newer than this one"
             ) from e
+
+
+def _num_bytes(document: str, spans: Sequence[tuple[int, int]]) -> Tokens:
+    """Bytes of UTF-8 that each token adds: those from the end of the tokens before it to its own. spans: first character of
+    each token, and the one behind its last; special tokens have none."""
+    code_points = np.frombuffer(document.encode("utf-32-le"), np.uint32)
+    ends = np.cumsum(1 + sum((code_points >= limit).astype(np.int64) for limit in (0x80, 0x800, 0x10000)), dtype=np.int64)
+    ends_T = np.concatenate([[0], ends])[np.maximum.accumulate(np.array([stop for _, stop in spans], np.int64))]
+    return np.diff(ends_T, prepend=0)
 
 
 def _check_file(path: Path) -> None:

@@ -41,7 +41,8 @@ class ReportArgs:
 
     survey_dir: relative to the run directory. source_name, source_path: name and path of the model. source_evaluate_dir:
     directory of the model's scores, or None. never_routed: by layer, experts to which no calibration token was routed.
-    is_sampled: whether standard errors are known. settings: the run file. versions: versions of the libraries that computed
+    is_sampled: whether standard errors are known. calibration_dir, text_dirs: directories of the calibration text and, by name,
+    of the evaluation texts. settings: the run file. versions: versions of the libraries that computed
     each part.
     """
 
@@ -52,6 +53,8 @@ class ReportArgs:
     targets: tuple[ReportedTarget, ...]
     never_routed: Mapping[int, tuple[int, ...]]
     is_sampled: bool
+    calibration_dir: str
+    text_dirs: Mapping[str, str]
     settings: Mapping[str, JsonValue]
     versions: Mapping[str, Mapping[str, str]]
 
@@ -72,7 +75,7 @@ class Report(StageSpec):
     """Writes every number of a run into one file."""
 
     name = "report"
-    version = 2
+    version = 3
     after = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate")
 
     def parts(self, run: Run) -> Iterator[Part]:
@@ -90,6 +93,8 @@ class Report(StageSpec):
             targets=tuple(_reported(run)),
             never_routed=_by_layer(run, "calibrate", run.part("calibrate").dir, "never_routed"),
             is_sampled=run.config.calibration.sampling is not None,
+            calibration_dir=run.part("prepare", "calibration").dir,
+            text_dirs={part.name: part.dir for part in run.parts("prepare") if part.name not in ("model", "calibration")},
             settings=_shown_settings(run),
             versions=run.library_versions(),
         )

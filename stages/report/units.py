@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.contracts.certainty import read_errors, read_stability
-from stages.contracts.paths import REPORT_FILE, SCORES_FILE, SURVEY_FILE, errors_file, stability_file
+from stages.contracts.documents import num_shared, read_documents
+from stages.contracts.paths import DOCUMENTS_FILE, REPORT_FILE, SCORES_FILE, SURVEY_FILE, errors_file, stability_file
 from stages.contracts.units import Job, UnitResult
 from stages.io.files import write_json
 from stages.report.spec import ReportArgs, ReportedTarget, ReportFacts
-from stages.report.warning_lines import of_certainty, of_scores
+from stages.report.warning_lines import of_certainty, of_overlap, of_scores
 
 Values = dict[str, Any]
 """Values of a JSON object."""
@@ -34,11 +35,13 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
     targets = [_target(job, target) for target in args.targets]
     certainty = _certainty(job) if args.is_sampled else None
     models = [source, *targets]
+    overlap = _overlap(job)
     report = {
         "models": models,
-        "warnings": [*of_scores(models), *of_certainty(certainty)],
+        "warnings": [*of_overlap(overlap), *of_scores(models), *of_certainty(certainty)],
         "tied_stock_gaps": _tied_stock_gaps(targets),
         "never_routed": args.never_routed,
+        "overlap": overlap,
         **({"certainty": certainty} if certainty else {}),
         "plan": survey,
         "settings": args.settings,
@@ -79,6 +82,16 @@ def _tied_stock_gaps(models: Sequence[Values]) -> list[Values]:
             stock, tied = (formats[name]["perplexity"] for name in ("stock", "tied"))
             gaps.append({"target": target, "perplexity_gap": None if stock is None or tied is None else stock - tied})
     return gaps
+
+
+def _overlap(job: Job[ReportArgs]) -> Mapping[str, Mapping[str, int]]:
+    """For each evaluation text, its number of documents, and how many of these are in the calibration text, too."""
+    calibration = read_documents(job.run_dir / job.args.calibration_dir / DOCUMENTS_FILE)
+    texts = {name: read_documents(job.run_dir / folder / DOCUMENTS_FILE) for name, folder in job.args.text_dirs.items()}
+    return {
+        name: {"num_documents": len(documents), "num_in_calibration": num_shared(documents, calibration)}
+        for name, documents in texts.items()
+    }
 
 
 def _certainty(job: Job[ReportArgs]) -> Values:

@@ -1,4 +1,4 @@
-"""Warnings of a report: each line names a number that is null, and why. They are no errors, because such models exist."""
+"""Warnings of a report: each line names what a number does not say, or why it is null. They are no errors."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +18,16 @@ def of_scores(models: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             yield (
                 f"{model['name']}: the loss is {model['loss']:.6g} nats a token; its perplexity, exp(loss), is larger than any "
                 "number of 64 bits, and is written as null"
+            )
+
+
+def of_overlap(overlap: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """Warnings for evaluation texts (by name) that share documents with the calibration text."""
+    for name, found in overlap.items():
+        if found["num_in_calibration"]:
+            yield (
+                f"{name}: {found['num_in_calibration']} of its {found['num_documents']} documents are in the calibration text, "
+                "too, so its scores say less of new text; give texts that have no document in common"
             )
 
 
