@@ -1,10 +1,11 @@
-"""Fingerprints of the documents that a text's sequences come from, and how many documents two texts share.
+"""Documents as tokens; fingerprints of those that a text's sequences come from, and how many of them two texts share.
 
 A fingerprint is a sample of hashes of a document's token windows, so that a document is found again whatever stands before it,
 if it was cut, or if a few of its words were changed.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,15 @@ _SCHEMA = pa.schema(
     [pa.field("windows", pa.list_(pa.uint64()), False)],
     metadata={"table": "one document a row", "windows": f"hashes of some of its windows of {WINDOW_TOKENS} tokens"},
 )
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens of a document. token_ids_T: int64. num_bytes_T: bytes of UTF-8 that each token adds to the text; None if the
+    tokenizer does not tell."""
+
+    token_ids_T: Array
+    num_bytes_T: Array | None = None
 
 
 def fingerprint(token_ids_T: Array) -> Array:

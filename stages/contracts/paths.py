@@ -7,6 +7,7 @@ TENSORS_FILE = "tensors.arrow"
 CHECKPOINT_DIR = "checkpoint"
 DOCUMENTS_FILE = "documents.arrow"
 SCORES_FILE = "scores.json"
+GENERATION_FILE = "generation.json"
 REPORT_FILE = "report.json"
 TRANSIENT_DIRS = ("hidden", "partial")
 

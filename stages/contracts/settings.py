@@ -122,6 +122,11 @@ class Evaluation(TextData):
 
     metrics: Annotated[tuple[Literal["perplexity"], ...], BeforeValidator(_as_tuple)] = ("perplexity",)
     perplexity: Perplexity = Perplexity()
+    generate: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Prompts that the source and every export continue greedily, for the report to show side by side. Each model is held whole
+    by one worker."""
+    max_new_tokens: Count = 256
+    """Maximum number of tokens with which a prompt is continued."""
 
     @model_validator(mode="after")
     def _check_stride(self) -> Self:

@@ -1,19 +1,18 @@
-"""The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text."""
+"""The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text, and their answers to
+prompts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from stages.contracts.keys import Part
-from stages.contracts.paths import CHECKPOINT_DIR
 from stages.contracts.settings import Evaluation
 from stages.contracts.spec import Run, StagePlan, StageSpec
-from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, stream_plan, stream_units
-from stages.contracts.units import HoldCall, NoFacts, Unit, UnitCall
-
-SOURCE_PART = "source"
+from stages.contracts.stream_units import Stream, StreamArgs, stream_plan, stream_units
+from stages.contracts.units import NoFacts, Unit, UnitCall
+from stages.evaluate.generation import check_generation, generation_parts, generation_units
+from stages.evaluate.models import OPEN, SOURCE_PART, Model, models
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,12 @@ class Scores:
     bits_per_byte: float | None
 
 
-OPEN = HoldCall("stages.model.layer_shard:open_layer_shard", LayerShardArgs)
 EVALUATE = UnitCall("stages.evaluate.units:evaluate_unit", EvaluateArgs, NoFacts)
 SCORE = UnitCall("stages.evaluate.units:score_unit", ScoreArgs, Scores)
 
 
 class Evaluate(StageSpec):
-    """Computes the perplexity of every model."""
+    """Computes the perplexity of every model, and lets it answer prompts."""
 
     name = "evaluate"
     version = 3
@@ -63,23 +61,24 @@ class Evaluate(StageSpec):
     after = ("prepare", "assemble")
 
     def parts(self, run: Run) -> Iterator[Part]:
-        """One part for the source and one per target; none without held-out text."""
-        if run.config.evaluation is None:
-            return
-        tokens = run.part("prepare", "evaluation")
-        yield run.new_part(self, SOURCE_PART, {}, {"model": run.part("prepare", "model"), "tokens": tokens})
-        for target in run.targets:
-            yield run.new_part(self, target.part, {}, {"model": run.part("assemble", target.part), "tokens": tokens})
-
-    def units(self, run: Run) -> Iterator[Unit]:
-        """For each model: units that pass token shards through layer shards, and one unit for the score."""
+        """One part for the source and one per target, and further ones for their answers; none without held-out text."""
         data = run.config.evaluation
         if data is None:
             return
-        yield from _model_units(run, data, run.part(self.name, SOURCE_PART), run.model, run.config.name)
-        for target in run.targets:
-            folder = run.run_dir / run.part("assemble", target.part).dir / CHECKPOINT_DIR
-            yield from _model_units(run, data, run.part(self.name, target.part), folder, target.name)
+        tokens = run.part("prepare", "evaluation")
+        for model in models(run):
+            yield run.new_part(self, model.part, {}, {"model": model.made_by, "tokens": tokens})
+        yield from generation_parts(self, run, data)
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """For each model: units that pass token shards through layer shards, one unit for the score, and one for its
+        answers."""
+        data = run.config.evaluation
+        if data is None:
+            return
+        for model in models(run):
+            yield from _model_units(run, data, model)
+        yield from generation_units(run, data)
 
     def plan(self, run: Run) -> StagePlan:
         """Every model has the same number of units, because merging keeps the number of layers."""
@@ -88,19 +87,26 @@ class Evaluate(StageSpec):
             return StagePlan("", "workers")
         num_models = 1 + len(run.targets)
         shards = stream_plan(run, run.part(self.name, SOURCE_PART), data)
-        return StagePlan(f"{num_models} models x {shards} + {num_models} scores", "workers")
+        answers = f" + {num_models} answers to prompts" if data.generate else ""
+        return StagePlan(f"{num_models} models x {shards} + {num_models} scores{answers}", "workers")
+
+    def check_surveyed(self, run: Run) -> None:
+        """Refuse whole models that are too large for a worker."""
+        if run.config.evaluation is not None:
+            check_generation(run, run.config.evaluation)
 
 
-def _model_units(run: Run, data: Evaluation, part: Part, model: Path, name: str) -> Iterator[Unit]:
+def _model_units(run: Run, data: Evaluation, model: Model) -> Iterator[Unit]:
+    part = run.part("evaluate", model.part)
     stream = Stream(
-        part, run.part("prepare", "evaluation"), data, str(model), f"{name}, ", OPEN.on,
+        part, run.part("prepare", "evaluation"), data, str(model.folder), f"{model.name}, ", OPEN.on,
         lambda args: EVALUATE.on(EvaluateArgs(args, args.shard * data.sequences_per_shard, data.perplexity.stride)),
     )  # fmt: skip
     units = stream_units(run, stream)
     yield from units
     last = [unit for unit in units if not unit.writes]
     args = ScoreArgs(data.num_shards, _num_bytes(run))
-    yield run.unit(part, "perplexity", SCORE.on(args), f"{name}, perplexity", after=last)
+    yield run.unit(part, "perplexity", SCORE.on(args), f"{model.name}, perplexity", after=last)
 
 
 def _num_bytes(run: Run) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.contracts.documents import Document
 from stages.contracts.errors import InputError
 from stages.contracts.windows import NO_TOKEN, scored
 
@@ -18,15 +19,6 @@ POOL_FACTOR = 16
 one document as the pool has tokens, so that several documents are needed to fill it."""
 
 Tokens = np.ndarray[tuple[int], np.dtype[np.int64]]
-
-
-@dataclass(frozen=True)
-class Document:
-    """token_ids_T: of a document. num_bytes_T: bytes of UTF-8 that each token adds to the text; None if the tokenizer does not
-    tell."""
-
-    token_ids_T: Tokens
-    num_bytes_T: Tokens | None = None
 
 
 @dataclass(frozen=True)

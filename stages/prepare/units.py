@@ -69,7 +69,7 @@ def sequences(args: TextArgs) -> Sequences:
         ids_ST = read_ids(files[0], num_sequences, sequence_length, place)
         found = Sequences(ids_ST, list(ids_ST.astype(np.int64)), None)
     else:
-        from stages.prepare.tokenizer import Tokenizer
+        from stages.model.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(checkpoint, args.trust_remote_code)
         max_characters = POOL_FACTOR * num_sequences * sequence_length

@@ -18,6 +18,7 @@ class ReportedTarget:
 
     name: name of its folder. target: its variant and number of experts. variant: empty if the run file lists none. path:
     relative to the run directory. assembled: facts of its folder. evaluate_dir: directory of its scores, or None.
+    generate_dir: directory of its answers to prompts, or None.
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
     unweighted_clusters: by layer, merged experts whose members got no token.
     """
@@ -31,6 +32,7 @@ class ReportedTarget:
     path: str
     assembled: Facts
     evaluate_dir: str | None
+    generate_dir: str | None
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
 
@@ -40,16 +42,17 @@ class ReportArgs:
     """Inputs of a report.
 
     survey_dir: relative to the run directory. source_name, source_path: name and path of the model. source_evaluate_dir:
-    directory of the model's scores, or None. never_routed: by layer, experts to which no calibration token was routed.
-    is_sampled: whether standard errors are known. calibration_dir, text_dirs: directories of the calibration text and, by name,
-    of the evaluation texts. settings: the run file. versions: versions of the libraries that computed
-    each part.
+    directory of the model's scores, or None. source_generate_dir: of its answers to prompts, or None. never_routed: by layer,
+    experts to which no calibration token was routed. is_sampled: whether standard errors are known. calibration_dir, text_dirs:
+    directories of the calibration text and, by name, of the evaluation texts. settings: the run file. versions: versions of the
+    libraries that computed each part.
     """
 
     survey_dir: str
     source_name: str
     source_path: str
     source_evaluate_dir: str | None
+    source_generate_dir: str | None
     targets: tuple[ReportedTarget, ...]
     never_routed: Mapping[int, tuple[int, ...]]
     is_sampled: bool
@@ -90,6 +93,7 @@ class Report(StageSpec):
             source_name=run.config.name,
             source_path=str(run.model),
             source_evaluate_dir=_dir_of(run, "evaluate", "source"),
+            source_generate_dir=_dir_of(run, "evaluate", "generate-source"),
             targets=tuple(_reported(run)),
             never_routed=_by_layer(run, "calibrate", run.part("calibrate").dir, "never_routed"),
             is_sampled=run.config.calibration.sampling is not None,
@@ -144,6 +148,7 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             path=f"models/{target.name}",
             assembled=sealed.facts,
             evaluate_dir=_dir_of(run, "evaluate", target.part),
+            generate_dir=_dir_of(run, "evaluate", f"generate-{target.part}"),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
         )

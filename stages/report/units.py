@@ -11,8 +11,9 @@ from stages.contracts.documents import num_shared, read_documents
 from stages.contracts.paths import DOCUMENTS_FILE, REPORT_FILE, SCORES_FILE, SURVEY_FILE, errors_file, stability_file
 from stages.contracts.units import Job, UnitResult
 from stages.io.files import write_json
+from stages.report.generation import read_generation
 from stages.report.spec import ReportArgs, ReportedTarget, ReportFacts
-from stages.report.warning_lines import of_certainty, of_overlap, of_scores
+from stages.report.warning_lines import of_certainty, of_generation, of_overlap, of_scores
 
 Values = dict[str, Any]
 """Values of a JSON object."""
@@ -35,13 +36,14 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
     targets = [_target(job, target) for target in args.targets]
     certainty = _certainty(job) if args.is_sampled else None
     models = [source, *targets]
-    overlap = _overlap(job)
+    overlap, generation = _overlap(job), read_generation(job)
     report = {
         "models": models,
-        "warnings": [*of_overlap(overlap), *of_scores(models), *of_certainty(certainty)],
+        "warnings": [*of_overlap(overlap), *of_scores(models), *of_generation(generation), *of_certainty(certainty)],
         "tied_stock_gaps": _tied_stock_gaps(targets),
         "never_routed": args.never_routed,
         "overlap": overlap,
+        **({"generation": generation} if generation else {}),
         **({"certainty": certainty} if certainty else {}),
         "plan": survey,
         "settings": args.settings,

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from stages.contracts.documents import Document
 from stages.contracts.errors import InputError
 from stages.contracts.windows import NO_TOKEN, scored
-from stages.prepare.tokens import POOL_FACTOR, Document, draw_sequences, slide
+from stages.prepare.tokens import POOL_FACTOR, draw_sequences, slide
 
 
 def documents(sizes: list[int]) -> Iterator[Document]:

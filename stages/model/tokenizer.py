@@ -9,9 +9,10 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from stages.checkpoint.folder import Checkpoint
+from stages.contracts.arrow import Array
+from stages.contracts.documents import Document
 from stages.contracts.errors import InputError
 from stages.io.untrusted import MAX_SMALL_BYTES, check_regular, read_json
-from stages.prepare.tokens import Document, Tokens
 
 _JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FILES = (
@@ -24,7 +25,7 @@ _NO_CACHE = {"TIKTOKEN_CACHE_DIR": ""}
 
 
 class Tokenizer:
-    """Turns documents into token ids.
+    """Turns documents into token ids. plain: transformers' own tokenizer.
 
     Raises InputError for a tokenizer that is missing, damaged or of an unknown kind. Code that comes with the checkpoint runs
     only if trust_remote_code is set.
@@ -39,13 +40,13 @@ class Tokenizer:
         self._name = f"{checkpoint.folder / found[0]}{settings}" if found else str(checkpoint.folder)
         fails = "cannot be loaded as a tokenizer" if found else "has no tokenizer that transformers can load"
         with self._reported(fails), _environment(_NO_CACHE):
-            self._encode = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            self.plain = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
     def encode(self, document: str) -> Document:
         """Tokens of a document, including the tokenizer's own special tokens. Their bytes are known of a fast tokenizer, which
         says where in the text each token ends."""
         with self._reported("fails as a tokenizer on a document of the text"):
-            encoded = self._encode(document, verbose=False, return_offsets_mapping=self._encode.is_fast)
+            encoded = self.plain(document, verbose=False, return_offsets_mapping=self.plain.is_fast)
             ids = encoded["input_ids"]
             ids_T = np.asarray(ids)
         if not isinstance(ids, list) or ids_T.ndim != 1 or (ids and ids_T.dtype.kind != "i"):
@@ -53,7 +54,7 @@ class Tokenizer:
                 f"{self._name} returns {type(ids).__name__} of shape {list(ids_T.shape)} and {ids_T.dtype} for "
                 f"a document; a list of token ids is needed"
             )
-        num_bytes_T = _num_bytes(document, encoded["offset_mapping"]) if self._encode.is_fast else None
+        num_bytes_T = _num_bytes(document, encoded["offset_mapping"]) if self.plain.is_fast else None
         return Document(ids_T.astype(np.int64), num_bytes_T)
 
     @contextmanager
@@ -75,7 +76,7 @@ class Tokenizer:
             ) from e
 
 
-def _num_bytes(document: str, spans: Sequence[tuple[int, int]]) -> Tokens:
+def _num_bytes(document: str, spans: Sequence[tuple[int, int]]) -> Array:
     """Bytes of UTF-8 that each token adds: those from the end of the tokens before it to its own. spans: first character of
     each token, and the one behind its last; special tokens have none."""
     code_points = np.frombuffer(document.encode("utf-32-le"), np.uint32)
