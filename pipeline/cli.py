@@ -103,7 +103,9 @@ def run(
     from pipeline.display.comparison import Comparison
     from pipeline.display.progress import Reporter
     from pipeline.display.tables import certainty_lines, result_table
+    from pipeline.display.task_table import TaskTable
     from pipeline.driver.run_state import RunOptions
+    from pipeline.errors import RunFailed
 
     config = load_config(run_file, settings or [])
     reporter = Reporter(Console(stderr=True))
@@ -116,6 +118,8 @@ def run(
         show(console, result_table(result.report))
         if config.variants is not None:
             show(console, Comparison.of(result.report).table())
+        if (scores := TaskTable.of(result.report)) is not None:
+            show(console, scores.table())
         for line in certainty_lines(result.report):
             show(console, line)
         for warning in result.report["warnings"]:
@@ -123,6 +127,8 @@ def run(
         show(console, f"report       {result.report_path}")
         show(console, f"checkpoints  {run_dir / 'models'}")
     show(console, f"{result.num_run} units run, {result.num_reused} reused, {result.elapsed_s:.1f} s")
+    if result.shortfalls:
+        raise RunFailed("\n".join((*result.shortfalls, "all else is finished; the same command tries these again")))
 
 
 @app.command()
@@ -175,20 +181,23 @@ def compare(
     settings: Settings = None,
     output_format: Annotated[TableFormat, typer.Option("--format", help="table, markdown or json.")] = TableFormat.TABLE,
 ) -> None:
-    """Show a finished run's variants side by side: perplexity of every target and format; a star marks the best."""
+    """Show a finished run's variants side by side: perplexity of every target and format; a star marks the best. Scores of
+    tasks too, tasks across."""
     from pipeline.commands.compare import comparison
     from pipeline.config import load_config
 
-    found = comparison(load_config(run_file, settings or []))
+    found, scores = comparison(load_config(run_file, settings or []))
     console = _output()
     if output_format is TableFormat.JSON:
-        console.print_json(data=found.values(), ensure_ascii=True)
+        console.print_json(data=found.values() | (scores.values() if scores is not None else {}), ensure_ascii=True)
         return
     show(console, found.source_line)
     if output_format is TableFormat.TABLE:
         show(console, found.table())
+        if scores is not None:
+            show(console, scores.table())
         return
-    for line in found.markdown():
+    for line in (*found.markdown(), *(("", *scores.markdown()) if scores is not None else ())):
         show(console, line)
 
 

@@ -9,7 +9,7 @@ import pytest
 from stages.registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
-SHARED_ROOMS = ("contracts", "io", "checkpoint", "model")
+SHARED_ROOMS = ("contracts", "io", "checkpoint", "model", "harness")
 NUMERIC = {"torch", "transformers", "numpy", "scipy", "safetensors", "datasets", "tokenizers"}
 
 

@@ -8,6 +8,7 @@ CHECKPOINT_DIR = "checkpoint"
 DOCUMENTS_FILE = "documents.arrow"
 SCORES_FILE = "scores.json"
 GENERATION_FILE = "generation.json"
+RESULTS_FILE = "results.json"
 REPORT_FILE = "report.json"
 TRANSIENT_DIRS = ("hidden", "partial")
 

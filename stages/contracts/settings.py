@@ -117,6 +117,34 @@ class Perplexity(Section):
     drawn from it. Each token is predicted once, with at least sequence_length - stride tokens before it. Omit to draw."""
 
 
+class Harness(Section):
+    """How tasks of lm-evaluation-harness are run. What is left out is as the harness has it."""
+
+    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Examples before each question, for tasks that do not forbid it."""
+    limit: Count | Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    """Documents of each task, or their share; for trials only."""
+    seed: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Seed of everything that the harness draws."""
+    include_path: str | None = None
+    """Folder with task files of your own, which every node reaches."""
+    backend: Literal["auto", "streamed", "hf", "vllm"] = "auto"
+    """Who answers. streamed: layer shards, for log-likelihood requests to a model of any size. hf: the whole model on a worker.
+    vllm: where installed. auto: streamed, and hf for tasks that generate text."""
+    max_length: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Tokens that a model reads at most. Default: the model's positions."""
+    apply_chat_template: bool = False
+    """Put questions to the model by its tokenizer's chat template."""
+    confirm_run_unsafe_code: bool = False
+    """The harness's own permission to run code that a model writes, for tasks that need it."""
+    batch_size: Count = 1
+    """Requests that hf answers at once."""
+    tokens_per_shard: Count = 32768
+    """Tokens of a slice of requests that streamed takes through a layer shard at once."""
+    tokens_per_micro_batch: Count = 2048
+    """Tokens of requests that run through a layer at once in streamed. Changing it can change results in the last bits."""
+
+
 class Evaluation(TextData):
     """The held-out text."""
 
@@ -125,6 +153,9 @@ class Evaluation(TextData):
     generate: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     """Prompts that the source and every export continue greedily, for the report to show side by side. Each model is held whole
     by one worker."""
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Tasks and groups of lm-evaluation-harness (the extra `eval`), or `paper` or `generative`."""
+    harness: Harness = Harness()
     max_new_tokens: Count = 256
     """Maximum number of tokens with which a prompt is continued."""
 
@@ -324,6 +355,12 @@ def texts_of(config: RunConfig) -> dict[str, TextData]:
     """The texts of a run, by the names of their sections."""
     texts = {"calibration": config.calibration, "evaluation": config.evaluation}
     return {place: data for place, data in texts.items() if data is not None}
+
+
+def task_folder(config: RunConfig) -> Path | None:
+    """Folder with the run's own task files, if it has one."""
+    given = config.evaluation.harness.include_path if config.evaluation is not None and config.evaluation.tasks else None
+    return absolute(given) if given is not None else None
 
 
 def stride_of(data: TextData) -> int | None:

@@ -1,18 +1,22 @@
 """The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text, and their answers to
 prompts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
+from stages.checkpoint.folder import Checkpoint
 from stages.contracts.keys import Part
-from stages.contracts.settings import Evaluation
+from stages.contracts.settings import Evaluation, RunConfig
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import Stream, StreamArgs, stream_plan, stream_units
+from stages.contracts.targets import Target
+from stages.contracts.tasks import task_args
 from stages.contracts.units import NoFacts, Unit, UnitCall
 from stages.evaluate.generation import check_generation, generation_parts, generation_units
 from stages.evaluate.models import OPEN, SOURCE_PART, Model, models
+from stages.evaluate.tasks import backend_lines, check_backend, check_whole_tasks, task_parts, task_units
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Evaluate(StageSpec):
     name = "evaluate"
     version = 3
     libraries = ("torch", "transformers")
-    after = ("prepare", "assemble")
+    after = ("prepare", "requests", "assemble")
 
     def parts(self, run: Run) -> Iterator[Part]:
         """One part for the source and one per target, and further ones for their answers; none without held-out text."""
@@ -69,6 +73,7 @@ class Evaluate(StageSpec):
         for model in models(run):
             yield run.new_part(self, model.part, {}, {"model": model.made_by, "tokens": tokens})
         yield from generation_parts(self, run, data)
+        yield from task_parts(self, run, data)
 
     def units(self, run: Run) -> Iterator[Unit]:
         """For each model: units that pass token shards through layer shards, one unit for the score, and one for its
@@ -79,6 +84,7 @@ class Evaluate(StageSpec):
         for model in models(run):
             yield from _model_units(run, data, model)
         yield from generation_units(run, data)
+        yield from task_units(run, data)
 
     def plan(self, run: Run) -> StagePlan:
         """Every model has the same number of units, because merging keeps the number of layers."""
@@ -88,12 +94,22 @@ class Evaluate(StageSpec):
         num_models = 1 + len(run.targets)
         shards = stream_plan(run, run.part(self.name, SOURCE_PART), data)
         answers = f" + {num_models} answers to prompts" if data.generate else ""
+        answers += f" + {num_models} x {len(task_args(run.config))} tasks" if data.tasks else ""
         return StagePlan(f"{num_models} models x {shards} + {num_models} scores{answers}", "workers")
 
     def check_surveyed(self, run: Run) -> None:
         """Refuse whole models that are too large for a worker."""
         if run.config.evaluation is not None:
             check_generation(run, run.config.evaluation)
+            check_whole_tasks(run, run.config.evaluation)
+
+    def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
+        """Refuse a backend that cannot run the tasks."""
+        check_backend(config)
+
+    def remarks(self, run: Run) -> Iterator[str]:
+        """Which backend runs each task."""
+        return backend_lines(run.config)
 
 
 def _model_units(run: Run, data: Evaluation, model: Model) -> Iterator[Unit]:

@@ -9,6 +9,7 @@ from stages.contracts.keys import Part
 from stages.contracts.paths import REPORT_FILE
 from stages.contracts.spec import Publication, Run, StagePlan, StageSpec
 from stages.contracts.targets import NumExperts
+from stages.contracts.tasks import sealed_requests, task_args, task_part
 from stages.contracts.units import Facts, Unit, UnitCall
 
 
@@ -38,14 +39,25 @@ class ReportedTarget:
 
 
 @dataclass(frozen=True)
+class ReportedTask:
+    """A task of the harness and a model. folder: of its results, relative to the run directory; None if it has failed. failure:
+    why."""
+
+    model: str
+    task: str
+    folder: str | None
+    failure: str | None
+
+
+@dataclass(frozen=True)
 class ReportArgs:
     """Inputs of a report.
 
     survey_dir: relative to the run directory. source_name, source_path: name and path of the model. source_evaluate_dir:
     directory of the model's scores, or None. source_generate_dir: of its answers to prompts, or None. never_routed: by layer,
-    experts to which no calibration token was routed. is_sampled: whether standard errors are known. calibration_dir, text_dirs:
-    directories of the calibration text and, by name, of the evaluation texts. settings: the run file. versions: versions of the
-    libraries that computed each part.
+    experts to which no calibration token was routed. is_sampled: whether standard errors are known. tasks: of every model.
+    calibration_dir, text_dirs: directories of the calibration text and, by name, of the evaluation texts. settings: the run
+    file. versions: versions of the libraries that computed each part.
     """
 
     survey_dir: str
@@ -56,6 +68,7 @@ class ReportArgs:
     targets: tuple[ReportedTarget, ...]
     never_routed: Mapping[int, tuple[int, ...]]
     is_sampled: bool
+    tasks: tuple[ReportedTask, ...]
     calibration_dir: str
     text_dirs: Mapping[str, str]
     settings: Mapping[str, JsonValue]
@@ -64,9 +77,11 @@ class ReportArgs:
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """num_models: number of models in the report."""
+    """num_models: number of models in the report. failure: which tasks it lacks; None if none. While there is one, every run
+    makes the report again."""
 
     num_models: int
+    failure: str | None
 
 
 _LAYER_AND_INDICES = TypeAdapter(tuple[int, tuple[int, ...]])
@@ -79,7 +94,7 @@ class Report(StageSpec):
 
     name = "report"
     version = 3
-    after = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate")
+    after = ("prepare", "requests", "calibrate", "cluster", "merge", "assemble", "evaluate")
 
     def parts(self, run: Run) -> Iterator[Part]:
         """One part. The report shows exactly the settings in its key. Both leave out `resources`, which change no result."""
@@ -97,6 +112,7 @@ class Report(StageSpec):
             targets=tuple(_reported(run)),
             never_routed=_by_layer(run, "calibrate", run.part("calibrate").dir, "never_routed"),
             is_sampled=run.config.calibration.sampling is not None,
+            tasks=tuple(_reported_tasks(run)),
             calibration_dir=run.part("prepare", "calibration").dir,
             text_dirs={part.name: part.dir for part in run.parts("prepare") if part.name not in ("model", "calibration")},
             settings=_shown_settings(run),
@@ -109,8 +125,12 @@ class Report(StageSpec):
         return StagePlan("1", "CPU")
 
     def publications(self, run: Run) -> Iterator[Publication]:
-        """The report file."""
-        yield Publication(f"{run.part(self.name).dir}/{REPORT_FILE}", REPORT_FILE, is_folder=False)
+        """The report file, and for each model the results of tasks as the harness writes them."""
+        folder = run.part(self.name).dir
+        yield Publication(f"{folder}/{REPORT_FILE}", REPORT_FILE, is_folder=False)
+        if task_args(run.config):
+            for name in (run.config.name, *(target.name for target in run.targets)):
+                yield Publication(f"{folder}/{harness_file(name)}", harness_file(name), is_folder=False)
 
 
 def _shown_settings(run: Run) -> dict[str, JsonValue]:
@@ -152,6 +172,28 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
         )
+
+
+def harness_file(model: str) -> str:
+    """File with the harness's results for a model, in the folder of the report and in the run directory."""
+    return f"harness/{model}.json"
+
+
+def _reported_tasks(run: Run) -> Iterator[ReportedTask]:
+    names = {"source": run.config.name, **{target.part: target.name for target in run.targets}}
+    requests, sealed = sealed_requests(run), {}
+    for unit in run.units("evaluate"):
+        if unit.name == "scores":
+            sealed[unit.part_dir] = run.sealed(unit)
+    for args in task_args(run.config):
+        for part_name, model in names.items():
+            part = run.part("evaluate", task_part(args.task, part_name))
+            found = sealed.get(part.dir)
+            failure = requests[args.task].failure
+            if failure is None:
+                assert found is not None, part.dir
+                failure = TypeAdapter(str | None).validate_python(found.facts["failure"])
+            yield ReportedTask(model, args.task, None if failure else part.dir, failure)
 
 
 SPEC = Report()

@@ -13,6 +13,7 @@ from stages.contracts.units import Job, UnitResult
 from stages.io.files import write_json
 from stages.report.generation import read_generation
 from stages.report.spec import ReportArgs, ReportedTarget, ReportFacts
+from stages.report.tasks import failures_of, read_results, scores_of, write_harness_results
 from stages.report.warning_lines import of_certainty, of_generation, of_overlap, of_scores
 
 Values = dict[str, Any]
@@ -36,7 +37,10 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
     targets = [_target(job, target) for target in args.targets]
     certainty = _certainty(job) if args.is_sampled else None
     models = [source, *targets]
-    overlap, generation = _overlap(job), read_generation(job)
+    overlap, generation, results = _overlap(job), read_generation(job), read_results(job)
+    failures = failures_of(args.tasks)
+    for model in models if args.tasks else ():
+        model["tasks"] = scores_of(results.get(model["name"], {}))
     report = {
         "models": models,
         "warnings": [*of_overlap(overlap), *of_scores(models), *of_generation(generation), *of_certainty(certainty)],
@@ -44,12 +48,15 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
         "never_routed": args.never_routed,
         "overlap": overlap,
         **({"generation": generation} if generation else {}),
+        **({"failed_tasks": failures} if args.tasks else {}),
         **({"certainty": certainty} if certainty else {}),
         "plan": survey,
         "settings": args.settings,
         "versions": args.versions,
     }
-    return UnitResult(ReportFacts(len(models)), (write_json(job.part_dir / REPORT_FILE, report),))
+    files = [write_json(job.part_dir / REPORT_FILE, report), *write_harness_results(job, results)]
+    lacking = f"it lacks {len(failures)} of {len(args.tasks)} scores of tasks" if failures else None
+    return UnitResult(ReportFacts(len(models), lacking), files)
 
 
 def _target(job: Job[ReportArgs], target: ReportedTarget) -> Values:

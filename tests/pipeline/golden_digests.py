@@ -27,6 +27,7 @@ RECORD = Path(__file__).with_suffix(".json")
 COMMAND = "python -m tests.pipeline.golden_digests"
 UPSTREAM = {
     "prepare": (),
+    "requests": (),
     "calibrate": ("prepare",),
     "cluster": ("calibrate",),
     "recombine": ("prepare", "cluster"),
@@ -144,6 +145,7 @@ def found_in(folder: Path) -> dict[str, Any]:
         scores[names[part.name]] = found | _tables(folder)
     return {
         "prepare": {"plan": {"digest": _digest(plan)}, **{one.full_name: _tables(done.run_dir / one.dir) for one in prepared}},
+        "requests": {},  # the run has no tasks
         "calibrate": _tables(done.calibrate_dir),
         "cluster": {one.full_name: _tables(done.run_dir / one.dir) for one in done.view.parts("cluster")},
         "recombine": {},  # what it solves depends on the processor's roundings; tests/stages/test_recombine.py compares it
