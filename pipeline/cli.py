@@ -116,10 +116,12 @@ def run(
     console = _output()
     if result.report["models"]:
         show(console, result_table(result.report))
-        if config.variants is not None:
-            show(console, Comparison.of(result.report).table())
         if (scores := TaskTable.of(result.report)) is not None:
             show(console, scores.table())
+        if config.variants is not None:
+            first, *_ = Comparison.all_of(result.report)
+            show(console, first.source_line)
+            show(console, first.table())
         for line in certainty_lines(result.report):
             show(console, line)
         for warning in result.report["warnings"]:
@@ -181,24 +183,31 @@ def compare(
     settings: Settings = None,
     output_format: Annotated[TableFormat, typer.Option("--format", help="table, markdown or json.")] = TableFormat.TABLE,
 ) -> None:
-    """Show a finished run's variants side by side: perplexity of every target and format; a star marks the best. Scores of
-    tasks too, tasks across."""
-    from pipeline.commands.compare import comparison
+    """Show a finished run's variants side by side: perplexity of every target and format, over all text and by domain; a star
+    marks the best. Scores of tasks too, tasks across."""
+    from pipeline.commands.compare import comparisons
     from pipeline.config import load_config
 
-    found, scores = comparison(load_config(run_file, settings or []))
+    found, scores = comparisons(load_config(run_file, settings or []))
     console = _output()
     if output_format is TableFormat.JSON:
-        console.print_json(data=found.values() | (scores.values() if scores is not None else {}), ensure_ascii=True)
+        tasks = scores.values() if scores is not None else {}
+        console.print_json(data={"comparisons": [one.values() for one in found], **tasks}, ensure_ascii=True)
         return
-    show(console, found.source_line)
+    for one in found:
+        show(console, one.source_line)
+        if output_format is TableFormat.TABLE:
+            show(console, one.table())
+        else:
+            for line in ("", *one.markdown(), ""):
+                show(console, line)
+    if scores is None:
+        return
     if output_format is TableFormat.TABLE:
-        show(console, found.table())
-        if scores is not None:
-            show(console, scores.table())
-        return
-    for line in (*found.markdown(), *(("", *scores.markdown()) if scores is not None else ())):
-        show(console, line)
+        show(console, scores.table())
+    else:
+        for line in scores.markdown():
+            show(console, line)
 
 
 @app.command()

@@ -14,6 +14,8 @@ from stages.contracts.partition import held_bytes
 from stages.contracts.settings import Calibration
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, partition, stream_plan, stream_units
+from stages.contracts.survey import Survey
+from stages.contracts.texts import DomainShards, domain_shards
 from stages.contracts.units import Hold, HoldCall, Unit, UnitCall
 
 
@@ -26,13 +28,16 @@ class CalibrationShardArgs(LayerShardArgs):
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Rules for sampling tokens. The settings are those of `Calibration` and `Sampling`."""
+    """Rules for sampling tokens of a token shard. The settings are those of `Calibration` and `Sampling`.
+
+    num_sequences: of the text, or of the token shard's domain. first_sequence: index among those of the shard's first sequence.
+    """
 
     fraction: float
     groups: int
     num_sequences: int
     sequence_length: int
-    sequences_per_shard: int
+    first_sequence: int
     seed: int
 
 
@@ -54,11 +59,11 @@ class CalibrateFacts:
 
 @dataclass(frozen=True)
 class ReduceArgs:
-    """Arguments for adding up the sums of one layer over all token shards. is_sampled: whether groups of sequences are kept
-    separately. collectors: names of the collectors used beside the default ones."""
+    """Arguments for adding up the sums of one layer over the token shards of each domain. is_sampled: whether groups of
+    sequences are kept separately. collectors: names of the collectors used beside the default ones."""
 
     layer: int
-    num_shards: int
+    domains: tuple[DomainShards, ...]
     is_sampled: bool
     collectors: tuple[str, ...]
 
@@ -71,6 +76,11 @@ class ReduceFacts:
     num_tokens: int
     never_routed: tuple[int, ...]
 
+
+RATES = (100e12, 1e12)
+"""Rates, in operations a second, for which `plan` states times: scale them by what your hardware reaches."""
+MANY_SHARDS = 1024
+"""Token shards above which `plan` suggests larger ones: their sums and units take time and files."""
 
 OPEN = HoldCall("stages.calibrate.units:open_shard", CalibrationShardArgs)
 CALIBRATE = UnitCall("stages.calibrate.units:calibrate_unit", CalibrateArgs, CalibrateFacts)
@@ -97,10 +107,10 @@ class Calibrate(StageSpec):
         yield run.new_part(self, "", settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
-        """Units that pass token shards through layer shards, then one unit per MoE layer that adds up its sums."""
+        """Units that pass token shards through layer shards, then one unit per MoE layer that adds up its sums, by domain."""
         part, data, moe_layers = run.part(self.name), run.config.calibration, run.survey.moe_layers
         part_dir = Path(part.dir)
-        sample, collectors = _sample(data), required_collectors(run)
+        collectors = required_collectors(run)
 
         def makes(layers: tuple[int, int], shard: int) -> list[Path]:
             return [paths.partial_evidence_file(part_dir, layer, shard) for layer in moe_layers if layer in range(*layers)]
@@ -108,7 +118,7 @@ class Calibrate(StageSpec):
         stream = Stream(
             part, run.part("prepare", "calibration"), data, str(run.model), "",
             lambda args: OPEN.on(CalibrationShardArgs(**vars(args), routers=run.survey.routers)),
-            lambda args: CALIBRATE.on(CalibrateArgs(args, sample, collectors)),
+            lambda args: CALIBRATE.on(CalibrateArgs(args, _sample(data, args.shard), collectors)),
             makes,
         )  # fmt: skip
         holds: dict[int, Hold] = {}
@@ -121,7 +131,7 @@ class Calibrate(StageSpec):
             yield run.unit(
                 part,
                 f"layer-{layer:04d}",
-                REDUCE.on(ReduceArgs(layer, data.num_shards, sample is not None, collectors)),
+                REDUCE.on(ReduceArgs(layer, domain_shards(data), data.sampling is not None, collectors)),
                 f"layer {layer}, sum over token shards",
                 reads=[paths.partial_evidence_file(part_dir, layer, shard) for shard in range(data.num_shards)],
                 hold=holds[layer],  # W_down is applied here, and the worker with this hold has it
@@ -144,9 +154,38 @@ class Calibrate(StageSpec):
             lines.append(
                 "  that is more, since a worker holds at least one layer; lower tokens_per_shard or use a larger worker"
             )
+        lines += _work_lines(survey, data)
         hidden = data.num_sequences * data.sequence_length * survey.hidden_size * survey.itemsize * (len(shards) > 1)
         units = f"{stream_plan(run, part, data)} + {len(survey.moe_layers)} layers"
         return StagePlan(units, "workers", lines, disk_bytes=2 * hidden)
+
+
+def _work_lines(survey: Survey, data: Calibration) -> list[str]:
+    """How much there is to compute, and how long that takes at stated rates; and whether there are very many units."""
+    flops = data.num_sequences * data.sequence_length * flops_a_token(survey, data)
+    times = ", ".join(f"{_duration(flops / rate)} at {rate / 1e12:g} TFLOP/s" for rate in RATES)
+    lines = [f"calibrate computes about {flops / 1e12:.3g} TFLOP: one worker takes {times}; n workers, an n-th of it"]
+    if data.num_shards > MANY_SHARDS:
+        lines.append(
+            f"  {data.num_shards:,} token shards are very many; with tokens_per_shard "
+            f"{-(-data.num_sequences * data.sequence_length // MANY_SHARDS):,} there are about {MANY_SHARDS:,}"
+        )
+    return lines
+
+
+def flops_a_token(survey: Survey, data: Calibration) -> float:
+    """Floating-point operations for a token, two a weight. Every expert's gate and up projections run on every token, or on the
+    sampled ones; W_down of routed experts alone, since its mean output follows from a mean. Attention scores are left out."""
+    share = data.sampling.fraction if data.sampling is not None else 1.0
+    routed = survey.top_k / survey.num_experts
+    up = share + (routed if data.sampling is not None else 0.0)
+    experts = sum(survey.layer_expert_bytes) / survey.itemsize
+    rest = sum(survey.layer_bytes) / survey.itemsize - experts
+    return 2 * (rest + experts * (2 / 3 * up + 1 / 3 * routed))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.1f} s"
 
 
 def required_collectors(run: Run) -> tuple[str, ...]:
@@ -154,14 +193,15 @@ def required_collectors(run: Run) -> tuple[str, ...]:
     return gathering({column for variant in run.variants for column in variant.requires})
 
 
-def _sample(data: Calibration) -> SampleArgs | None:
+def _sample(data: Calibration, shard: int) -> SampleArgs | None:
     if data.sampling is None:
         return None
+    ((domain, shards),) = [(name, shards) for name, shards in data.shards_by_domain.items() if shard in shards]
     return SampleArgs(
         **data.sampling.model_dump(),
-        num_sequences=data.num_sequences,
+        num_sequences=data.sequences_by_domain[domain],
         sequence_length=data.sequence_length,
-        sequences_per_shard=data.sequences_per_shard,
+        first_sequence=(shard - shards.start) * data.sequences_per_shard,
         seed=data.seed,
     )
 

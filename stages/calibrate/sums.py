@@ -4,7 +4,7 @@ Dimensions: D hidden size, F intermediate size, E experts, C cells, N rows of a 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -72,8 +72,8 @@ def read_partial_sums(path: Path) -> PartialSums:
     return PartialSums(int(metadata[b"layer"]), int(metadata[b"num_tokens"]), num_unrouted_C, sums)
 
 
-def add_up(parts: Sequence[PartialSums], collectors: Sequence[Collector]) -> PartialSums:
-    """Add sums over token shards in the order given, because float64 addition is not associative."""
+def add_up(parts: Iterable[PartialSums], collectors: Sequence[Collector]) -> PartialSums:
+    """Add sums over token shards in the order given, because float64 addition is not associative. One is held at a time."""
 
     def two(one: PartialSums, other: PartialSums) -> PartialSums:
         assert other.layer == one.layer

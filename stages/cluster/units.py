@@ -3,12 +3,12 @@
 import numpy as np
 
 from stages.cluster.certainty import relative_standard_errors, stability
+from stages.cluster.domains import read_mixed
 from stages.cluster.linkage import all_cuts
 from stages.cluster.registry import method_at
 from stages.cluster.spec import DendrogramArgs, DendrogramFacts, PlanArgs, PlanFacts
 from stages.contracts.certainty import write_errors, write_stability
 from stages.contracts.dendrogram import write_dendrogram, write_labels
-from stages.contracts.evidence import read_evidence
 from stages.contracts.layer_plan import write_plan
 from stages.contracts.method import PlanSettings
 from stages.contracts.paths import dendrogram_file, errors_file, labels_file, plan_file, stability_file
@@ -20,7 +20,8 @@ def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
     args, layer, method = job.args, job.args.layer, method_at(job.args.method)
     settings, linkage = method.settings.model_validate(args.clustering), method.linkage
     assert linkage is not None, method.name
-    evidence = read_evidence(job.run_dir / args.calibrate_dir, layer, method.requires(settings))
+    calibrate_dir, required = job.run_dir / args.calibrate_dir, method.requires(settings)
+    evidence = read_mixed(calibrate_dir, layer, required, args.mix, None)
     linkage_Z = linkage(evidence, settings)
     files = [
         write_dendrogram(dendrogram_file(job.part_dir, layer), linkage_Z),
@@ -37,7 +38,9 @@ def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
     """Write the plan of one layer of a target."""
     args, method = job.args, method_at(job.args.method)
     clustering = method.settings.model_validate(args.clustering)
-    evidence = read_evidence(job.run_dir / args.calibrate_dir, args.layer, method.requires(clustering))
+    calibrate_dir, required = job.run_dir / args.calibrate_dir, method.requires(clustering)
+    num_kept = None if method.linkage else args.num_slots  # a dendrogram serves all targets
+    evidence = read_mixed(calibrate_dir, args.layer, required, args.mix, num_kept)
     plan = method.plan(evidence, args.num_slots, PlanSettings(clustering, args.merging, args.router))
     if len(plan.slots) != args.num_slots:
         raise ValueError(

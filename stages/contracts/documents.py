@@ -1,11 +1,10 @@
-"""Documents as tokens; fingerprints of those that a text's sequences come from, and how many of them two texts share.
+"""Fingerprints of the documents that a text's sequences come from, and how many documents two texts share.
 
 A fingerprint is a sample of hashes of a document's token windows, so that a document is found again whatever stands before it,
 if it was cut, or if a few of its words were changed.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +22,9 @@ SHARED_SHARE = 0.5
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _SCHEMA = pa.schema(
-    [pa.field("windows", pa.list_(pa.uint64()), False)],
+    [pa.field("windows", pa.large_list(pa.uint64()), False)],
     metadata={"table": "one document a row", "windows": f"hashes of some of its windows of {WINDOW_TOKENS} tokens"},
 )
-
-
-@dataclass(frozen=True)
-class Document:
-    """Tokens of a document. token_ids_T: int64. num_bytes_T: bytes of UTF-8 that each token adds to the text; None if the
-    tokenizer does not tell."""
-
-    token_ids_T: Array
-    num_bytes_T: Array | None = None
 
 
 def fingerprint(token_ids_T: Array) -> Array:
@@ -59,15 +49,19 @@ def _mixed(values: Array) -> Array:
 
 def write_documents(path: Path, documents: Iterable[Array]) -> WrittenFile:
     """Write the fingerprints of documents. documents: token ids [T] of each."""
-    return write_table(path, {"windows": [fingerprint(ids_T).tolist() for ids_T in documents]}, _SCHEMA)
+    found = [fingerprint(ids_T) for ids_T in documents]
+    offsets = np.cumsum([0, *map(len, found)])
+    values = np.concatenate([np.empty(0, np.uint64), *found])
+    return write_table(path, {"windows": pa.LargeListArray.from_arrays(offsets, values)}, _SCHEMA)
 
 
-def read_documents(path: Path) -> list[Sequence[int]]:
+def read_documents(path: Path) -> list[Array]:
     """Fingerprints of a file of `write_documents`."""
-    return read_table(path)["windows"].to_pylist()  # type: ignore[no-any-return]
+    lists = read_table(path)["windows"].combine_chunks()
+    return np.split(lists.flatten().to_numpy(), lists.offsets.to_numpy()[1:-1])
 
 
-def num_shared(documents: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> int:
+def num_shared(documents: Sequence[Array], others: Sequence[Array]) -> int:
     """Number of documents of which at least SHARED_SHARE of the kept windows are windows of the others."""
-    known = {window for other in others for window in other}
-    return sum(sum(window in known for window in windows) >= SHARED_SHARE * len(windows) for windows in documents if windows)
+    known = np.unique(np.concatenate([np.empty(0, np.uint64), *others]))
+    return sum(bool(np.isin(windows, known).mean() >= SHARED_SHARE) for windows in documents if len(windows))

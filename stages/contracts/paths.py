@@ -5,7 +5,6 @@ from pathlib import Path
 SURVEY_FILE = "plan.json"
 TENSORS_FILE = "tensors.arrow"
 CHECKPOINT_DIR = "checkpoint"
-DOCUMENTS_FILE = "documents.arrow"
 SCORES_FILE = "scores.json"
 GENERATION_FILE = "generation.json"
 RESULTS_FILE = "results.json"
@@ -16,6 +15,11 @@ TRANSIENT_DIRS = ("hidden", "partial")
 def tokens_file(shard: int) -> str:
     """File of a token shard."""
     return f"tokens-{shard:04d}.arrow"
+
+
+def documents_file(part_dir: Path, domain: str) -> Path:
+    """Fingerprints of the documents that a text's sequences come from. domain: empty if the section has none."""
+    return part_dir / (f"documents-{domain}.arrow" if domain else "documents.arrow")
 
 
 def hidden_file(part_dir: Path, layer: int, shard: int) -> Path:
@@ -31,6 +35,11 @@ def student_file(part_dir: Path, layer: int, shard: int) -> Path:
 def partial_evidence_file(part_dir: Path, layer: int, shard: int) -> Path:
     """Sums of one layer over one token shard; transient."""
     return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.arrow"
+
+
+def domain_dir(calibrate_dir: Path, domain: str) -> Path:
+    """Folder of the evidence of one domain. domain: empty for evidence of a text without domains."""
+    return calibrate_dir / "domains" / domain if domain else calibrate_dir
 
 
 def statistics_file(part_dir: Path, layer: int) -> Path:

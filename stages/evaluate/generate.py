@@ -12,7 +12,7 @@ from stages.contracts.units import HeldJob, NoFacts, UnitResult
 from stages.evaluate.generation import GenerateArgs
 from stages.evaluate.loops import LOOP_SHARE, is_thinking, repeated_share
 from stages.model.layer_shard import LayerShard
-from stages.model.tokenizer import Tokenizer
+from stages.model.tokenizer import LoadedTokenizer
 
 _GENERATION_CONFIG = "generation_config.json"
 
@@ -20,7 +20,7 @@ _GENERATION_CONFIG = "generation_config.json"
 def generate_unit(job: HeldJob[GenerateArgs, LayerShard]) -> UnitResult[NoFacts]:
     """Continue every prompt greedily and write the texts, with signs of loops."""
     args, held = job.args, job.held
-    tokenizer = Tokenizer(held.adapted.checkpoint, args.trust_remote_code).plain
+    tokenizer = LoadedTokenizer(held.adapted.checkpoint, args.trust_remote_code).plain
     uses_template = getattr(tokenizer, "chat_template", None) is not None
     config = _greedy(held, tokenizer, args.max_new_tokens)
     answers = [_answer(held, tokenizer, config, prompt, uses_template) for prompt in args.prompts]

@@ -1,10 +1,8 @@
-"""The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text, and their answers to
-prompts."""
+"""The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text, in all and by domain; their
+answers to prompts, and their scores on tasks."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
-from pydantic import TypeAdapter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.keys import Part
@@ -13,6 +11,7 @@ from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import Stream, StreamArgs, stream_plan, stream_units
 from stages.contracts.targets import Target
 from stages.contracts.tasks import task_args
+from stages.contracts.texts import DomainShards, domain_shards, tokens_unit_name
 from stages.contracts.units import NoFacts, Unit, UnitCall
 from stages.evaluate.generation import check_generation, generation_parts, generation_units
 from stages.evaluate.models import OPEN, SOURCE_PART, Model, models
@@ -23,7 +22,7 @@ from stages.evaluate.tasks import backend_lines, check_backend, check_whole_task
 class EvaluateArgs:
     """Arguments for a token shard. Its losses are computed after the last layer.
 
-    first_sequence: index, within the text, of the shard's first sequence. stride: as in `Perplexity`.
+    first_sequence: index, within its domain's text, of the shard's first sequence. stride: as in `Perplexity`.
     """
 
     stream: StreamArgs
@@ -33,11 +32,11 @@ class EvaluateArgs:
 
 @dataclass(frozen=True)
 class ScoreArgs:
-    """num_shards: token shards of the text. num_bytes: bytes of UTF-8 that the predicted tokens stand for; None if not
-    known."""
+    """domains: token shards of each domain of the text. num_bytes: bytes of UTF-8 that the predicted tokens of each stand for,
+    of domains where these are known."""
 
-    num_shards: int
-    num_bytes: int | None = None
+    domains: tuple[DomainShards, ...]
+    num_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,24 +113,28 @@ class Evaluate(StageSpec):
 
 def _model_units(run: Run, data: Evaluation, model: Model) -> Iterator[Unit]:
     part = run.part("evaluate", model.part)
+    first_of = [number * data.sequences_per_shard for shards in data.shards_by_domain.values() for number in range(len(shards))]
     stream = Stream(
         part, run.part("prepare", "evaluation"), data, str(model.folder), f"{model.name}, ", OPEN.on,
-        lambda args: EVALUATE.on(EvaluateArgs(args, args.shard * data.sequences_per_shard, data.perplexity.stride)),
+        lambda args: EVALUATE.on(EvaluateArgs(args, first_of[args.shard], data.perplexity.stride)),
     )  # fmt: skip
     units = stream_units(run, stream)
     yield from units
     last = [unit for unit in units if not unit.writes]
-    args = ScoreArgs(data.num_shards, _num_bytes(run))
+    args = ScoreArgs(domain_shards(data), _num_bytes(run, data))
     yield run.unit(part, "perplexity", SCORE.on(args), f"{model.name}, perplexity", after=last)
 
 
-def _num_bytes(run: Run) -> int | None:
-    """Bytes of the predicted text, which prepare has found."""
+def _num_bytes(run: Run, data: Evaluation) -> dict[str, int]:
+    """Bytes of the predicted text by domain, where prepare has found them."""
+    domains = {tokens_unit_name(name): name for name in data.shards_by_domain}
+    found: dict[str, int] = {}
     for unit in run.units("prepare"):
         sealed = run.sealed(unit) if unit.part_dir == run.part("prepare", "evaluation").dir else None
-        if sealed is not None:
-            return TypeAdapter(int | None).validate_python(sealed.facts.get("num_bytes"))
-    return None
+        num_bytes = sealed.facts.get("num_bytes") if sealed is not None else None
+        if isinstance(num_bytes, int):
+            found[domains[unit.name]] = num_bytes
+    return found
 
 
 SPEC = Evaluate()

@@ -1,8 +1,10 @@
 """Units of evaluate: pass a token shard through a layer shard (the last shard computes losses), and score a model."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,7 +34,7 @@ def evaluate_unit(job: HeldJob[EvaluateArgs, LayerShard]) -> UnitResult[NoFacts]
     num_predictions: list[int] = []
     token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(args.shard))
     is_scored_ST = torch.from_numpy(scored(token_ids_ST.numpy(), job.args.first_sequence, job.args.stride))
-    token_ids_ST = token_ids_ST.clamp(min=0)  # behind the end of the text stands no token: later ones see it, and count nothing
+    token_ids_ST = token_ids_ST.clamp(min=0)  # any token will do behind the end of the text: nothing before it sees it
 
     def see_logits(logits_BTV: Tensor, token_ids_BT: Tensor) -> None:
         is_scored_BT = is_scored_ST[len(losses) : len(losses) + len(token_ids_BT)]
@@ -48,21 +50,38 @@ def evaluate_unit(job: HeldJob[EvaluateArgs, LayerShard]) -> UnitResult[NoFacts]
 
 
 def score_unit(job: Job[ScoreArgs]) -> UnitResult[Scores]:
-    """Write `scores.json`: perplexity over all sequences, summed in the order of the token shards.
+    """Write `scores.json`: perplexity over all sequences, summed in the order of the token shards; with domains also that of
+    each, and their geometric mean.
 
     A loss that is not finite and a perplexity that overflows a float are written as null, because JSON has no number for them.
     """
-    total, num_predictions = 0.0, 0
-    for shard in range(job.args.num_shards):
-        found = read_losses(losses_file(job.part_dir, shard))
-        losses = found.negative_log_likelihoods
-        total += math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-        num_predictions += sum(found.num_predictions)
-    loss = total / num_predictions
+    sums = {
+        domain.name: [_sum(read_losses(losses_file(job.part_dir, shard))) for shard in range(domain.first, domain.stop)]
+        for domain in job.args.domains
+    }
     num_bytes = job.args.num_bytes
+    in_all = sum(num_bytes.values()) if num_bytes.keys() == sums.keys() else None
+    scores = _scores([one for some in sums.values() for one in some], in_all)
+    values: dict[str, JsonValue] = dict(vars(scores))
+    if "" not in sums:
+        by_domain = {name: _scores(some, num_bytes.get(name)) for name, some in sums.items()}
+        losses = [math.nan if one.loss is None else one.loss for one in by_domain.values()]
+        values["domains"] = {name: dict(vars(one)) for name, one in by_domain.items()}
+        values["macro_perplexity"] = _exp(math.fsum(losses) / len(losses))
+    return UnitResult(scores, (write_json(job.part_dir / SCORES_FILE, values),))
+
+
+def _sum(losses: Losses) -> tuple[float, int]:
+    """Summed losses and predictions of a token shard."""
+    values = losses.negative_log_likelihoods
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan, sum(losses.num_predictions)
+
+
+def _scores(sums: Sequence[tuple[float, int]], num_bytes: int | None) -> Scores:
+    total, num_predictions = sum(loss for loss, _ in sums), sum(count for _, count in sums)
+    loss = total / num_predictions
     bits_per_byte = total / math.log(2) / num_bytes if num_bytes and math.isfinite(loss) else None
-    scores = Scores(_exp(loss), loss if math.isfinite(loss) else None, num_predictions, bits_per_byte)
-    return UnitResult(scores, (write_json(job.part_dir / SCORES_FILE, vars(scores)),))
+    return Scores(_exp(loss), loss if math.isfinite(loss) else None, num_predictions, bits_per_byte)
 
 
 def _exp(loss: float) -> float | None:

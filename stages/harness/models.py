@@ -13,7 +13,7 @@ from stages.checkpoint.folder import Checkpoint
 from stages.contracts.requests import Request
 from stages.model.layer_shard import LayerShard
 from stages.model.model_config import load_config
-from stages.model.tokenizer import Tokenizer
+from stages.model.tokenizer import LoadedTokenizer
 
 Pairs = Sequence[tuple[Any, list[int], list[int]]]
 """Texts, tokens of the context, tokens of the continuation."""
@@ -30,7 +30,7 @@ class _WithoutModel(HFLM):  # type: ignore[misc]
     """Config and tokenizer of a checkpoint. Raises InputError if they cannot be read."""
 
     def __init__(self, checkpoint: Checkpoint, trust_remote_code: bool, max_length: int | None) -> None:
-        tokenizer = Tokenizer(checkpoint, trust_remote_code).plain
+        tokenizer = LoadedTokenizer(checkpoint, trust_remote_code).plain
         super().__init__(
             pretrained=_Absent(load_config(checkpoint)), tokenizer=tokenizer, backend="causal", max_length=max_length
         )
@@ -72,7 +72,7 @@ class Replay(_WithoutModel):
 
 def whole_model(held: LayerShard, trust_remote_code: bool, max_length: int | None, batch_size: int) -> HFLM:
     """The harness's class around a model whose layers are all held."""
-    tokenizer = Tokenizer(held.adapted.checkpoint, trust_remote_code).plain
+    tokenizer = LoadedTokenizer(held.adapted.checkpoint, trust_remote_code).plain
     model = HFLM(pretrained=held.model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=batch_size)
     model._device = held.device
     return model

@@ -1,16 +1,13 @@
 """Loads the checkpoint's tokenizer with transformers. Any exception of the libraries becomes a one-line error."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from transformers import AutoTokenizer
 
 from stages.checkpoint.folder import Checkpoint
-from stages.contracts.arrow import Array
-from stages.contracts.documents import Document
 from stages.contracts.errors import InputError
 from stages.io.untrusted import MAX_SMALL_BYTES, check_regular, read_json
 
@@ -24,8 +21,8 @@ _NO_CACHE = {"TIKTOKEN_CACHE_DIR": ""}
 """Switches off tiktoken's cache, which identifies a vocabulary by its path and would be read even if the file has changed."""
 
 
-class Tokenizer:
-    """Turns documents into token ids. plain: transformers' own tokenizer.
+class LoadedTokenizer:
+    """plain: transformers' own tokenizer. name: of its files, for messages.
 
     Raises InputError for a tokenizer that is missing, damaged or of an unknown kind. Code that comes with the checkpoint runs
     only if trust_remote_code is set.
@@ -37,28 +34,13 @@ class Tokenizer:
             _check_file(folder / name)
         found = [name for name in _FILES if (folder / name).exists()]
         settings = f" with {_JSON[0]}" if (folder / _JSON[0]).exists() else ""
-        self._name = f"{checkpoint.folder / found[0]}{settings}" if found else str(checkpoint.folder)
+        self.name = f"{checkpoint.folder / found[0]}{settings}" if found else str(checkpoint.folder)
         fails = "cannot be loaded as a tokenizer" if found else "has no tokenizer that transformers can load"
-        with self._reported(fails), _environment(_NO_CACHE):
+        with self.reported(fails), _environment(_NO_CACHE):
             self.plain = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
-    def encode(self, document: str) -> Document:
-        """Tokens of a document, including the tokenizer's own special tokens. Their bytes are known of a fast tokenizer, which
-        says where in the text each token ends."""
-        with self._reported("fails as a tokenizer on a document of the text"):
-            encoded = self.plain(document, verbose=False, return_offsets_mapping=self.plain.is_fast)
-            ids = encoded["input_ids"]
-            ids_T = np.asarray(ids)
-        if not isinstance(ids, list) or ids_T.ndim != 1 or (ids and ids_T.dtype.kind != "i"):
-            raise InputError(
-                f"{self._name} returns {type(ids).__name__} of shape {list(ids_T.shape)} and {ids_T.dtype} for "
-                f"a document; a list of token ids is needed"
-            )
-        num_bytes_T = _num_bytes(document, encoded["offset_mapping"]) if self.plain.is_fast else None
-        return Document(ids_T.astype(np.int64), num_bytes_T)
-
     @contextmanager
-    def _reported(self, what: str) -> Iterator[None]:
+    def reported(self, what: str) -> Iterator[None]:
         """Context only for calls of libraries: `tokenizers` raises bare Exception or panics, and transformers any exception."""
         try:
             yield
@@ -71,18 +53,9 @@ class Tokenizer:
             if isinstance(e, KeyError):
                 reason = f"{reason} is not there"
             raise InputError(
-                f"{self._name} {what}: {reason}; use the tokenizer files that belong to the checkpoint, from a version of "
+                f"{self.name} {what}: {reason}; use the tokenizer files that belong to the checkpoint, from a version of "
                 f"transformers that is not newer than this one"
             ) from e
-
-
-def _num_bytes(document: str, spans: Sequence[tuple[int, int]]) -> Array:
-    """Bytes of UTF-8 that each token adds: those from the end of the tokens before it to its own. spans: first character of
-    each token, and the one behind its last; special tokens have none."""
-    code_points = np.frombuffer(document.encode("utf-32-le"), np.uint32)
-    ends = np.cumsum(1 + sum((code_points >= limit).astype(np.int64) for limit in (0x80, 0x800, 0x10000)), dtype=np.int64)
-    ends_T = np.concatenate([[0], ends])[np.maximum.accumulate(np.array([stop for _, stop in spans], np.int64))]
-    return np.diff(ends_T, prepend=0)
 
 
 def _check_file(path: Path) -> None:

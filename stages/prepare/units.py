@@ -1,13 +1,11 @@
 """Units of prepare: the survey of the checkpoint, and the token shards of one text."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from stages.checkpoint.folder import CONFIG_FILE, Checkpoint
 from stages.contracts.documents import write_documents
 from stages.contracts.errors import InputError
-from stages.contracts.paths import DOCUMENTS_FILE, SURVEY_FILE, TENSORS_FILE, tokens_file
+from stages.contracts.paths import SURVEY_FILE, TENSORS_FILE, documents_file, tokens_file
 from stages.contracts.survey import survey_values
 from stages.contracts.tensors import write_tensors
 from stages.contracts.tokens import write_tokens
@@ -18,12 +16,14 @@ from stages.io.texts import kind_of, list_files
 from stages.model.families import number_in, text_config
 from stages.model.survey import survey_checkpoint
 from stages.prepare.documents import read_documents, read_in_order
-from stages.prepare.ids import checked_ids, read_ids
+from stages.prepare.ids import check_ids, read_ids
 from stages.prepare.spec import SurveyArgs, SurveyFacts, TextArgs, TokensArgs, TokensFacts
-from stages.prepare.tokens import POOL_FACTOR, Sequences, draw_sequences, slide
+from stages.prepare.tokens import Drawn, draw_sequences, pool_tokens, slide
 
 _BETWEEN = "\n\n"
 """Stands between documents that are read in order: so WikiText's lines are joined where perplexities are published."""
+_CHECKED_TOKENS = 1 << 20
+"""Tokens whose ids are checked at once."""
 
 
 def survey_unit(job: Job[SurveyArgs]) -> UnitResult[SurveyFacts]:
@@ -36,19 +36,17 @@ def survey_unit(job: Job[SurveyArgs]) -> UnitResult[SurveyFacts]:
 
 def tokens_unit(job: Job[TokensArgs]) -> UnitResult[TokensFacts]:
     """Write the token shards of one text, and the fingerprints of its documents."""
-    found = sequences(job.args.text)
-    ids_ST = found.token_ids_ST
-    step = job.args.sequences_per_shard
+    drawn, step = sequences(job.args.text), job.args.sequences_per_shard
     files = [
-        write_tokens(job.part_dir / tokens_file(shard), ids_ST[start : start + step])
-        for shard, start in enumerate(range(0, len(ids_ST), step))
+        write_tokens(job.part_dir / tokens_file(shard), drawn.part(start, start + step))
+        for shard, start in enumerate(range(0, len(drawn), step), job.args.first_shard)
     ]
-    files.append(write_documents(job.part_dir / DOCUMENTS_FILE, found.documents))
-    return UnitResult(TokensFacts(int((ids_ST != NO_TOKEN).sum()), found.num_bytes), files)
+    files.append(write_documents(documents_file(job.part_dir, job.args.domain), drawn.documents()))
+    return UnitResult(TokensFacts(len(drawn) * job.args.text.sequence_length, drawn.num_bytes), files)
 
 
-def sequences(args: TextArgs) -> Sequences:
-    """Sequences of one text, token ids int32 [S, T].
+def sequences(args: TextArgs) -> Drawn:
+    """The sequences of one text.
 
     Raises InputError for a text that is too short or unreadable, and for ids outside the model's vocabulary.
     """
@@ -60,29 +58,39 @@ def sequences(args: TextArgs) -> Sequences:
         raise InputError(f"{place}.sequence_length is {sequence_length} but the model has {max_positions} positions; lower it")
     files = [file.path for file in list_files(args.data, place)]
     if kind_of(files[0].name) == "ids":
-        if args.stride is not None:
-            raise InputError(
-                f"{place}.perplexity.stride is {args.stride}, but {files[0]} holds token ids, which are cut already; give "
-                f"text, "
-                "or leave it out"
-            )
-        ids_ST = read_ids(files[0], num_sequences, sequence_length, place)
-        found = Sequences(ids_ST, list(ids_ST.astype(np.int64)), None)
+        if args.format == "chat":
+            raise InputError(f"{place}.format is chat, but {files[0]} holds token ids; leave format out")
+        _check_stride(args, f"{files[0]} holds token ids, which are cut already; give text")
+        drawn = Drawn(read_ids(files[0], num_sequences, sequence_length, place), np.arange(num_sequences))
     else:
-        from stages.model.tokenizer import Tokenizer
+        from stages.prepare.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer(checkpoint, args.trust_remote_code)
-        max_characters = POOL_FACTOR * num_sequences * sequence_length
+        if args.format == "chat":
+            _check_stride(args, "a chat is no text to slide over; set format to text")
+        tokenizer = Tokenizer(checkpoint, args.trust_remote_code, args.counts_bytes)
+        max_characters = pool_tokens(num_sequences * sequence_length)
+        documents = read_documents(
+            files, args.text_field, args.seed, max_characters, place,
+            is_chat=args.format == "chat", num_even=num_sequences if args.is_even else 1,
+        )  # fmt: skip
         source = f"{place}.data ({files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''})"
         if args.stride is None:
-            documents = read_documents(files, args.text_field, args.seed, max_characters, place)
-            found = draw_sequences(map(tokenizer.encode, documents), num_sequences, sequence_length, args.seed, source)
+            drawn = draw_sequences(
+                map(tokenizer.encode, documents), num_sequences, sequence_length, args.seed, source, is_even=args.is_even
+            )
         else:
             joined = _BETWEEN.join(read_in_order(files, args.text_field, max_characters, place))
-            found = slide(tokenizer.encode(joined), num_sequences, sequence_length, args.stride, source)
+            drawn = slide(tokenizer.encode(joined), num_sequences, sequence_length, args.stride, source)
     vocab_size = number_in(text, "vocab_size", config_place)
     if vocab_size is None:
         raise InputError(f"{config_place} has no vocab_size; restore the config")
-    is_token_ST = found.token_ids_ST != NO_TOKEN if args.stride is not None else np.True_
-    checked_ST = checked_ids(np.where(is_token_ST, found.token_ids_ST, 0), vocab_size, place)
-    return replace(found, token_ids_ST=np.where(is_token_ST, checked_ST, np.int32(NO_TOKEN)))
+    step = max(1, _CHECKED_TOKENS // sequence_length)
+    for start in range(0, num_sequences, step):
+        token_ids_ST = drawn.part(start, start + step)
+        check_ids(token_ids_ST if args.stride is None else token_ids_ST[token_ids_ST != NO_TOKEN], vocab_size, place)
+    return drawn
+
+
+def _check_stride(args: TextArgs, reason: str) -> None:
+    if args.stride is not None:
+        raise InputError(f"{args.place.partition('.')[0]}.perplexity.stride is {args.stride}, but {reason}, or leave it out")

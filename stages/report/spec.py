@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter
 
 from stages.contracts.keys import Part
-from stages.contracts.paths import REPORT_FILE
+from stages.contracts.paths import REPORT_FILE, documents_file
 from stages.contracts.spec import Publication, Run, StagePlan, StageSpec
 from stages.contracts.targets import NumExperts
 from stages.contracts.tasks import sealed_requests, task_args, task_part
+from stages.contracts.texts import sections_of, texts_in
 from stages.contracts.units import Facts, Unit, UnitCall
 
 
@@ -18,8 +20,8 @@ class ReportedTarget:
     """A finished checkpoint.
 
     name: name of its folder. target: its variant and number of experts. variant: empty if the run file lists none. path:
-    relative to the run directory. assembled: facts of its folder. evaluate_dir: directory of its scores, or None.
-    generate_dir: directory of its answers to prompts, or None.
+    relative to the run directory. assembled: facts of its folder. plan_dir: directory of its method's layer plans.
+    evaluate_dir: directory of its scores, or None. generate_dir: directory of its answers to prompts, or None.
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
     unweighted_clusters: by layer, merged experts whose members got no token.
     """
@@ -32,6 +34,7 @@ class ReportedTarget:
     num_merged: Mapping[int, int]
     path: str
     assembled: Facts
+    plan_dir: str
     evaluate_dir: str | None
     generate_dir: str | None
     dendrogram_dir: str | None
@@ -55,9 +58,10 @@ class ReportArgs:
 
     survey_dir: relative to the run directory. source_name, source_path: name and path of the model. source_evaluate_dir:
     directory of the model's scores, or None. source_generate_dir: of its answers to prompts, or None. never_routed: by layer,
-    experts to which no calibration token was routed. is_sampled: whether standard errors are known. tasks: of every model.
-    calibration_dir, text_dirs: directories of the calibration text and, by name, of the evaluation texts. settings: the run
-    file. versions: versions of the libraries that computed each part.
+    experts to which no calibration token was routed. is_sampled: whether standard errors are known. calibrate_dir, domains:
+    directory of the evidence, and the domains that it is kept by, which may be none. tasks: of every model. documents: by
+    section, files with the fingerprints of its documents. settings: the run file. versions: versions of the libraries that
+    computed each part.
     """
 
     survey_dir: str
@@ -68,9 +72,10 @@ class ReportArgs:
     targets: tuple[ReportedTarget, ...]
     never_routed: Mapping[int, tuple[int, ...]]
     is_sampled: bool
+    calibrate_dir: str
+    domains: tuple[str, ...]
     tasks: tuple[ReportedTask, ...]
-    calibration_dir: str
-    text_dirs: Mapping[str, str]
+    documents: Mapping[str, tuple[str, ...]]
     settings: Mapping[str, JsonValue]
     versions: Mapping[str, Mapping[str, str]]
 
@@ -93,7 +98,7 @@ class Report(StageSpec):
     """Writes every number of a run into one file."""
 
     name = "report"
-    version = 3
+    version = 4
     after = ("prepare", "requests", "calibrate", "cluster", "merge", "assemble", "evaluate")
 
     def parts(self, run: Run) -> Iterator[Part]:
@@ -112,9 +117,16 @@ class Report(StageSpec):
             targets=tuple(_reported(run)),
             never_routed=_by_layer(run, "calibrate", run.part("calibrate").dir, "never_routed"),
             is_sampled=run.config.calibration.sampling is not None,
+            calibrate_dir=run.part("calibrate").dir,
+            domains=run.config.calibration.domains,
             tasks=tuple(_reported_tasks(run)),
-            calibration_dir=run.part("prepare", "calibration").dir,
-            text_dirs={part.name: part.dir for part in run.parts("prepare") if part.name not in ("model", "calibration")},
+            documents={
+                section: tuple(
+                    documents_file(Path(run.part("prepare", section).dir), text.domain).as_posix()
+                    for text in texts_in(section, data)
+                )
+                for section, data in sections_of(run.config).items()
+            },
             settings=_shown_settings(run),
             versions=run.library_versions(),
         )
@@ -167,6 +179,7 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             num_merged=target.counts(run.survey.moe_layers),
             path=f"models/{target.name}",
             assembled=sealed.facts,
+            plan_dir=run.part("cluster", target.part).dir,
             evaluate_dir=_dir_of(run, "evaluate", target.part),
             generate_dir=_dir_of(run, "evaluate", f"generate-{target.part}"),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),

@@ -8,9 +8,10 @@ from typing import Any
 
 from stages.contracts.certainty import read_errors, read_stability
 from stages.contracts.documents import num_shared, read_documents
-from stages.contracts.paths import DOCUMENTS_FILE, REPORT_FILE, SCORES_FILE, SURVEY_FILE, errors_file, stability_file
+from stages.contracts.paths import REPORT_FILE, SCORES_FILE, SURVEY_FILE, errors_file, stability_file
 from stages.contracts.units import Job, UnitResult
 from stages.io.files import write_json
+from stages.report.domains import Shares, coverage, rank_correlations, saliency_shares
 from stages.report.generation import read_generation
 from stages.report.spec import ReportArgs, ReportedTarget, ReportFacts
 from stages.report.tasks import failures_of, read_results, scores_of, write_harness_results
@@ -34,7 +35,9 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
         "path": args.source_path,
         **_scores(job, args.source_evaluate_dir),
     }
-    targets = [_target(job, target) for target in args.targets]
+    layers = [layer for target in args.targets[:1] for layer in target.num_merged]
+    shares = saliency_shares(job.run_dir / args.calibrate_dir, args.domains, layers) if args.domains else {}
+    targets = [_target(job, target, shares) for target in args.targets]
     certainty = _certainty(job) if args.is_sampled else None
     models = [source, *targets]
     overlap, generation, results = _overlap(job), read_generation(job), read_results(job)
@@ -46,10 +49,11 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
         "warnings": [*of_overlap(overlap), *of_scores(models), *of_generation(generation), *of_certainty(certainty)],
         "tied_stock_gaps": _tied_stock_gaps(targets),
         "never_routed": args.never_routed,
-        "overlap": overlap,
+        **({"overlap": overlap} if overlap else {}),
         **({"generation": generation} if generation else {}),
         **({"failed_tasks": failures} if args.tasks else {}),
         **({"certainty": certainty} if certainty else {}),
+        **({"rank_correlations": rank_correlations(args.domains, shares)} if shares else {}),
         "plan": survey,
         "settings": args.settings,
         "versions": args.versions,
@@ -59,7 +63,7 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
     return UnitResult(ReportFacts(len(models), lacking), files)
 
 
-def _target(job: Job[ReportArgs], target: ReportedTarget) -> Values:
+def _target(job: Job[ReportArgs], target: ReportedTarget, shares: Shares) -> Values:
     return {
         "name": target.name,
         "target": target.target,
@@ -69,6 +73,7 @@ def _target(job: Job[ReportArgs], target: ReportedTarget) -> Values:
         **target.assembled,
         "path": target.path,
         "unweighted_clusters": target.unweighted_clusters,
+        **({"coverage": coverage(job.args.domains, shares, job.run_dir / target.plan_dir)} if shares else {}),
         **_scores(job, target.evaluate_dir),
     }
 
@@ -93,14 +98,16 @@ def _tied_stock_gaps(models: Sequence[Values]) -> list[Values]:
     return gaps
 
 
-def _overlap(job: Job[ReportArgs]) -> Mapping[str, Mapping[str, int]]:
-    """For each evaluation text, its number of documents, and how many of these are in the calibration text, too."""
-    calibration = read_documents(job.run_dir / job.args.calibration_dir / DOCUMENTS_FILE)
-    texts = {name: read_documents(job.run_dir / folder / DOCUMENTS_FILE) for name, folder in job.args.text_dirs.items()}
-    return {
-        name: {"num_documents": len(documents), "num_in_calibration": num_shared(documents, calibration)}
-        for name, documents in texts.items()
+def _overlap(job: Job[ReportArgs]) -> Mapping[str, int] | None:
+    """Number of evaluation documents, and how many of these are in the calibration text, too; None without evaluation."""
+    documents = {
+        section: [one for file in files for one in read_documents(job.run_dir / file)]
+        for section, files in job.args.documents.items()
     }
+    if "evaluation" not in documents:
+        return None
+    found = documents["evaluation"]
+    return {"num_documents": len(found), "num_in_calibration": num_shared(found, documents["calibration"])}
 
 
 def _certainty(job: Job[ReportArgs]) -> Values:

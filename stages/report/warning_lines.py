@@ -22,14 +22,13 @@ def of_scores(models: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             )
 
 
-def of_overlap(overlap: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """Warnings for evaluation texts (by name) that share documents with the calibration text."""
-    for name, found in overlap.items():
-        if found["num_in_calibration"]:
-            yield (
-                f"{name}: {found['num_in_calibration']} of its {found['num_documents']} documents are in the calibration text, "
-                "too, so its scores say less of new text; give texts that have no document in common"
-            )
+def of_overlap(overlap: Mapping[str, int] | None) -> Iterator[str]:
+    """A warning if documents of the evaluation text are in the calibration text."""
+    if overlap and overlap["num_in_calibration"]:
+        yield (
+            f"evaluation: {overlap['num_in_calibration']} of its {overlap['num_documents']} documents are in the calibration "
+            "text, too, so its scores say less of new text; give texts that have no document in common"
+        )
 
 
 def of_generation(generation: Mapping[str, Any] | None) -> Iterator[str]:

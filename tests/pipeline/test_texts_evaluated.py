@@ -83,7 +83,7 @@ def test_sliding_windows_give_the_perplexity_and_bits_per_byte_of_a_loop_over_th
     assert source["bits_per_byte"] == pytest.approx(source["loss"] * count / math.log(2) / num_bytes, rel=1e-9)
     merged = done.report["models"][1]
     assert merged["bits_per_byte"] > source["bits_per_byte"]
-    assert done.report["overlap"] == {"evaluation": {"num_documents": WINDOWS, "num_in_calibration": 0}}
+    assert done.report["overlap"] == {"num_documents": WINDOWS, "num_in_calibration": 0}
     assert done.report["warnings"] == []
 
 
@@ -91,7 +91,7 @@ def test_documents_that_are_in_both_texts_are_a_warning_that_names_how_many(tmp_
     known, new = documents("calibration-fiction.jsonl", 8), documents("heldout-fiction.jsonl", 8)
     many = {"evaluation.num_sequences": 16, "calibration.num_sequences": 20}  # of every document one at least is drawn
     done = run(tmp_path, [*new[:4], *known[:3]], known, **many)
-    assert done.report["overlap"]["evaluation"] == {"num_documents": 7, "num_in_calibration": 3}
+    assert done.report["overlap"] == {"num_documents": 7, "num_in_calibration": 3}
     assert done.report["warnings"] == [
         "evaluation: 3 of its 7 documents are in the calibration text, too, so its scores say less of new text; give texts "
         "that "

@@ -5,6 +5,7 @@ Dimensions: E experts, R routed pairs, S sequences, T tokens, C cells.
 
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.evidence import Column, LayerEvidence, read_evidence
 from stages.contracts.paths import column_file, partial_evidence_file, statistics_file, tokens_file
 from stages.contracts.stream_units import StreamArgs
+from stages.contracts.texts import DomainShards
 from stages.contracts.tokens import write_tokens
 from stages.contracts.units import HeldJob
 from stages.model.expert_weights import ExpertWeights
@@ -165,7 +167,7 @@ def evidence_dir(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path
         args = CalibrateArgs(StreamArgs("tokens", shard, 2, is_last=True), None, gathering({"gate_sum", "largest_output_norm"}))
         calibrate_unit(HeldJob(tmp_path, tmp_path / "calibrate", args, held))
     for layer in survey.moe_layers:
-        reduced = ReduceArgs(layer, 2, is_sampled=False, collectors=("output_norms",))
+        reduced = ReduceArgs(layer, (DomainShards("", 0, 2),), is_sampled=False, collectors=("output_norms",))
         result = reduce_unit(HeldJob(tmp_path, tmp_path / "calibrate", reduced, held))
         assert [file.path.name for file in result.files] == [
             f"layer-{layer:04d}.{name}.arrow" for name in ("statistics", "largest_output_norm", "cell_norm_sum")
@@ -238,3 +240,25 @@ def test_a_watched_layer_runs_as_before_once_the_watcher_has_left(layer: Layer) 
     with pytest.raises(RuntimeError, match="stop"), Watcher(layer.index, weights, layer.router, Family(), ALL_TOKENS, DEFAULT):
         raise RuntimeError("stop")
     assert torch.equal(logits(layer.model, layer.ids_ST), layer.plain_logits)
+
+
+def test_sums_are_added_up_one_token_shard_at_a_time() -> None:
+    size = 1 << 20
+
+    class Large(Collector):
+        name, columns = "large", (Column("large", "ones", "[D]"),)
+
+    def parts(count: int) -> Iterator[PartialSums]:
+        for _ in range(count):
+            yield PartialSums(0, 1, np.ones(1, dtype=np.int64), {"large": {"large": np.ones((1, size // 8))}})
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        try:
+            assert add_up(parts(count), [Large()]).sums["large"]["large"][0, 0] == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(64) < 2 * peak(4)
+    assert peak(64) < 5 * size
