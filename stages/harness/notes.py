@@ -23,7 +23,8 @@ from stages.contracts.tasks import task_args
 _ROOT = Path(__file__).parents[2]
 _INSTALL = "install it with `pip install 'hcsmoe[eval]'`"
 _OFFLINE = (
-    "load the data once where the network is (`HF_DATASETS_CACHE=/shared/datasets lm_eval --tasks NAME --limit 1 ...`), then "
+    "load the data once where the network is (`HF_DATASETS_CACHE=/shared/datasets lm_eval run --model dummy --tasks NAME "
+    "--limit 1`), then "
     "set "
     "HF_DATASETS_CACHE to that folder, on storage that every node reaches, and HF_HUB_OFFLINE=1 for driver and workers"
 )

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -76,16 +77,17 @@ def requests_of(loaded: TaskDict, model: LM, args: TaskArgs) -> Mapping[str, lis
 def results_of(model: LM, args: TaskArgs, name: str) -> dict[str, Any]:
     """The harness's results of one task for a model, in the form that its viewers read. name: of the model."""
     loaded = load_task(args)
-    results: dict[str, Any] = evaluate(
-        lm=model,
-        task_dict=loaded,
-        limit=args.limit,
-        bootstrap_iters=args.bootstrap_iters,
-        log_samples=False,
-        apply_chat_template=args.apply_chat_template,
-        fewshot_as_multiturn=True,
-        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-    )
+    with _without_forks():
+        results: dict[str, Any] = evaluate(
+            lm=model,
+            task_dict=loaded,
+            limit=args.limit,
+            bootstrap_iters=args.bootstrap_iters,
+            log_samples=False,
+            apply_chat_template=args.apply_chat_template,
+            fewshot_as_multiturn=True,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        )
     seed = args.seed
     results["config"] = {
         "model": "hf",
@@ -103,6 +105,21 @@ def facts_of(task: Any) -> tuple[str, str, int, bool]:
     """Of a loaded task: kind of its requests, name of its data set, documents that are evaluated, whether it runs code that a
     model has written."""
     return str(task.OUTPUT_TYPE), str(task.DATASET_PATH), len(task.eval_docs), bool(getattr(task, "UNSAFE_CODE", False))
+
+
+@contextlib.contextmanager
+def _without_forks() -> Iterator[None]:
+    """Let the harness resample in this process, to the same numbers. A process with threads of torch or Ray that forks may
+    hang."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
 
 
 @contextlib.contextmanager
