@@ -3,9 +3,7 @@
 Dimensions: S rows, B rows of a micro-batch, T tokens, D hidden size, N scored positions, V vocabulary.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -98,7 +96,7 @@ def score_task_unit(job: Job[TaskScoreArgs]) -> UnitResult[TaskFacts]:
 
 def _score(job: Job[TaskScoreArgs]) -> UnitResult[TaskFacts]:
     from stages.harness.models import Replay
-    from stages.harness.tasks import quiet, results_of
+    from stages.harness.tasks import quiet, results_of, results_text
 
     args = job.args
     answers: dict[Request, tuple[float, bool]] = {}
@@ -108,7 +106,8 @@ def _score(job: Job[TaskScoreArgs]) -> UnitResult[TaskFacts]:
         answers |= dict(zip(asked, read_answers(answers_file(job.part_dir, shard)), strict=True))
     with quiet():
         model = Replay(Checkpoint(args.model), args.task.trust_remote_code, args.task.max_length, answers)
-        return _written(job, results_of(model, args.task, args.name))
+        text = results_text(results_of(model, args.task, args.name))
+    return UnitResult(TaskFacts(), (write_bytes(job.part_dir / RESULTS_FILE, text.encode()),))
 
 
 def whole_task_unit(job: HeldJob[WholeTaskArgs, LayerShard]) -> UnitResult[TaskFacts]:
@@ -118,16 +117,10 @@ def whole_task_unit(job: HeldJob[WholeTaskArgs, LayerShard]) -> UnitResult[TaskF
 
 def _run_whole(job: HeldJob[WholeTaskArgs, LayerShard]) -> UnitResult[TaskFacts]:
     from stages.harness.models import whole_model
-    from stages.harness.tasks import quiet, results_of
+    from stages.harness.tasks import quiet, results_of, results_text
 
     args = job.args
     with quiet():
         model = whole_model(job.held, args.task.trust_remote_code, args.task.max_length, args.batch_size)
-        return _written(job, results_of(model, args.task, args.name))
-
-
-def _written(job: Job[Any], results: Mapping[str, Any]) -> UnitResult[TaskFacts]:
-    from lm_eval.utils import handle_non_serializable
-
-    text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
+        text = results_text(results_of(model, args.task, args.name))
     return UnitResult(TaskFacts(), (write_bytes(job.part_dir / RESULTS_FILE, text.encode()),))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 import random
@@ -16,6 +17,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
 
 from stages.contracts.requests import TaskArgs
 
@@ -99,6 +101,11 @@ def results_of(model: LM, args: TaskArgs, name: str) -> dict[str, Any]:
     }
     results |= {"model_source": "hf", "model_name": name, "lm_eval_version": lm_eval.__version__}
     return results
+
+
+def results_text(results: Mapping[str, Any]) -> str:
+    """Results as the harness writes them, JSON."""
+    return json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
 
 
 def facts_of(task: Any) -> tuple[str, str, int, bool]:

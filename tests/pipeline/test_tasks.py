@@ -168,7 +168,7 @@ def test_tables_have_tasks_across_with_average_and_share_of_the_source(done: Fin
 
 
 def test_a_task_that_raises_fails_alone_and_is_tried_again(tmp_path: Path, model: Path, tasks: Path) -> None:
-    """Also one whose requests cannot be made. All other scores stand; the exit code is not 0; once mended, only it runs."""
+    """Also one whose requests cannot be made. All other scores stand; the exit code is not 0; the next run tries it alone."""
     own = tmp_path / "tasks"
     shutil.copytree(tasks, own)
     names = ["tiny_choice", "tiny_broken", "tiny_mute"]

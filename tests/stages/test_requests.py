@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config import read_config
+from stages.contracts.errors import InputError
 from stages.contracts.requests import (
     Request,
     Row,
@@ -20,6 +22,7 @@ from stages.contracts.requests import (
 )
 from stages.contracts.tasks import GROUPS, expanded
 from stages.evaluate.task_units import row_answers
+from stages.harness import notes
 
 CHANCE = np.random.default_rng(0)
 
@@ -81,6 +84,18 @@ def test_answers_are_sums_of_log_probabilities_of_the_scored_tokens() -> None:
     assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in due]
     assert {is_greedy for _, is_greedy in due} == {True, False}
     assert [value for value, _ in found] == pytest.approx([value for value, _ in due], rel=1e-5, abs=1e-5)
+
+
+def test_without_the_extra_a_run_with_tasks_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notes, "find_spec", lambda name: None)
+    text = {"data": "text.jsonl", "num_sequences": 1}
+    values = {
+        "model": "m", "run_dir": "r", "calibration": text, "clustering": {"num_experts": 2},
+        "evaluation": {**text, "tasks": "paper"},
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"lm_eval and accelerate is not installed; .* `pip install 'hcsmoe\[eval\]'`$"):
+        notes.notes_of(read_config(values))
+    assert notes.notes_of(read_config({**values, "evaluation": text})) == {}
 
 
 def test_groups_stand_for_their_tasks_and_each_task_is_named_once() -> None:
