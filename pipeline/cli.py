@@ -102,7 +102,7 @@ def run(
     from pipeline.config import load_config
     from pipeline.display.comparison import Comparison
     from pipeline.display.progress import Reporter
-    from pipeline.display.tables import certainty_lines, result_table
+    from pipeline.display.tables import certainty_lines, result_table, super_expert_lines
     from pipeline.display.task_table import TaskTable
     from pipeline.driver.run_state import RunOptions
     from pipeline.errors import RunFailed
@@ -122,7 +122,7 @@ def run(
             first, *_ = Comparison.all_of(result.report)
             show(console, first.source_line)
             show(console, first.table())
-        for line in certainty_lines(result.report):
+        for line in (*super_expert_lines(result.report), *certainty_lines(result.report)):
             show(console, line)
         for warning in result.report["warnings"]:
             reporter.line(f"warning: {warning}")
@@ -195,7 +195,8 @@ def compare(
         console.print_json(data={"comparisons": [one.values() for one in found], **tasks}, ensure_ascii=True)
         return
     for one in found:
-        show(console, one.source_line)
+        for line in (one.source_line, *one.super_lines):
+            show(console, line)
         if output_format is TableFormat.TABLE:
             show(console, one.table())
         else:

@@ -19,9 +19,11 @@ LONGEST_FIRST = (
     "storage/test_faults.py", "ray/test_scale.py", "deploy/test_job_stop.py", "cluster/test_partition.py",
     "cluster/test_nodes.py", "pipeline/test_tasks.py", "cluster/test_memory.py", "ray/test_executors.py",
     "storage/test_runs.py",
-    "stages/test_families.py", "hostile/test_corpus.py", "deploy/test_metrics.py", "deploy/test_autoscaling.py",
+    "stages/test_families.py", "stages/test_widths.py", "hostile/test_corpus.py", "deploy/test_metrics.py",
+    "deploy/test_autoscaling.py",
     "pipeline/test_process.py", "pipeline/test_secrets.py", "cluster/test_storage.py", "ray/test_driver_imports.py",
-    "pipeline/test_memory.py", "stages/test_mapped.py", "pipeline/test_hub.py", "pipeline/test_hub_data.py",
+    "pipeline/test_memory.py", "stages/test_neuron_evidence.py", "pipeline/test_neuron_merges.py", "stages/test_mapped.py",
+    "pipeline/test_hub.py", "pipeline/test_hub_data.py",
 )  # fmt: skip
 
 

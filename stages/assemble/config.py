@@ -8,6 +8,7 @@ from stages.checkpoint.quantised import quantisation_config
 from stages.checkpoint.side_files import without_model_code
 from stages.model.families import expert_count_fields, mtp_fields, num_experts_in, text_config
 from stages.model.tied import tied_config
+from stages.model.widths import narrowed
 
 
 def stock_config(config: Mapping[str, Any], num_merged: int) -> dict[str, Any]:
@@ -27,12 +28,13 @@ def target_config(
     num_merged: Mapping[int, int],
     export_format: str,
     value_dtype: str,
+    num_neurons: int | None = None,
 ) -> dict[str, Any]:
     """Config of a merged checkpoint.
 
     architecture: transformers class of the language model. auto_classes: class that each transformers Auto class gives for the
     source. num_merged: merged experts r of each MoE layer; the same for all layers if stock. value_dtype: torch name of the
-    dtype in which formerly quantised values are written.
+    dtype in which formerly quantised values are written. num_neurons: of an expert, where it has fewer than the source's.
     """
     source = _without_origin(config)
     if export_format == "tied":
@@ -40,7 +42,11 @@ def target_config(
     else:
         (count,) = set(num_merged.values())
         edited = stock_config(source, count)
-    if min(num_merged.values()) < num_experts_in(config, "config.json"):
+    if num_neurons is not None:
+        text = text_config(edited)
+        assert isinstance(text, dict)
+        text.update(narrowed(config, num_neurons, "config.json"))
+    if num_neurons is not None or min(num_merged.values()) < num_experts_in(config, "config.json"):
         _without_mtp(edited)
     if quantisation_config(config) is not None:
         _without_quantisation(edited, value_dtype)

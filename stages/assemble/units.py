@@ -52,7 +52,9 @@ def assemble_unit(job: Job[AssembleArgs]) -> UnitResult[AssembleFacts]:
 
 def _write_config(source: Checkpoint, folder: Path, args: AssembleArgs) -> Sequence[WrittenFile]:
     classes = auto_classes(source) if args.format == "tied" else {}
-    config = target_config(source.config, args.architecture, classes, args.num_merged, args.format, args.value_dtype)
+    config = target_config(
+        source.config, args.architecture, classes, args.num_merged, args.format, args.value_dtype, args.num_neurons
+    )
     written = write_json(folder / CONFIG_FILE, writable(config))
     if args.format != "tied":
         return [written]

@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import JsonValue
 from rich import filesize
 
-from stages.calibrate.collectors.registry import gathering
+from stages.calibrate.collectors.registry import FURTHER, gathering
+from stages.calibrate.even_tokens import step_of
 from stages.contracts import paths
 from stages.contracts.keys import Part
 from stages.contracts.partition import held_bytes
@@ -15,6 +16,7 @@ from stages.contracts.settings import Calibration
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, partition, stream_plan, stream_units
 from stages.contracts.survey import Survey
+from stages.contracts.tensors import num_neurons
 from stages.contracts.texts import DomainShards, domain_shards
 from stages.contracts.units import Hold, HoldCall, Unit, UnitCall
 
@@ -41,13 +43,50 @@ class SampleArgs:
     seed: int
 
 
+MAX_SAMPLED = 1024
+"""Tokens that are kept one by one, at most."""
+MAX_SAMPLED_VALUES = 1 << 22
+"""Inner products of experts that are kept for them in one layer, at most: 32 MB."""
+
+
+def sampled_tokens(num_experts: int, num_tokens: int) -> int:
+    """Number of tokens whose experts' inner products are kept: 1,024 up to 64 experts, 256 of 128, 64 of 256."""
+    return max(1, min(num_tokens, MAX_SAMPLED, MAX_SAMPLED_VALUES // num_experts**2))
+
+
+@dataclass(frozen=True)
+class TokenSampleArgs:
+    """Tokens of a token shard that are kept one by one.
+
+    num_sampled: of the num_tokens tokens of the calibration set, or of its domain. first_token: of the token shard among them.
+    """
+
+    num_sampled: int
+    num_tokens: int
+    first_token: int
+    tokens_per_shard: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class DomainTokens:
+    """Where a token shard is in its domain. num_tokens: of the domain. first: index in it of the shard's first token."""
+
+    num_tokens: int
+    first: int
+    num_domains: int
+
+
 @dataclass(frozen=True)
 class CalibrateArgs:
-    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones."""
+    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones. domain: None if
+    the token shard is the whole calibration set. token_sample: None unless one of the collectors keeps tokens."""
 
     stream: StreamArgs
     sample: SampleArgs | None
     collectors: tuple[str, ...]
+    domain: DomainTokens | None = None
+    token_sample: TokenSampleArgs | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +157,15 @@ class Calibrate(StageSpec):
         stream = Stream(
             part, run.part("prepare", "calibration"), data, str(run.model), "",
             lambda args: OPEN.on(CalibrationShardArgs(**vars(args), routers=run.survey.routers)),
-            lambda args: CALIBRATE.on(CalibrateArgs(args, _sample(data, args.shard), collectors)),
+            lambda args: CALIBRATE.on(
+                CalibrateArgs(
+                    args,
+                    _sample(data, args.shard),
+                    collectors,
+                    _domain_tokens(data, args.shard),
+                    _token_sample(run, args.shard),
+                )
+            ),
             makes,
         )  # fmt: skip
         holds: dict[int, Hold] = {}
@@ -154,7 +201,11 @@ class Calibrate(StageSpec):
             lines.append(
                 "  that is more, since a worker holds at least one layer; lower tokens_per_shard or use a larger worker"
             )
+        if _token_sample(run, 0) is not None:
+            num_bytes = filesize.decimal(8 * _num_sampled(run) * survey.num_experts**2)
+            lines.append(f"inner products of experts on {_num_sampled(run):,} tokens: {num_bytes} a layer of evidence")
         lines += _work_lines(survey, data)
+        lines += _collector_lines(run)
         hidden = data.num_sequences * data.sequence_length * survey.hidden_size * survey.itemsize * (len(shards) > 1)
         units = f"{stream_plan(run, part, data)} + {len(survey.moe_layers)} layers"
         return StagePlan(units, "workers", lines, disk_bytes=2 * hidden)
@@ -188,20 +239,65 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.1f} s"
 
 
+def _collector_lines(run: Run) -> list[str]:
+    """What evidence costs that only some methods need."""
+    data, survey, collectors, lines = run.config.calibration, run.survey, required_collectors(run), list[str]()
+    if "neuron_activations" in collectors:
+        values = survey.num_experts * num_neurons(run.tensors)
+        sizes = [count * data.sequence_length for count in data.sequences_by_domain.values()]
+        num_kept = sum(-(-size // step_of(size, values, len(sizes))) for size in sizes)
+        kept = filesize.decimal(4 * values * num_kept)
+        lines.append(f"activations of all neurons are kept on {num_kept:,} tokens: {kept} a layer, and twice that in passing")
+    if "output_gram" in collectors:
+        lines.append("feature token_wise: every expert's output on every token, about 2.5 times the experts' work")
+    return lines
+
+
 def required_collectors(run: Run) -> tuple[str, ...]:
     """Names of the collectors that the run's methods need beside the default ones."""
     return gathering({column for variant in run.variants for column in variant.requires})
 
 
+def _domain_of(data: Calibration, shard: int) -> tuple[str, int]:
+    """The domain of a token shard, and the number of its sequences before the shard's."""
+    ((domain, shards),) = [(name, shards) for name, shards in data.shards_by_domain.items() if shard in shards]
+    return domain, (shard - shards.start) * data.sequences_per_shard
+
+
+def _domain_tokens(data: Calibration, shard: int) -> DomainTokens:
+    domain, first = _domain_of(data, shard)
+    sizes = data.sequences_by_domain
+    return DomainTokens(sizes[domain] * data.sequence_length, first * data.sequence_length, len(sizes))
+
+
+def _token_sample(run: Run, shard: int) -> TokenSampleArgs | None:
+    if not any(FURTHER[name].keeps_tokens for name in required_collectors(run)):
+        return None
+    data = run.config.calibration
+    domain, first = _domain_of(data, shard)
+    return TokenSampleArgs(
+        num_sampled=max(1, _num_sampled(run) * data.sequences_by_domain[domain] // data.num_sequences),
+        num_tokens=data.sequences_by_domain[domain] * data.sequence_length,
+        first_token=first * data.sequence_length,
+        tokens_per_shard=data.sequences_per_shard * data.sequence_length,
+        seed=data.seed,
+    )
+
+
+def _num_sampled(run: Run) -> int:
+    data = run.config.calibration
+    return sampled_tokens(run.survey.num_experts, data.num_sequences * data.sequence_length)
+
+
 def _sample(data: Calibration, shard: int) -> SampleArgs | None:
     if data.sampling is None:
         return None
-    ((domain, shards),) = [(name, shards) for name, shards in data.shards_by_domain.items() if shard in shards]
+    domain, first = _domain_of(data, shard)
     return SampleArgs(
         **data.sampling.model_dump(),
         num_sequences=data.sequences_by_domain[domain],
         sequence_length=data.sequence_length,
-        first_sequence=(shard - shards.start) * data.sequences_per_shard,
+        first_sequence=first,
         seed=data.seed,
     )
 

@@ -57,6 +57,21 @@ def plan_file(part_dir: Path, layer: int) -> Path:
     return part_dir / f"layer-{layer:04d}.plan.arrow"
 
 
+def costs_file(part_dir: Path, layer: int) -> Path:
+    """What each number of experts costs one layer of a target; only where a budget compares layers."""
+    return part_dir / f"layer-{layer:04d}.costs.arrow"
+
+
+def budget_file(part_dir: Path) -> Path:
+    """How many experts each layer of a target keeps; only where a budget compares layers."""
+    return part_dir / "budget.arrow"
+
+
+def protected_file(part_dir: Path) -> Path:
+    """Experts of all layers that a target keeps as they are; only under `clustering.protect`."""
+    return part_dir / "protected.arrow"
+
+
 def replaced_file(part_dir: Path, layer: int) -> Path:
     """Solved values of the parameters that a layer plan replaces."""
     return part_dir / f"layer-{layer:04d}.replaced.safetensors"

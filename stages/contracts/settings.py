@@ -17,9 +17,11 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     Tag,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -262,38 +264,134 @@ class Evaluation(TextData):
         return self
 
 
-Target = Count | Annotated[tuple[Count, ...], Field(min_length=1)]
+class WidthTarget(Section):
+    """A target whose experts have fewer neurons than the source's."""
+
+    experts: Count
+    """Experts that each layer keeps."""
+    width: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Neurons that each of them keeps, as a share of an expert's, rounded to `refit.width_multiple`."""
+
+
+def _short(target: Any) -> Any:
+    """A target of whole experts as its number."""
+    return target.experts if isinstance(target, WidthTarget) and target.width == 1 else target
+
+
+_NUMBER, _BY_LAYER, _WIDTH = "union-number", "union-layers", "union-width"
+"""Tags of the three forms of a target, as those of `data`."""
+
+
+def _kind_of_target(value: Any) -> str:
+    if isinstance(value, Mapping | WidthTarget):
+        return _WIDTH
+    return _BY_LAYER if isinstance(value, list | tuple) else _NUMBER
+
+
+Target = Annotated[
+    Annotated[Count, Tag(_NUMBER)]
+    | Annotated[tuple[Count, ...], Field(min_length=1), Tag(_BY_LAYER)]
+    | Annotated[WidthTarget, Tag(_WIDTH)],
+    Discriminator(_kind_of_target),
+    AfterValidator(_short),
+]
 
 
 class Clustering(Section):
     """Which experts are merged, or which are kept. The settings of each method are a subclass of this section."""
 
     num_experts: Annotated[tuple[Target, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-    """One target per element: the number of experts kept in each layer, or a list with one number per MoE layer (tied only)."""
+    """One target per element: the number of experts kept in each layer, or a list with one number per MoE layer (tied only).
+    `targets` is the same setting, where an element is `{experts: 8, width: 0.5}`: so many experts, of half their neurons."""
     method: str = "hierarchical"
     """Name of the method."""
     domain_weights: Literal["uniform", "given", "max_min"] = "uniform"
     """How much each domain of `calibration.data` counts: all the same, as their `weight` says, or so that the domain that loses
     most keeps as much saliency as it can. Changing it calibrates nothing anew."""
+    protect: Literal["none", "super"] = "none"
+    """super: super experts (arXiv:2507.23279) stay as they are, whatever the method: never merged, never dropped."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """All settings, but `protect` only where it is set: keys and model cards of runs without it stay as they are."""
+        return {name: value for name, value in values(self).items() if name != "protect" or value != "none"}
+
+
+class Budget(Section):
+    """How the experts that are kept are distributed over the layers. `clustering.num_experts` is the mean a layer."""
+
+    kind: str = "uniform"
+    """Name of the kind; any other than uniform gives layers different numbers, which only the tied format can express."""
+    least: Count | None = None
+    """Experts that every layer keeps at least. Never fewer than the router picks for a token."""
+    multiple_of: Count = 1
+    """Every layer's number of experts is a multiple of this one, such as the number of devices of expert parallelism."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _long_form(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "targets" not in values:
+            return values
+        if "num_experts" in values:
+            raise ValueError("targets and num_experts are the same setting; leave one of them out")
+        return {"num_experts": values["targets"], **{name: value for name, value in values.items() if name != "targets"}}
+
+
+NEURON_COLUMN = "neuron_activations"
+"""Column of evidence by which neurons are compared."""
 
 
 class Merging(Section):
     """How the experts of a cluster are merged into one."""
 
-    method: Literal["frequency", "average", "saliency", "dominant"] = "frequency"
-    """Weights of the cluster members: usage frequency, equal weights, REAP's saliency, or only the most used member."""
+    method: Literal["frequency", "average", "saliency", "dominant", "fix_dominant", "zipit"] = "frequency"
+    """Weights of the cluster members: usage frequency, equal weights, REAP's saliency, or only the most used member. Or, with
+    equal weights, by neurons: each neuron is averaged with the most used member's most correlated one (fix_dominant), or the
+    most correlated neurons of all members are averaged until as many are left as an expert has (zipit)."""
+    align: Literal["none", "weight", "activation"] = "none"
+    """Whether the neurons of every member are first brought into the order of the most used member's, so that their weights, or
+    their activations on a sample of the calibration tokens, agree best."""
+
+    @property
+    def matches_neurons(self) -> bool:
+        """Whether members are more than added up neuron by neuron as they are."""
+        return self.align != "none" or self.method in ("fix_dominant", "zipit")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Columns of evidence that it reads beyond those of every run."""
+        return frozenset({NEURON_COLUMN} if self.matches_neurons and self.align != "weight" else ())
+
+    @model_validator(mode="after")
+    def _check_align(self) -> Self:
+        reasons = {"fix_dominant": "matches neurons itself", "zipit": "matches neurons itself", "dominant": "keeps one member"}
+        if self.align != "none" and self.method in reasons:
+            raise ValueError(
+                f"align is {self.align}, but method {self.method} {reasons[self.method]}; leave align out, or set method to "
+                "frequency, average or saliency"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave align out where it is none, so that keys and cards of runs without it stay as they were."""
+        values: dict[str, Any] = values_of(self)
+        return {name: value for name, value in values.items() if (name, value) != ("align", "none")}
 
 
 class Refit(Section):
     """Whether W_down of every merged or kept expert is solved anew, so that each layer's output stays what it was."""
 
-    mode: Literal["none", "sequential"] = "none"
-    """sequential: layer after layer, each also making good what the layers before it lost."""
+    mode: Literal["none", "sequential", "one_shot"] = "none"
+    """sequential: layer after layer, each also making good what the layers before it lost. one_shot: every layer on what the
+    source gives it, so that all are solved at once, on many workers."""
     neurons: Literal["keep", "choose"] = "keep"
     """choose: instead of averaging the experts of a cluster, keep whole neurons of theirs, those that are missed most."""
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of six strengths
-    the one with the least error on the last eighth of the calibration tokens."""
+    """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of eight
+    strengths the one with the least error on every eighth calibration sequence, which nothing else has seen."""
+    width_multiple: Count = 64
+    """The neurons of a narrower expert are a multiple of this, as kernels, tensor parallelism and quantisation blocks need."""
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:
@@ -310,8 +408,10 @@ class Export(Section):
         "tied",
         "stock",
     )
-    router: Literal["frequency", "average", "saliency", "dominant"] = "frequency"
-    """How `stock` combines the router rows of a cluster."""
+    router: Literal["frequency", "average", "saliency", "dominant", "fitted"] = "frequency"
+    """How `stock` combines the router rows of a cluster. fitted: rows by ridge regression that choose a cluster as its members
+    were, where they leave a lesser error of the layer on every eighth calibration sequence than those of frequency;
+    only with a refit."""
     max_file_bytes: Bytes = 5 * 10**9
     """Maximum size of a weight file. Larger ones are split."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -319,6 +419,11 @@ class Export(Section):
     mtp: Literal["drop", "error"] = "drop"
     """Treatment of layers that predict further tokens (MTP), whose experts calibration cannot reach: leave them out of the
     checkpoint, or refuse the model."""
+
+    @property
+    def planned_router(self) -> str:
+        """The rule that methods plan with, which a fit starts from."""
+        return "frequency" if self.router == "fitted" else self.router
 
 
 class Resources(Section):
@@ -359,6 +464,7 @@ class VariantEntry(Section):
     preset: str | None = None
     """Name of a preset, a predefined set of settings."""
     clustering: dict[str, JsonValue] = {}
+    budget: dict[str, JsonValue] = {}
     merging: dict[str, JsonValue] = {}
     refit: dict[str, JsonValue] = {}
     export: dict[str, JsonValue] = {}
@@ -371,10 +477,11 @@ class VariantEntry(Section):
         return value
 
 
-def check_target_formats(targets: Sequence[int | tuple[int, ...]], formats: Sequence[str]) -> None:
+def check_target_formats(targets: Sequence[int | tuple[int, ...] | WidthTarget], formats: Sequence[str]) -> None:
     """Raise ValueError for a target that is listed twice, or that a stock checkpoint cannot express."""
     if len(set(targets)) != len(targets):
-        raise ValueError(f"clustering.num_experts lists a target twice: {list(targets)}")
+        listed = [target.model_dump() if isinstance(target, WidthTarget) else target for target in targets]
+        raise ValueError(f"clustering.num_experts lists a target twice: {listed}")
     if "stock" in formats and any(isinstance(t, tuple) and len(set(t)) > 1 for t in targets):
         raise ValueError(
             "clustering.num_experts has a target with a different number in each layer, which only the tied format can "
@@ -399,13 +506,14 @@ class RunConfig(Section):
     """Folder for all results and state of the run, on storage that every node reaches, or a URL of object storage."""
     calibration: Calibration
     clustering: Clustering
+    budget: Budget = Budget()
     merging: Merging = Merging()
     refit: Refit = Refit()
     export: Export = Export()
     variants: tuple[Annotated[VariantEntry, BeforeValidator(_by_preset)], ...] | None = None
     """Ways from one calibration to checkpoints. Omit for a single way, given by the sections above. With variants, `clustering`
-    contains only `num_experts`; `merging` and `refit` belong into each variant. `export` applies to every variant that does
-    not change it."""
+    contains only `num_experts`; `budget`, `merging` and `refit` belong into each variant. `export` applies to every variant
+    that does not change it."""
     evaluation: Evaluation | None = None
     """Omit to skip evaluation."""
     resources: Resources = Resources()

@@ -1,6 +1,6 @@
 """The table of a checkpoint's tensors (`tensors.arrow` of prepare)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -60,6 +60,16 @@ class TensorRow:
     neuron_axis: int | None
     neuron_order: str
     scheme: str
+
+
+def num_neurons(rows: Iterable[TensorRow]) -> int:
+    """F, the neurons of an expert; the most of any layer."""
+    sizes = [
+        row.shape[row.neuron_axis + (row.expert_axis is not None)]
+        for row in rows
+        if row.neuron_axis is not None and row.neuron_order == "single"
+    ]
+    return max(sizes)
 
 
 def write_tensors(path: Path, rows: Sequence[TensorRow]) -> WrittenFile:

@@ -51,9 +51,14 @@ class OutputFile:
 
 
 def _output_tensors(
-    row: TensorRow, num_merged: Mapping[int, int], export_format: str, value_dtype: str, keeps_mtp: bool
+    row: TensorRow,
+    num_merged: Mapping[int, int],
+    export_format: str,
+    value_dtype: str,
+    keeps_mtp: bool,
+    num_neurons: int | None,
 ) -> list[OutputTensor]:
-    name, shape, layer, role = row.name, row.shape, row.layer, row.role
+    name, shape, layer, role = row.name, _narrowed(row, num_neurons), row.layer, row.role
     dtype = VALUE_DTYPES[value_dtype] if row.scheme else row.dtype
     if role == "mtp":
         return [OutputTensor(name, dtype, shape, "copy", layer, row)] if keeps_mtp else []
@@ -71,6 +76,16 @@ def _output_tensors(
     return [OutputTensor(name, dtype, shorter, role, layer, row)]
 
 
+def _narrowed(row: TensorRow, num_neurons: int | None) -> tuple[int, ...]:
+    """The shape of a tensor whose experts have so many neurons; None: as it is."""
+    axis = row.neuron_axis
+    if num_neurons is None or axis is None:
+        return row.shape
+    axis += row.role == "fused_expert"  # the experts come first; merge refuses any other order
+    places = num_neurons if row.neuron_order == "single" else 2 * num_neurons
+    return (*row.shape[:axis], places, *row.shape[axis + 1 :])
+
+
 def _expert_map(row: TensorRow, num_experts: int) -> OutputTensor:
     module = row.template.split(".{}.", 1)[0] if row.template is not None else row.parameter.rsplit(".", 1)[0]
     return OutputTensor(f"{module}.expert_map", "I64", (num_experts,), "expert_map", row.layer, row)
@@ -83,19 +98,21 @@ def output_files(
     export_format: str,
     max_file_bytes: int,
     value_dtype: str = "bfloat16",
+    num_neurons: int | None = None,
 ) -> list[OutputFile]:
     """The target's files, none empty, in the order of the source's.
 
     num_merged: merged experts r of each MoE layer. value_dtype: torch's name of the dtype in which the values of a
-    quantised tensor are written. MTP layers are kept only where every layer keeps all of its experts. Tensors of wider dtypes
+    quantised tensor are written. num_neurons: of an expert, where it keeps fewer than it has. MTP layers are kept only where
+    every layer keeps all of its experts, and these all of their neurons. Tensors of wider dtypes
     come first in a file, so that all are aligned.
     """
     groups: dict[str, list[OutputTensor]] = {}
     mapped: set[int | None] = set()
-    keeps_mtp = all(count == num_experts for count in num_merged.values())
+    keeps_mtp = num_neurons is None and all(count == num_experts for count in num_merged.values())
     for row in rows:
         group = groups.setdefault(row.file, [])
-        group.extend(_output_tensors(row, num_merged, export_format, value_dtype, keeps_mtp))
+        group.extend(_output_tensors(row, num_merged, export_format, value_dtype, keeps_mtp, num_neurons))
         if export_format == "tied" and row.role in ("expert", "fused_expert") and row.layer not in mapped:
             mapped.add(row.layer)
             group.append(_expert_map(row, num_experts))

@@ -9,11 +9,11 @@ from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.settings import RunConfig
-from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec, plans_of
+from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec, counts_of, narrowed_to, plans_of
 from stages.contracts.targets import Target
 from stages.contracts.units import Unit, UnitCall
 from stages.merge.layout import OutputFile, output_files
-from stages.model.families import stock_targets, top_k_in
+from stages.model.families import num_experts_in, stock_targets, top_k_in
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class MergeArgs:
 
     model: source folder. survey_dir, plan_dir: relative to the run directory. num_merged: experts that each MoE layer keeps.
     value_dtype: of values that were quantised. max_file_bytes: a larger file is split. file: its position.
+    num_neurons: of an expert, where it keeps fewer than it has.
     """
 
     model: str
@@ -34,6 +35,7 @@ class MergeArgs:
     max_file_bytes: int
     num_threads: int
     file: int
+    num_neurons: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Merge(StageSpec):
         for target in targets:
             if target.format != "stock":
                 continue
-            fewest = target.num_experts if isinstance(target.num_experts, int) else min(target.num_experts)
+            kept = target.kept_experts(num_experts_in(checkpoint.config, place))
+            fewest = kept if isinstance(kept, int) else min(kept)
             if fewest < top_k:
                 raise InputError(
                     f"clustering.num_experts is {fewest} but the router picks top_k={top_k} experts per token, so a stock "
@@ -96,18 +99,20 @@ class Merge(StageSpec):
         """One for each output file."""
         for target in run.targets:
             part, export = run.part(self.name, target.part), target.variant.export
-            for number, file in enumerate(_files(run, target)):
+            counts = counts_of(run, target)
+            for number, file in enumerate(_files(run, target, counts)):
                 args = MergeArgs(
                     model=str(run.model),
                     survey_dir=run.part("prepare", "model").dir,
                     plan_dir=plans_of(run, target).dir,
                     num_experts=run.survey.num_experts,
-                    num_merged=target.counts(run.survey.moe_layers),
+                    num_merged=counts,
                     format=target.format,
                     value_dtype=export.dtype,
                     max_file_bytes=export.max_file_bytes,
                     num_threads=run.config.resources.num_cpus,
                     file=number,
+                    num_neurons=narrowed_to(run, target),
                 )
                 label = f"{target.name}/{file.name}, {file.num_bytes:,} bytes"
                 yield run.unit(part, file.name, MERGE.on(args), label, on_worker=True)
@@ -116,15 +121,19 @@ class Merge(StageSpec):
         """A unit for each output file."""
         checkpoints = []
         for target in run.targets:
-            files = _files(run, target)
+            files = _files(run, target, target.counts(run.survey))
             num_bytes = sum(file.num_bytes for file in files)
-            checkpoints.append(PlannedCheckpoint(target.name, target.num_experts, len(files), num_bytes))
+            kept = target.kept_experts(run.survey.num_experts)
+            checkpoints.append(PlannedCheckpoint(target.name, kept, narrowed_to(run, target), len(files), num_bytes))
         return StagePlan(f"{sum(one.num_files for one in checkpoints)} files", "workers", checkpoints=checkpoints)
 
 
-def _files(run: Run, target: Target) -> list[OutputFile]:
-    counts, export = target.counts(run.survey.moe_layers), target.variant.export
-    return output_files(run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype)
+def _files(run: Run, target: Target, counts: Mapping[int, int]) -> list[OutputFile]:
+    export = target.variant.export
+    return output_files(
+        run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype,
+        narrowed_to(run, target),
+    )  # fmt: skip
 
 
 SPEC = Merge()

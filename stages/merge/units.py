@@ -90,7 +90,7 @@ def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, Plan
         solved = (layer.replaced(one, tensor.slot, tensor.shape).to(dtype) for one in (row.parameter,))
         yield ComputedMean(((values, 1.0) for values in solved), 1, dtype, place)
     elif tensor.rule != "router" and row.expert_axis in (None, 0):
-        experts = ExpertTensors(row, source, dtype, place)
+        experts = ExpertTensors(row, source, dtype, place, tensor.shape if row.expert_axis is None else tensor.shape[1:])
         for slot in _slots(tensor, plan):
             yield from experts.means(slot)
     else:
@@ -105,7 +105,7 @@ def _combinations(tensor: OutputTensor, plan: LayerPlan, place: str) -> Iterator
         if tensor.rule == "router":
             assert slot.row is not None, place
             yield slot.row.parts
-        elif slot.is_joined or any(member.neurons is not None for member in slot.members):
+        elif slot.is_joined or any(member.neurons is not None or member.places is not None for member in slot.members):
             raise ValueError(f"{place}: the layer plan chooses neurons, but the experts are not along its first axis")
         else:
             yield [(member.expert, member.weight) for member in slot.members]
@@ -146,13 +146,15 @@ def _laid_out(
     export_format: str,
     max_file_bytes: int,
     value_dtype: str,
+    num_neurons: int | None,
 ) -> tuple[Checkpoint, list[OutputFile]]:
     """The checkpoint and a target's files, kept for the target's next file.
 
     One target is kept: the driver hands out the files of one after those of another.
     """
     checkpoint, rows = _surveyed(model, survey_dir)
-    return checkpoint, output_files(rows, num_experts, dict(num_merged), export_format, max_file_bytes, value_dtype)
+    files = output_files(rows, num_experts, dict(num_merged), export_format, max_file_bytes, value_dtype, num_neurons)
+    return checkpoint, files
 
 
 def merge_unit(job: Job[MergeArgs]) -> UnitResult[MergeFacts]:
@@ -161,7 +163,7 @@ def merge_unit(job: Job[MergeArgs]) -> UnitResult[MergeFacts]:
     torch.set_num_threads(args.num_threads)
     checkpoint, files = _laid_out(
         args.model, job.run_dir / args.survey_dir, args.num_experts, tuple(args.num_merged.items()), args.format,
-        args.max_file_bytes, args.value_dtype,
+        args.max_file_bytes, args.value_dtype, args.num_neurons,
     )  # fmt: skip
     file = files[args.file]
     layers = {layer: PlannedLayer(job.run_dir / args.plan_dir, layer) for layer in args.num_merged}

@@ -226,6 +226,10 @@ class ExpertsForward:
         """Activations [R, F] of one expert on some tokens."""
         return self._expert_activations(hidden_TD, tokens_R, expert)[: len(tokens_R)]
 
+    def outputs_of(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
+        """Outputs [R, D] of one expert on some tokens, not gated."""
+        return self._down(self._expert_activations(hidden_TD, tokens_R, expert), [0, len(tokens_R)], expert)
+
     def _expert_activations(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
         """Activations [R, F] of one expert on some tokens, followed by rows of padding as `padded` requires."""
         padding = padded(len(tokens_R), hidden_TD.device) - len(tokens_R)

@@ -8,7 +8,8 @@ from pydantic import JsonValue, TypeAdapter
 
 from stages.contracts.keys import Part
 from stages.contracts.paths import REPORT_FILE, documents_file
-from stages.contracts.spec import Publication, Run, StagePlan, StageSpec
+from stages.contracts.protection import PROTECT_UNIT, ProtectFacts
+from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, counts_of, narrowed_to
 from stages.contracts.targets import NumExperts
 from stages.contracts.tasks import sealed_requests, task_args, task_part
 from stages.contracts.texts import sections_of, texts_in
@@ -23,7 +24,9 @@ class ReportedTarget:
     relative to the run directory. assembled: facts of its folder. plan_dir: directory of its method's layer plans.
     evaluate_dir: directory of its scores, or None. generate_dir: directory of its answers to prompts, or None.
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
-    unweighted_clusters: by layer, merged experts whose members got no token.
+    unweighted_clusters: by layer, merged experts whose members got no token. num_neurons: of an expert, where it has fewer than
+    the source's; then asked_experts and asked_width are what the run file asks for. budget: its kind; empty where all layers
+    keep the same number. super_experts: by layer, experts that it keeps as they are; None where it protects none.
     """
 
     name: str
@@ -39,6 +42,11 @@ class ReportedTarget:
     generate_dir: str | None
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
+    num_neurons: int | None
+    asked_experts: NumExperts
+    asked_width: float
+    budget: str
+    super_experts: Mapping[int, tuple[int, ...]] | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class Report(StageSpec):
 
     name = "report"
     version = 4
+    libraries = ("numpy", "scipy")
     after = ("prepare", "requests", "calibrate", "cluster", "merge", "assemble", "evaluate")
 
     def parts(self, run: Run) -> Iterator[Part]:
@@ -165,6 +174,19 @@ def _by_layer(run: Run, stage: str, part_dir: str, fact: str) -> dict[int, tuple
     return found
 
 
+def _super_experts(run: Run, part_dir: str) -> dict[int, tuple[int, ...]] | None:
+    """Protected experts of a target by layer; None where it protects none."""
+    for unit in run.units("cluster"):
+        if unit.part_dir == part_dir and unit.name == PROTECT_UNIT:
+            sealed = run.sealed(unit)
+            assert sealed is not None, unit.id
+            found: dict[int, tuple[int, ...]] = {}
+            for layer, expert in TypeAdapter(ProtectFacts).validate_python(sealed.facts).experts:
+                found[layer] = (*found.get(layer, ()), expert)
+            return found
+    return None
+
+
 def _reported(run: Run) -> Iterator[ReportedTarget]:
     assembled = {unit.part_dir: run.sealed(unit) for unit in run.units("assemble")}
     for target in run.targets:
@@ -175,8 +197,8 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             target=target.label,
             variant=target.variant.name,
             format=target.format,
-            num_experts=target.num_experts,
-            num_merged=target.counts(run.survey.moe_layers),
+            num_experts=target.kept_experts(run.survey.num_experts),
+            num_merged=counts_of(run, target),
             path=f"models/{target.name}",
             assembled=sealed.facts,
             plan_dir=run.part("cluster", target.part).dir,
@@ -184,6 +206,11 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             generate_dir=_dir_of(run, "evaluate", f"generate-{target.part}"),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
+            num_neurons=narrowed_to(run, target),
+            asked_experts=target.num_experts,
+            asked_width=target.width,
+            budget=target.variant.kind.name if target.variant.kind.costs is not None else "",
+            super_experts=_super_experts(run, run.part("cluster", target.part).dir),
         )
 
 

@@ -70,11 +70,24 @@ def _target(job: Job[ReportArgs], target: ReportedTarget, shares: Shares) -> Val
         **({"variant": target.variant} if target.variant else {}),
         "format": target.format,
         "num_experts": target.num_experts,
+        **_narrower(target),
+        **({"budget": target.budget, "experts_by_layer": target.num_merged} if target.budget else {}),
+        **({"super_experts": target.super_experts} if target.super_experts is not None else {}),
         **target.assembled,
         "path": target.path,
         "unweighted_clusters": target.unweighted_clusters,
         **({"coverage": coverage(job.args.domains, shares, job.run_dir / target.plan_dir)} if shares else {}),
         **_scores(job, target.evaluate_dir),
+    }
+
+
+def _narrower(target: ReportedTarget) -> Values:
+    """Neurons of an expert and the target that was asked for, where experts are narrower than the source's."""
+    if target.num_neurons is None:
+        return {}
+    return {
+        "num_neurons": target.num_neurons,
+        "asked": {"experts": target.asked_experts, "width": target.asked_width},
     }
 
 

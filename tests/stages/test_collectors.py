@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from stages.calibrate import sums
 from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
+from stages.calibrate.collectors import output_gram
 from stages.calibrate.collectors.base import Collector, Sums
 from stages.calibrate.collectors.registry import DEFAULT, FURTHER, collectors, gathering, register
+from stages.calibrate.even_tokens import MOST_TOKENS, MOST_VALUES, EvenTokens, step_of
 from stages.calibrate.observations import RoutedView
-from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs, ReduceArgs
+from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs, ReduceArgs, TokenSampleArgs, sampled_tokens
 from stages.calibrate.sums import PartialSums, add_up, evidence_of, read_partial_sums, write_partial_sums
+from stages.calibrate.token_sample import TokenSample
 from stages.calibrate.units import calibrate_unit, open_shard, reduce_unit
 from stages.calibrate.watcher import Watcher
 from stages.contracts.arrow import read_table
@@ -40,7 +45,11 @@ from tests.stages.test_statistics import Layer, close
 from tests.tiny import FAMILIES, logits, random_ids
 
 NUM_SEQUENCES, LENGTH = random_ids().shape
-GATHERED = ("output_norms", "output_norm", "gated_output", "neuron_importance")
+GATHERED = (
+    "output_norms", "output_norm", "gated_output", "neuron_importance", "largest_down_output", "sampled_outputs", "weight_gram",
+    "output_gram", "neuron_activations",
+)  # fmt: skip
+STEP = 3
 
 
 class OutputNorms(Collector):
@@ -79,9 +88,17 @@ def layer(tiny_checkpoint: Callable[[str], Path]) -> Layer:
     return Layer(tiny_checkpoint("mixtral"), FAMILIES["mixtral"].moe_layers[-1], random_ids())
 
 
-def watched(layer: Layer, ids_ST: np.ndarray, cells: Cells) -> PartialSums:
-    weights = ExpertWeights(layer.experts)
-    with Watcher(layer.index, weights, layer.router, Family(), cells, collectors(GATHERED)) as watcher:
+PLACES = np.array([0, 7, 50, 95, 160, 201, 255])
+"""Of sampled tokens; none of them in sequences 3 and 4."""
+BIAS = torch.linspace(1, 2, FAMILIES["mixtral"].num_experts)
+
+
+def watched(layer: Layer, ids_ST: np.ndarray, cells: Cells, first: int = 0) -> PartialSums:
+    """first: the sequence of the calibration set with which the token shard begins."""
+    weights, even = ExpertWeights(layer.experts), EvenTokens(STEP, first * LENGTH, ids_ST.size)
+    places = np.array([p for p in PLACES - first * LENGTH if 0 <= p < ids_ST.size], dtype=np.int64)
+    parts = (weights, layer.router, Family(), cells, collectors(GATHERED), even, TokenSample(places), BIAS)
+    with Watcher(layer.index, *parts) as watcher:
         logits(layer.model, ids_ST)
     return watcher.result()
 
@@ -102,15 +119,15 @@ def test_sums_of_every_collector_over_shards_are_those_of_the_whole(
     whole = watched(layer, layer.ids_ST, cells_from(0))
     parts = []
     for first, stop in ((0, 3), (3, 5), (5, NUM_SEQUENCES)):
-        write_partial_sums(tmp_path / f"{first}", watched(layer, layer.ids_ST[first:stop], cells_from(first)))
+        write_partial_sums(tmp_path / f"{first}", watched(layer, layer.ids_ST[first:stop], cells_from(first), first))
         parts.append(read_partial_sums(tmp_path / f"{first}"))
     total = add_up(parts, gathered)
     assert (total.layer, total.num_tokens) == (whole.layer, whole.num_tokens)
     assert total.num_unrouted_C.tolist() == whole.num_unrouted_C.tolist()
-    assert list(total.sums) == list(whole.sums) == [collector.name for collector in gathered]
+    assert list(whole.sums) == list(total.sums) == [collector.name for collector in gathered]
     for collector in gathered:
         assert set(whole.sums[collector.name]) == {kept.name for kept in collector.sums}
-        for name, values in whole.sums[collector.name].items():
+        for name, values in whole.sums[collector.name].items() if collector.name != "neuron_activations" else ():  # kept apart
             assert np.abs(values).max() > 0
             close(total.sums[collector.name][name], values)
     weights = ExpertWeights(layer.experts)
@@ -141,6 +158,95 @@ def test_further_sums_are_what_their_columns_say(layer: Layer) -> None:
         a_TF = silu(layer.x_TD @ gate_FD.T) * (layer.x_TD @ up_FD.T)
         norms_F = layer.experts.down_proj[expert].double().square().sum(0)
         close(evidence["neuron_importance_sum"][expert], (gates_T[:, None] * a_TF).square().sum(0) * norms_F)
+        close(evidence["largest_down_output"][expert], outputs_TD[gates_T > 0].abs().max())
+        close(evidence["sampled_gates"][expert], gates_T[PLACES])
+        close(evidence["sampled_logits"][expert], layer.router_logits_TE[PLACES, expert])
+        for other in range(layer.num_experts):
+            products = [float(outputs_TD[place] @ layer.outputs_of(other)[place]) for place in PLACES]
+            np.testing.assert_allclose(evidence["sampled_output_gram"][expert, :, other], products, rtol=1e-4, atol=1e-5)
+        close(evidence["neuron_activations"][expert], a_TF[::STEP])
+    assert evidence["neuron_activations"].dtype == np.float32
+    outputs = [layer.outputs_of(expert).flatten() for expert in range(layer.num_experts)]
+    weights = [torch.cat([w[expert].double().flatten() for w in (layer.experts.gate_up_proj, layer.experts.down_proj)])
+               for expert in range(layer.num_experts)]  # fmt: skip
+    for name, vectors in (("output_gram", outputs), ("weight_gram", weights)):
+        close(evidence[name], [[float(one @ other) for other in vectors] for one in vectors])
+    assert evidence["router_choice_bias"].tolist() == BIAS.double().tolist()
+
+
+def test_the_outputs_of_a_sample_are_multiplied_on_its_tokens(layer: Layer) -> None:
+    cells = sampled(0)
+    evidence = evidence_of(watched(layer, layer.ids_ST, cells), collectors(GATHERED), ExpertWeights(layer.experts), True)
+    tokens = torch.cat([chosen for _, chosen in cells.unrouted(0, layer.ids_ST.size)])
+    outputs = [layer.outputs_of(expert)[tokens].flatten() for expert in range(layer.num_experts)]
+    close(evidence["output_gram"], [[float(one @ other) for other in outputs] for one in outputs])
+
+
+def test_products_of_outputs_and_weights_do_not_depend_on_their_blocks(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of few tokens and of single rows, which do not divide what there is."""
+    weights = ExpertWeights(layer.experts)
+    found = []
+    for is_small in (False, True):
+        if is_small:
+            monkeypatch.setattr(output_gram, "_BLOCK_BYTES", 1)
+            monkeypatch.setattr(output_gram, "_LEAST_BLOCK", 7)
+            monkeypatch.setattr(output_gram, "_PIECE_VALUES", 3 * layer.num_experts * weights.hidden_size)
+            monkeypatch.setattr(sums, "_GRAM_VALUES", 5 * layer.num_experts * weights.hidden_size)
+        found.append(evidence_of(watched(layer, layer.ids_ST, ALL_TOKENS), collectors(GATHERED), weights, False))
+    for name in ("output_gram", "weight_gram"):
+        close(found[1][name], found[0][name])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 64, 1000, 4097])
+@pytest.mark.parametrize("values", [1, 100_000, 1 << 20, 1 << 30])
+def test_evenly_spaced_tokens_are_the_same_in_any_shards_and_micro_batches(num_tokens: int, values: int) -> None:
+    step = step_of(num_tokens, values)
+    due = list(range(0, num_tokens, step))
+    assert step % 2 == 1
+    assert len(due) <= max(1, min(MOST_TOKENS, MOST_VALUES // values))
+    for shard_tokens, batch in ((num_tokens, num_tokens), (7, 7), (12, 5), (640, 64)):
+        found = []
+        for first in range(0, num_tokens, shard_tokens):
+            even = EvenTokens(step, first, min(shard_tokens, num_tokens - first))
+            rows = []
+            for seen in range(0, even.num_tokens, batch):
+                row, tokens = even.chosen(seen, min(batch, even.num_tokens - seen))
+                rows += range(row, row + len(tokens))
+                found += [first + seen + token for token in tokens]
+            assert rows == list(range(even.num_chosen))
+        assert found == due
+
+
+def test_a_token_shard_without_a_chosen_token_is_stored(layer: Layer, tmp_path: Path) -> None:
+    even = EvenTokens(10_001, 5, layer.ids_ST.size)
+    weights = ExpertWeights(layer.experts)
+    gathered = collectors(["neuron_activations"])
+    with Watcher(layer.index, weights, layer.router, Family(), ALL_TOKENS, gathered, even) as watcher:
+        logits(layer.model, layer.ids_ST)
+    write_partial_sums(tmp_path / "empty", watcher.result())
+    kept = read_partial_sums(tmp_path / "empty").sums["neuron_activations"]["a"]
+    assert kept.shape == (layer.num_experts, 0, weights.intermediate)
+
+
+@pytest.mark.parametrize("num_sampled", [1, 50, 200, 256, 1000])
+@pytest.mark.parametrize("tokens_per_shard", [32, 96, 256])
+def test_the_sampled_tokens_do_not_depend_on_shards(num_sampled: int, tokens_per_shard: int) -> None:
+    """They are spread over the calibration set, and all of it where they are as many."""
+    args = TokenSampleArgs(num_sampled, 256, 0, tokens_per_shard, seed=3)
+    found = [TokenSample.of(replace(args, first_token=first)).places_N + first for first in range(0, 256, tokens_per_shard)]
+    whole = TokenSample.of(replace(args, tokens_per_shard=256)).places_N
+    assert np.concatenate(found).tolist() == whole.tolist()
+    assert len(set(whole.tolist())) == len(whole) and ((whole >= 0) & (whole < 256)).all()
+    if num_sampled <= 128:  # one of each stretch, which is at least two wide
+        assert len(whole) == num_sampled
+        assert (np.abs(whole - (np.arange(num_sampled) + 0.5) * 256 / num_sampled) <= 0.5 * 256 / num_sampled + 1).all()
+    if num_sampled >= 256:
+        assert whole.tolist() == list(range(256))
+
+
+def test_the_sample_shrinks_where_there_are_many_experts() -> None:
+    assert [sampled_tokens(experts, 10**6) for experts in (8, 64, 128, 256)] == [1024, 1024, 256, 64]
+    assert sampled_tokens(8, 500) == 500
 
 
 def test_output_sums_by_cell_run_over_the_sampled_tokens_of_each_cell(layer: Layer) -> None:

@@ -72,12 +72,14 @@ def test_a_domain_that_reaches_no_expert_counts_nothing() -> None:
 
 
 def test_columns_that_are_no_sums_are_not_added() -> None:
-    rules = {"largest": "max", "distance": "same"}
-    columns = [{"sum": [1.0, 2.0], "largest": [5.0, 1.0], "distance": [7.0, 8.0]}]
-    columns.append({"sum": [10.0, 20.0], "largest": [3.0, 4.0], "distance": [7.0, 8.0]})
+    rules = {"largest": "max", "distance": "same", "kept": "tokens"}
+    columns = [{"sum": [1.0, 2.0], "largest": [5.0, 1.0], "distance": [7.0, 8.0], "kept": [[[1.0]], [[2.0]]]}]
+    rows = [[[3.0], [4.0]], [[5.0], [6.0]]]
+    columns.append({"sum": [10.0, 20.0], "largest": [3.0, 4.0], "distance": [7.0, 8.0], "kept": rows})
     found = mixed([evidence(50, one, over_domains=rules) for one in columns], np.array([0.25, 0.75]))
     assert found["sum"].tolist() == [1 / 2 + 3 * 10 / 2, 2 / 2 + 3 * 20 / 2]
     assert found["largest"].tolist() == [5.0, 4.0] and found["distance"].tolist() == [7.0, 8.0]
+    assert found["kept"].tolist() == [[[1.0], [3.0], [4.0]], [[2.0], [5.0], [6.0]]]
 
 
 def test_equal_weights_of_equal_domains_are_plain_sums_and_counts_stay_integers() -> None:

@@ -5,24 +5,26 @@ Dimensions: D hidden size, E experts.
 
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from stages.cluster import matching
+from stages.cluster import linkage, matching
+from stages.cluster.features import Feature
+from stages.cluster.matching import lost
 from stages.cluster.registry import methods
-from stages.contracts.evidence import LayerEvidence
+from stages.contracts.evidence import PAIRED_AXES, LayerEvidence
 from stages.contracts.layer_plan import LayerPlan, Member
 from stages.contracts.method import PlanSettings
 from stages.contracts.settings import Merging
 from tests.conftest import REPOSITORY
 
-NUM_EXPERTS, HIDDEN, NEURONS, TOKENS = 12, 5, 64, 300
+NUM_EXPERTS, HIDDEN, NEURONS, TOKENS, SAMPLED = 12, 5, 64, 300, 20
 METHODS = sorted(methods())
 PRUNING = sorted(name for name, method in methods().items() if not method.reads_merging)
 CLUSTERING = sorted(set(METHODS) - set(PRUNING))
-FEATURES = ["expert_output", "router_logits", "gated_output"]
+FEATURES = list(get_args(Feature))
 VARIANTS = [
     *((name, {}) for name in METHODS),
     *(("hierarchical", {"feature": feature, "distance": "cosine"}) for feature in FEATURES),
@@ -30,6 +32,7 @@ VARIANTS = [
     *((name, {"feature": feature}) for name in ("kmeans", "ream") for feature in FEATURES),
     ("ean", {"statistic": "sum"}),
     ("ream", {"max_absorbed": 2}),
+    ("o_prune", {"max_subsets": 50}),
 ]
 
 
@@ -53,15 +56,50 @@ def evidence_of(seed: int = 0, num_experts: int = NUM_EXPERTS) -> LayerEvidence:
         "output_sum": output_TED.sum(0),
         "neuron_importance_sum": random.exponential(size=(num_experts, NEURONS)),
         "gated_output_sum": (gate_TE[..., None] * output_TED).sum(0),
+        "output_gram": np.einsum("ted,tfd->ef", output_TED, output_TED),
+        "sampled_output_gram": np.einsum("ned,nfd->enf", output_TED[:SAMPLED], output_TED[:SAMPLED]),
+        "sampled_gates": gate_TE[:SAMPLED].T,
+        "sampled_logits": logits_TE[:SAMPLED].T,
+        "router_choice_bias": np.zeros(num_experts),
     }
+    weight_EP = random.normal(size=(num_experts, 40)) * scale_E[:, None]
+    columns["weight_gram"] = weight_EP @ weight_EP.T
     return LayerEvidence(3, TOKENS, TOKENS, num_experts, columns)
 
 
 def renumbered(evidence: LayerEvidence, order: list[int]) -> LayerEvidence:
     """Expert i of the new numbering is expert order[i] of the old one."""
     columns = {name: values[order] for name, values in evidence.columns.items()}
-    columns["router_logit_gram"] = columns["router_logit_gram"][:, order]
+    columns |= {name: values.take(order, PAIRED_AXES[name]) for name, values in columns.items() if name in PAIRED_AXES}
     return LayerEvidence(evidence.layer, evidence.num_tokens, evidence.num_output_tokens, len(order), columns)
+
+
+def test_an_expert_of_zeros_costs_nothing() -> None:
+    """Its partner keeps all of its neurons, whichever expert that is; two of them go before anything is lost."""
+    evidence = evidence_of(6)
+    importance_EF = evidence["neuron_importance_sum"]
+    importance_EF[[2, 7]] = 0
+    for num_slots, num_zero in ((NUM_EXPERTS - 1, 1), (NUM_EXPERTS - 2, 2)):
+        pairs = [sorted(slot.experts) for slot in plan_of("pairs", evidence, num_slots).slots if len(slot.experts) > 1]
+        assert len(pairs) == num_zero and all({2, 7} & set(pair) for pair in pairs)
+        assert sum(lost(importance_EF, pair) for pair in pairs) == 0
+
+
+def test_pairs_of_a_grouped_router_stay_in_their_groups() -> None:
+    evidence = evidence_of(3)
+    settings = PlanSettings(methods()["pairs"].settings.model_validate({"num_experts": [6]}), Merging(), "frequency", 3)
+    found = methods()["pairs"].plan(evidence, 6, settings)
+    size = NUM_EXPERTS // 3
+    owners = [{expert // size for expert in slot.experts} for slot in found.slots]
+    assert owners == [{0}, {0}, {1}, {1}, {2}, {2}], "in the order of the groups"
+    for group in range(3):
+        part = evidence_of(3)
+        columns = {"neuron_importance_sum": part["neuron_importance_sum"][group * size : (group + 1) * size],
+                   "num_routed_tokens": part["num_routed_tokens"][group * size : (group + 1) * size]}  # fmt: skip
+        alone = plan_of("pairs", LayerEvidence(3, TOKENS, TOKENS, size, columns), 2)
+        assert groups(alone) == {
+            frozenset(expert - group * size for expert in slot.experts) for slot in found.slots[2 * group : 2 * group + 2]
+        }
 
 
 def plan_of(name: str, evidence: LayerEvidence, num_slots: int, settings: dict[str, Any] | None = None) -> LayerPlan:
@@ -98,7 +136,7 @@ def test_with_all_experts_every_one_stays_as_it_is(name: str, settings: dict[str
 
 @pytest.mark.parametrize("name", METHODS)
 def test_as_many_slots_as_were_asked_for_and_every_expert_in_one_or_dropped(name: str) -> None:
-    for num_slots in range(1, NUM_EXPERTS + 1):
+    for num_slots in range(NUM_EXPERTS if methods()[name].keeps_all else 1, NUM_EXPERTS + 1):
         plan = plan_of(name, evidence_of(7), num_slots)
         assert len(plan.slots) == num_slots
         placed = sorted(expert for slot in plan.slots for expert in slot.experts)
@@ -135,6 +173,27 @@ SCORES: dict[str, Callable[[LayerEvidence, int], float]] = {
     "reap": lambda e, i: e["gated_output_norm_sum"][i] / e["num_routed_tokens"][i],
     "ean": lambda e, i: e["output_norm_sum"][i] / e["num_routed_tokens"][i],
 }
+
+
+@pytest.mark.parametrize("num_slots", [9, 6, 4])
+def test_survivors_adopt_dropped_experts_in_equal_shares(num_slots: int) -> None:
+    """The survivors and rows are REAP's; of the dropped ones, each survivor in turn takes those most like it."""
+    evidence = evidence_of(5)
+    found, reap = plan_of("adopt", evidence, num_slots), plan_of("reap", evidence, num_slots)
+    assert [(slot.experts, slot.row, slot.members[0]) for slot in found.slots] == [
+        (slot.experts, slot.row, slot.members[0]) for slot in reap.slots
+    ]
+    gram_EE = evidence["router_logit_gram"]
+    saliency = [SCORES["reap"](evidence, expert) for expert in range(NUM_EXPERTS)]
+    survivors = sorted((slot.experts[0] for slot in reap.slots), key=lambda expert: -saliency[expert])
+    free = set(range(NUM_EXPERTS)) - set(survivors)
+    due: dict[int, set[int]] = {}
+    for one in survivors:
+        by_likeness = sorted(free, key=lambda other: -gram_EE[one, other] / gram_EE[other, other] ** 0.5)
+        due[one] = set(by_likeness[: -(-(NUM_EXPERTS - num_slots) // num_slots)])
+        free -= due[one]
+    assert {slot.experts[0]: {member.expert for member in slot.members[1:]} for slot in found.slots} == due
+    assert all(member.weight == 0 for slot in found.slots for member in slot.members[1:])
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -181,11 +240,30 @@ def test_k_means_ends_where_no_expert_is_nearer_to_another_centre(feature: str) 
         "expert_output": evidence["output_sum"] / TOKENS,
         "router_logits": np.linalg.cholesky(evidence["router_logit_gram"]),
         "gated_output": evidence["gated_output_sum"] / evidence["gate_sum"][:, None],
+        "weight": np.linalg.cholesky(evidence["weight_gram"]),
+        "token_wise": np.linalg.cholesky(evidence["output_gram"] / TOKENS),
     }[feature]
     slot_E = plan_of("kmeans", evidence, 4, {"feature": feature}).slot_E
     centers = np.stack([vectors[slot_E == slot].mean(0) for slot in range(4)])
     distance = np.linalg.norm(vectors[:, None] - centers[None], axis=2)
     assert (distance[np.arange(NUM_EXPERTS), slot_E] <= distance.min(1) + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("feature", "column", "divisor"), [("weight", "weight_gram", 1), ("token_wise", "output_gram", TOKENS)]
+)
+def test_features_have_the_distances_of_what_was_multiplied(feature: str, column: str, divisor: int) -> None:
+    """||w_i - w_j||^2, and the mean over tokens of ||E_i(x) - E_j(x)||^2, to the first merge of the dendrogram."""
+    evidence = evidence_of(9)
+    gram = evidence[column] / divisor
+    square = np.array([[gram[i, i] + gram[j, j] - 2 * gram[i, j] for j in range(NUM_EXPERTS)] for i in range(NUM_EXPERTS)])
+    feature_ED = linkage.FEATURES[feature](evidence)
+    found = np.square(feature_ED[:, None] - feature_ED[None]).sum(-1)
+    np.testing.assert_allclose(found, square, atol=1e-9 * square.max())
+    pair = min(combinations(range(NUM_EXPERTS), 2), key=lambda one: square[one])
+    groups_of_two = [group for group in groups(plan_of("hierarchical", evidence, NUM_EXPERTS - 1, {"feature": feature}))
+                     if len(group) == 2]  # fmt: skip
+    assert groups_of_two == [frozenset(pair)]
 
 
 def test_k_means_fills_clusters_that_equal_experts_leave_empty() -> None:
@@ -240,12 +318,17 @@ def test_a_method_says_where_it_is_from_and_what_it_cannot_do(name: str) -> None
     method = methods()[name]
     assert method.source and method.limits.endswith(".") and method.title
     assert method.presets and all(
-        preset.keys() <= {"clustering", "merging", "refit", "export"} for preset in method.presets.values()
+        preset.keys() <= {"clustering", "budget", "merging", "refit", "export"} for preset in method.presets.values()
     )
 
 
 def test_the_page_of_methods_lists_all_presets_with_their_methods_and_formats() -> None:
-    rows = [line.split("|") for line in (REPOSITORY / "docs" / "methods.md").read_text().splitlines() if line.startswith("| `")]
+    lines = (REPOSITORY / "docs" / "methods.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| `") and line.count("`") >= 4]
     listed = {preset.strip(" `"): (method.strip(" `"), formats.strip()) for _, preset, method, _, _, formats, _ in rows}
-    known = {name: (method.name, ", ".join(method.formats)) for method in methods().values() for name in method.presets}
+    known = {
+        name: (method.name, ", ".join(preset.get("export", {}).get("formats", method.formats)))  # type: ignore[arg-type]
+        for method in methods().values()
+        for name, preset in method.presets.items()
+    }
     assert listed == known
