@@ -114,7 +114,12 @@ def _kind_of(budget: Budget, method: Method[Any], clustering: Clustering, export
     kind = known[budget.kind]
     if kind.costs is None:
         return kind
-    if any(not isinstance(count, int) for count in clustering.num_experts):
+    if method.keeps_all:
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, but method {method.name} keeps all experts of every layer; set budget.kind to "
+            "uniform"
+        )
+    if any(isinstance(count, tuple) for count in clustering.num_experts):
         raise InputError(
             f"{at}budget.kind is {kind.name}, but clustering.num_experts lists a number for each layer; give their mean alone, "
             "or set budget.kind to uniform"
