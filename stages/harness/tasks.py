@@ -7,6 +7,8 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -27,12 +29,18 @@ TaskDict = Mapping[str, Any]
 
 def manager_of(names: tuple[str, ...], include_path: str | None) -> TaskManager:
     """A task manager that knows all names. The harness's own tasks, whose index takes ten seconds, are listed only if a name is
-    not among the files in include_path."""
-    if include_path is not None:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(names) <= set(own.all_tasks):
-            return own
-    return TaskManager(include_path=include_path)
+    not among the files in include_path, and once a process while these do not change."""
+    if include_path is None:
+        return _manager(None, (), True)
+    changed = tuple(sorted((str(path), path.stat().st_mtime_ns) for path in Path(include_path).rglob("*.y*ml")))
+    own = _manager(include_path, changed, False)
+    return own if set(names) <= set(own.all_tasks) else _manager(include_path, changed, True)
+
+
+@lru_cache(maxsize=4)
+def _manager(include_path: str | None, changed: tuple[tuple[str, int], ...], has_defaults: bool) -> TaskManager:
+    """changed: when each task file was changed last."""
+    return TaskManager(include_path=include_path, include_defaults=has_defaults)
 
 
 def known_names(names: tuple[str, ...], include_path: str | None) -> frozenset[str]:
