@@ -18,7 +18,7 @@ class AssembleArgs:
 
     model: source folder. merge_dir: folder of the weight files, relative to the run directory. files: SHA-256 of the weight
     files by name. num_merged: experts that each MoE layer keeps. architecture: transformers class of the source. format: "tied"
-    or "stock". value_dtype: torch name of the dtype in which formerly quantised values were written.
+    or "stock". value_dtype: of `export.dtype`.
     """
 
     model: str
@@ -47,7 +47,7 @@ class Assemble(StageSpec):
     """Makes a complete, loadable checkpoint folder for every target."""
 
     name = "assemble"
-    version = 5
+    version = 6
     libraries = ("transformers",)
     after = ("prepare", "merge")
 

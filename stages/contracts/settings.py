@@ -164,8 +164,9 @@ class Export(Section):
     """How `stock` combines the router rows of a cluster."""
     max_file_bytes: Bytes = 5 * 10**9
     """Maximum size of a weight file. Larger ones are split."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype in which the values of a quantised source are written. Any other source keeps its dtypes."""
+    dtype: Literal["source", "bfloat16", "float16", "float32"] = "source"
+    """How the values of a quantised source are written: packed in the source's own scheme, or as plain numbers of this dtype.
+    Any other source keeps its dtypes."""
     mtp: Literal["drop", "error"] = "drop"
     """Treatment of layers that predict further tokens (MTP), whose experts calibration cannot reach: leave them out of the
     checkpoint, or refuse the model."""

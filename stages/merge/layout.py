@@ -1,7 +1,8 @@
 """Which tensors each output file holds, from shapes alone: no layer plan is needed to know names, sizes and files.
 
-An output file keeps what its source file keeps: slot c takes the name, and so the file, of expert c of the source.
-With r = E the files are the source's own, byte for byte. A file larger than the bound is split.
+An output file keeps what its source file keeps: slot c takes the name, and so the file, of expert c of the source. A packed
+tensor is several tensors here, each with a name and a file of its own. With r = E the files are the source's own, byte for
+byte. A file larger than the bound is split.
 """
 
 import math
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 
 from stages.checkpoint.folder import SINGLE_FILE
 from stages.checkpoint.headers import DTYPE_BITS
-from stages.checkpoint.quantised import VALUE_DTYPES
+from stages.checkpoint.quantised import SOURCE_DTYPE, VALUE_DTYPES
+from stages.checkpoint.schemes import WEIGHT
 from stages.contracts.tensors import TensorRow
 
 
@@ -19,7 +21,8 @@ class OutputTensor:
     """One tensor of the target.
 
     rule: "copy" | "expert" (one slot) | "fused_expert" | "router" (rows combined) | "expert_map".
-    slot: for "expert", the slot that it is of. source: row of the source tensor in `tensors.arrow`.
+    slot: for "expert", the slot that it is of. source: row of the source tensor in `tensors.arrow`; that of its values where a
+    packed tensor is written as plain numbers.
     """
 
     name: str
@@ -53,8 +56,11 @@ class OutputFile:
 def _output_tensors(
     row: TensorRow, num_merged: Mapping[int, int], export_format: str, value_dtype: str, keeps_mtp: bool
 ) -> list[OutputTensor]:
-    name, shape, layer, role = row.name, row.shape, row.layer, row.role
-    dtype = VALUE_DTYPES[value_dtype] if row.scheme else row.dtype
+    if row.scheme and value_dtype != SOURCE_DTYPE:
+        if row.part != WEIGHT:
+            return []
+        row = row.of_values(VALUE_DTYPES[value_dtype])
+    name, shape, layer, role, dtype = row.name, row.shape, row.layer, row.role, row.dtype
     if role == "mtp":
         return [OutputTensor(name, dtype, shape, "copy", layer, row)] if keeps_mtp else []
     if role == "copy" or (role == "router" and export_format == "tied"):
@@ -82,12 +88,12 @@ def output_files(
     num_merged: Mapping[int, int],
     export_format: str,
     max_file_bytes: int,
-    value_dtype: str = "bfloat16",
+    value_dtype: str = SOURCE_DTYPE,
 ) -> list[OutputFile]:
     """The target's files, none empty, in the order of the source's.
 
-    num_merged: merged experts r of each MoE layer. value_dtype: torch's name of the dtype in which the values of a
-    quantised tensor are written. MTP layers are kept only where every layer keeps all of its experts. Tensors of wider dtypes
+    num_merged: merged experts r of each MoE layer. value_dtype: how the values of a quantised tensor are written, a value of
+    `export.dtype`. MTP layers are kept only where every layer keeps all of its experts. Tensors of wider dtypes
     come first in a file, so that all are aligned.
     """
     groups: dict[str, list[OutputTensor]] = {}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from stages.checkpoint.folder import Checkpoint
+from stages.checkpoint.quantised import SOURCE_DTYPE
+from stages.checkpoint.schemes import FITTED
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.settings import RunConfig
@@ -21,7 +23,7 @@ class MergeArgs:
     """One output file of a target.
 
     model: source folder. survey_dir, plan_dir: relative to the run directory. num_merged: experts that each MoE layer keeps.
-    value_dtype: of values that were quantised. max_file_bytes: a larger file is split. file: its position.
+    value_dtype: of `export.dtype`. max_file_bytes: a larger file is split. file: its position.
     """
 
     model: str
@@ -37,10 +39,21 @@ class MergeArgs:
 
 
 @dataclass(frozen=True)
+class PackedAnew:
+    """New experts of a layer that were packed in the scheme of a quantised source: the sum of their squared values, and the sum
+    of what packing changed, squared."""
+
+    layer: int
+    squared_values: float
+    squared_error: float
+
+
+@dataclass(frozen=True)
 class MergeFacts:
-    """num_tensors: of the file."""
+    """num_tensors: of the file. packed_anew: by layer; empty where nothing was."""
 
     num_tensors: int
+    packed_anew: tuple[PackedAnew, ...] = ()
 
 
 MERGE = UnitCall("stages.merge.units:merge_unit", MergeArgs, MergeFacts)
@@ -50,8 +63,8 @@ class Merge(StageSpec):
     """The weight files of every target."""
 
     name = "merge"
-    version = 2
-    libraries = ("numpy", "torch")
+    version = 3
+    libraries = ("compressed-tensors", "numpy", "torch")
     after = ("prepare", "cluster", "recombine")
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
@@ -76,13 +89,28 @@ class Merge(StageSpec):
                 )
 
     def check_surveyed(self, run: Run) -> None:
-        """Raise InputError for a checkpoint with layers that predict further tokens, if the run file refuses them."""
+        """Raise InputError for a checkpoint with layers that predict further tokens, if the run file refuses them, and for new
+        experts in a scheme that cannot be written."""
+        self._check_schemes(run)
         survey = run.survey
         if survey.mtp_tensors and any(variant.export.mtp == "error" for variant in run.variants):
             raise InputError(
                 f"{survey.first_mtp_tensor} (and {survey.mtp_tensors - 1} more) predicts further tokens (MTP), and export.mtp "
                 f"is error; set it to drop to leave these layers out"
             )
+
+    def _check_schemes(self, run: Run) -> None:
+        fitted = sorted({row.scheme for row in run.tensors if row.scheme in FITTED and row.role in ("expert", "fused_expert")})
+        for target in run.targets if fitted else ():
+            variant, counts = target.variant, target.counts(run.survey.moe_layers)
+            makes_new = variant.refit.mode != "none" or (
+                variant.method.reads_merging and min(counts.values()) < run.survey.num_experts
+            )
+            if makes_new and variant.export.dtype == SOURCE_DTYPE:
+                raise InputError(
+                    f"{run.config.model} is quantised by {fitted[0]}, in which new experts cannot be written; choose a "
+                    f"clustering.method that prunes (such as reap), without refit, or set export.dtype to bfloat16"
+                )
 
     def parts(self, run: Run) -> Iterator[Part]:
         """One for each target."""

@@ -116,7 +116,7 @@ class LayerShard:
         """
         if isinstance(args, LayerShardArgs) and args.model == str(self.adapted.checkpoint.folder):
             entries = (self.adapted.checkpoint.tensors[name] for name in self._names(args.first, args.stop))
-            packed = ((e.packing.weight, e.packing.scales) if e.packing else (e,) for e in entries)
+            packed = (e.packing.parts.values() if e.packing else (e,) for e in entries)
             stretches = [(e.file, e.begin, e.num_bytes) for parts in packed for e in parts]
             read_ahead(self.adapted.checkpoint.folder, stretches)
 

@@ -71,7 +71,7 @@ class Prepare(StageSpec):
     """Makes the survey and the token shards."""
 
     name = "prepare"
-    version = 4
+    version = 5
     libraries = ("numpy", "tokenizers", "transformers")
     makes_survey = True
 

@@ -1,5 +1,6 @@
 """The stage report: writes every number of a run into one file."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ class ReportedTarget:
     name: name of its folder. target: its variant and number of experts. variant: empty if the run file lists none. path:
     relative to the run directory. assembled: facts of its folder. evaluate_dir: directory of its scores, or None.
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
-    unweighted_clusters: by layer, merged experts whose members got no token.
+    unweighted_clusters: by layer, merged experts whose members got no token. packing_errors: by layer, root of the squared
+    change of new experts by packing them in the source's scheme, relative to their values; empty where nothing is packed.
     """
 
     name: str
@@ -33,6 +35,7 @@ class ReportedTarget:
     evaluate_dir: str | None
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
+    packing_errors: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class ReportFacts:
     num_models: int
 
 
+_PACKED = TypeAdapter(list[dict[str, float]])
 _LAYER_AND_INDICES = TypeAdapter(tuple[int, tuple[int, ...]])
 
 REPORT = UnitCall("stages.report.units:report_unit", ReportArgs, ReportFacts)
@@ -72,7 +76,7 @@ class Report(StageSpec):
     """Writes every number of a run into one file."""
 
     name = "report"
-    version = 2
+    version = 3
     after = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate")
 
     def parts(self, run: Run) -> Iterator[Part]:
@@ -124,6 +128,18 @@ def _by_layer(run: Run, stage: str, part_dir: str, fact: str) -> dict[int, tuple
     return found
 
 
+def _packing_errors(run: Run, part_dir: str) -> dict[int, float]:
+    """Relative errors of packing by layer, over the files of a target in their order."""
+    values, errors = dict[int, float](), dict[int, float]()
+    for unit in run.units("merge"):
+        sealed = run.sealed(unit) if unit.part_dir == part_dir else None
+        for found in _PACKED.validate_python(sealed.facts.get("packed_anew", ()) if sealed is not None else ()):
+            layer = found["layer"]
+            values[int(layer)] = values.get(int(layer), 0.0) + found["squared_values"]
+            errors[int(layer)] = errors.get(int(layer), 0.0) + found["squared_error"]
+    return {layer: math.sqrt(errors[layer] / values[layer]) if values[layer] else 0.0 for layer in sorted(values)}
+
+
 def _reported(run: Run) -> Iterator[ReportedTarget]:
     assembled = {unit.part_dir: run.sealed(unit) for unit in run.units("assemble")}
     for target in run.targets:
@@ -140,6 +156,7 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             assembled=sealed.facts,
             evaluate_dir=_dir_of(run, "evaluate", target.part),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
+            packing_errors=_packing_errors(run, run.part("merge", target.part).dir),
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
         )
 

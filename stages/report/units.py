@@ -57,6 +57,7 @@ def _target(job: Job[ReportArgs], target: ReportedTarget) -> Values:
         **target.assembled,
         "path": target.path,
         "unweighted_clusters": target.unweighted_clusters,
+        **({"packing_errors": target.packing_errors} if target.packing_errors else {}),
         **_scores(job, target.evaluate_dir),
     }
 
