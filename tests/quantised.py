@@ -175,12 +175,15 @@ SCHEMES: dict[str, tuple[Callable[[torch.Generator, int, int], Drawn], dict[str,
 """By name: how a matrix is drawn, and the section `quantization_config`."""
 
 
-def checkpoint(scheme: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Path]:
-    """A qwen3_moe whose experts and attention are packed, and one of the same values in float32; both compute in `dtype`."""
+def checkpoint(scheme: str, folder: Path, **changes: Any) -> tuple[Path, Path]:
+    """A qwen3_moe whose experts and attention are packed, and one of the same values in float32; both compute in bfloat16.
+
+    changes: of its config.
+    """
     draw, section = SCHEMES[scheme]
-    model = build("qwen3_moe", dtype, hidden_size=64, moe_intermediate_size=32)
+    model = build("qwen3_moe", torch.bfloat16, **{"hidden_size": 64, "moe_intermediate_size": 32, **changes})
     plain, packed = save(model, folder / "plain"), save(model, folder / "packed")
-    config = {**read_config(plain), "dtype": str(dtype).removeprefix("torch.")}
+    config = {**read_config(plain), "dtype": "bfloat16"}
     generator = torch.Generator().manual_seed(0)
     stored, values = dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in read_tensors(plain).items():

@@ -34,6 +34,8 @@ from stages.checkpoint.schemes import (
 
 Parts = Mapping[str, Tensor]
 _E8M0_BIAS = 127
+_ROWS = 128
+"""Least rows that are unpacked at a time."""
 
 
 def dequantise(scheme: Scheme, parts: Parts) -> Tensor:
@@ -86,9 +88,14 @@ def dequantise_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Te
     scale = scales.float().reshape(*lead, -(-rows // block[0]), -(-columns // block[1]))
     scale = scale.repeat_interleave(min(block[1], columns), -1)[..., :columns]  # a block may be wider than the tensor
     values = torch.empty(weight.shape, device=weight.device)
-    for number, first in enumerate(range(0, rows, block[0])):  # a block of rows fits in the cache: 1.7 times as fast
-        some = values[..., first : first + block[0], :]
-        some.copy_(weight[..., first : first + block[0], :]).mul_(scale[..., number : number + 1, :])
+    num_blocks = -(-_ROWS // block[0])
+    for number, first in enumerate(range(0, rows, num_blocks * block[0])):  # these rows fit in the cache: 1.7 times as fast
+        some = values[..., first : first + num_blocks * block[0], :]
+        some.copy_(weight[..., first : first + num_blocks * block[0], :])
+        factors = scale[..., number * num_blocks : (number + 1) * num_blocks, :]
+        if factors.shape[-2] > 1:
+            factors = factors.repeat_interleave(block[0], -2)[..., : some.shape[-2], :]
+        some.mul_(factors)
     return values
 
 

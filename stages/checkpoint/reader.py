@@ -22,6 +22,9 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
+STORED_DTYPES = TORCH_DTYPES | {"F8_E8M0": torch.float8_e8m0fnu}
+"""Dtypes of parts of packed tensors, too."""
+
 
 class PackedView:
     """A quantised tensor that dequantises on indexing: the whole tensor, or a range of experts of a fused tensor."""
@@ -40,7 +43,7 @@ class PackedView:
 
 
 class RangeView:
-    """A plain tensor in a remote file. Indexing reads byte ranges, as `safe_open`'s slices do locally."""
+    """A plain tensor in a file, which may be remote. Indexing reads byte ranges, as `safe_open`'s slices do locally."""
 
     def __init__(self, path: Path, entry: TensorEntry) -> None:
         self._path, self._entry = path, entry
@@ -61,7 +64,7 @@ class RangeView:
         row_bytes = self._entry.num_bytes // shape[0] if shape and shape[0] else self._entry.num_bytes
         out = torch.empty(max(0, stop - first) * row_bytes, dtype=torch.uint8)
         read_into(self._path, self._entry.begin + first * row_bytes, out.numpy().data)
-        values = out.view(TORCH_DTYPES[self._entry.dtype]).view((max(0, stop - first), *shape[1:]) if shape else ())
+        values = out.view(STORED_DTYPES[self._entry.dtype]).view((max(0, stop - first), *shape[1:]) if shape else ())
         return values if isinstance(index, slice) or index is Ellipsis else values[index]
 
 
@@ -100,10 +103,13 @@ class TensorReader:
         return PackedView(entry.packing.scheme, views, ndim=len(entry.shape))
 
     def parts(self, name: str, expert: int | None = None, without: Collection[str] = ()) -> dict[str, Tensor]:
-        """The parts of a quantised tensor as they are stored: of the whole, or of one expert of a fused tensor."""
-        packing = self.checkpoint.tensors[name].packing
+        """The parts of a quantised tensor as they are stored: of the whole, or of one expert of a fused tensor.
+
+        They are read into memory of their own. Those of an opened file would be its mapped pages, and count twice once copied.
+        """
+        packing, folder = self.checkpoint.tensors[name].packing, self.checkpoint.folder
         assert packing is not None, name
-        views = {part: self._raw(one.file, one.name) for part, one in packing.parts.items() if part not in without}
+        views = {part: RangeView(folder / one.file, one) for part, one in packing.parts.items() if part not in without}
         if expert is not None:
             return {part: view[expert : expert + 1][0] for part, view in views.items()}
         return {part: view[...] for part, view in views.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint.codec import dequantise, quantise
-from stages.checkpoint.reader import TORCH_DTYPES, TensorReader
+from stages.checkpoint.reader import STORED_DTYPES, TensorReader
 from stages.checkpoint.schemes import WEIGHT, Scheme
 from stages.contracts.errors import InputError
 from stages.contracts.layer_plan import LayerPlan, Slot
@@ -20,8 +20,6 @@ from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch
 from stages.merge.layout import OutputTensor
 from stages.merge.planned_layer import PlannedLayer, slots_of
 from stages.merge.slots import ExpertTensors
-
-_PART_DTYPES = TORCH_DTYPES | {"F8_E8M0": torch.float8_e8m0fnu}
 
 
 def is_whole(slot: Slot) -> bool:
@@ -48,7 +46,7 @@ class PackedSlots:
     def means(self, tensor: OutputTensor, layer: PlannedLayer) -> Iterator[Mean]:
         """The bytes of one part of a slot, or of all slots of a fused tensor, one mean after another."""
         row, plan = tensor.source, layer.plan
-        dtype, place = _PART_DTYPES[tensor.dtype], self.source.place(row.name)
+        dtype, place = STORED_DTYPES[tensor.dtype], self.source.place(row.name)
         for number, slot in zip(_numbers(tensor, plan), slots_of(tensor, plan), strict=True):
             if is_whole(slot) and row.parameter not in plan.replaced:
                 stretch = self._stretch(tensor, slot.members[0].expert)
@@ -95,7 +93,7 @@ class PackedSlots:
             values = experts.slot_values(slot)
         packing = self.source.checkpoint.tensors[row.values].packing
         assert packing is not None, row.values
-        stored = {part: _PART_DTYPES[entry.dtype] for part, entry in packing.parts.items()}
+        stored = {part: STORED_DTYPES[entry.dtype] for part, entry in packing.parts.items()}
         return values, quantise(scheme, values, self._members(tensor, slot), stored)
 
     def _members(self, tensor: OutputTensor, slot: Slot) -> list[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from stages.model.adapter import AdaptedModel, checkpoint_dtype
 from stages.model.completeness import check_complete
 from stages.model.config_checks import check_config
 from stages.model.families import family_name, family_of, num_experts_in, number_in, text_config, top_k_in
+from stages.model.packed import packed_parts
 from stages.model.roles import TensorRole, router_modules, tensor_roles
 from stages.model.tied import is_tied
 from stages.model.trial import check_experts, check_forward
@@ -59,6 +60,10 @@ def survey(checkpoint: Checkpoint) -> tuple[Survey, list[TensorRole]]:
         layer_bytes[role.layer] += role.entry.num_bytes
         if role.role in ("expert", "fused_expert"):
             expert_bytes[role.layer] += role.entry.num_bytes
+    experts = {role.parameter for role in roles if role.role in ("expert", "fused_expert")}
+    saved_bytes: dict[int | None, int] = defaultdict(int)
+    for parameter, parts in packed_parts(adapted, checkpoint.tensors, experts).items():
+        saved_bytes[adapted.layer_of(parameter)] += sum(one.entry.num_bytes - one.entry.stored_bytes for one in parts)
     text = text_config(checkpoint.config)
     mtp = [role for role in roles if role.role == "mtp"]
     unloaded = [role for role in roles if role.role == "copy" and not role.parameter]
@@ -84,6 +89,7 @@ def survey(checkpoint: Checkpoint) -> tuple[Survey, list[TensorRole]]:
         outside_bytes=layer_bytes[None],
         layer_bytes=tuple(layer_bytes[layer] for layer in range(len(adapted.layers))),
         layer_expert_bytes=tuple(expert_bytes[layer] for layer in range(len(adapted.layers))),
+        layer_held_bytes=tuple(layer_bytes[layer] - saved_bytes[layer] for layer in range(len(adapted.layers))),
     )
     return surveyed, roles
 

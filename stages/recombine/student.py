@@ -18,6 +18,7 @@ from stages.model.adapter import build_meta_model, expert_axes
 from stages.model.expert_weights import ExpertWeights
 from stages.model.experts_forward import ExpertsForward
 from stages.model.layer_shard import LayerShard
+from stages.model.packed import PackedStack
 from stages.model.roles import Neurons, neuron_axes
 from stages.model.stream import replaced_forward
 
@@ -52,7 +53,8 @@ class Student:
             axis = axes.get(prefix + name)
             if name.startswith(f"{inside}."):
                 assert axis == 0, f"{name}: the experts are along the first axis in transformers' modules"
-                _put(small, name, torch.stack([_slot(tensor, slot, neurons.get(prefix + name), place) for slot in plan.slots]))
+                held = shard.packed.get(prefix + name, tensor)
+                _put(small, name, torch.stack([_slot(held, slot, neurons.get(prefix + name), place) for slot in plan.slots]))
             elif axis is not None and is_stock:
                 rows = [slot.row.parts for slot in plan.slots if slot.row is not None]
                 _put(small, name, merge_rows(tensor, axis, rows, place))
@@ -96,7 +98,7 @@ class Student:
         self.weights.experts.down_proj.copy_(stacked)
 
 
-def _slot(experts: Tensor, slot: Slot, neurons: Neurons | None, place: str) -> Tensor:
+def _slot(experts: Tensor | PackedStack, slot: Slot, neurons: Neurons | None, place: str) -> Tensor:
     """A slot's part of a parameter of the experts, which are along its first axis. neurons: where they lie in one's part."""
     if neurons is None or (not slot.is_joined and all(member.neurons is None for member in slot.members)):
         return combined([(experts[member.expert], member.weight) for member in slot.members], experts.dtype, place)
