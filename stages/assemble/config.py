@@ -32,12 +32,14 @@ def target_config(
     value_dtype: str,
     source_names: Collection[str] = (),
     written_names: Collection[str] = (),
+    merges_mtp: bool = False,
 ) -> dict[str, Any]:
     """Config of a merged checkpoint.
 
     architecture: transformers class of the language model. auto_classes: class that each transformers Auto class gives for the
     source. num_merged: merged experts r of each MoE layer; the same for all layers if stock. value_dtype: of `export.dtype`.
-    source_names, written_names: of the stored tensors of the source and of the export.
+    source_names, written_names: of the stored tensors of the source and of the export. merges_mtp: whether a stock export has
+    the layers that predict further tokens.
     """
     source = _without_origin(config)
     if export_format == "tied":
@@ -45,7 +47,8 @@ def target_config(
     else:
         (count,) = set(num_merged.values())
         edited = stock_config(source, count)
-    if min(num_merged.values()) < num_experts_in(config, "config.json"):
+    is_whole = min(num_merged.values()) == num_experts_in(config, "config.json")
+    if not is_whole and not (merges_mtp and export_format == "stock"):
         _without_mtp(edited)
     if quantisation_config(config) is not None:
         if value_dtype == SOURCE_DTYPE:

@@ -18,7 +18,7 @@ class AssembleArgs:
 
     model: source folder. merge_dir: folder of the weight files, relative to the run directory. files: SHA-256 of the weight
     files by name. num_merged: experts that each MoE layer keeps. architecture: transformers class of the source. format: "tied"
-    or "stock". value_dtype: of `export.dtype`.
+    or "stock". value_dtype: of `export.dtype`. merges_mtp: whether `export.mtp` is merge.
     """
 
     model: str
@@ -28,6 +28,7 @@ class AssembleArgs:
     architecture: str
     format: str
     value_dtype: str
+    merges_mtp: bool
     card: CardFacts
 
 
@@ -86,6 +87,7 @@ def _unit(run: Run, target: Target, files: Mapping[str, str]) -> Unit:
         architecture=run.survey.architecture,
         format=target.format,
         value_dtype=target.variant.export.dtype,
+        merges_mtp=target.variant.export.mtp == "merge",
         card=card_facts(run, target),
     )
     return run.unit(run.part("assemble", target.part), "checkpoint", ASSEMBLE.on(args), target.name)

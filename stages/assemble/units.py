@@ -53,7 +53,15 @@ def assemble_unit(job: Job[AssembleArgs]) -> UnitResult[AssembleFacts]:
 def _write_config(source: Checkpoint, folder: Path, args: AssembleArgs, names: set[str]) -> Sequence[WrittenFile]:
     classes = auto_classes(source) if args.format == "tied" else {}
     config = target_config(
-        source.config, args.architecture, classes, args.num_merged, args.format, args.value_dtype, source.raw_tensors, names
+        source.config,
+        args.architecture,
+        classes,
+        args.num_merged,
+        args.format,
+        args.value_dtype,
+        source.raw_tensors,
+        names,
+        args.merges_mtp,
     )
     written = write_json(folder / CONFIG_FILE, writable(config))
     if args.format != "tied":

@@ -29,6 +29,7 @@ _SCHEMA = pa.schema(
         pa.field("values", pa.string(), False),
         pa.field("values_template", pa.string()),
         pa.field("values_shape", pa.list_(pa.int64()), False),
+        pa.field("like", pa.string(), False),
     ],
     metadata={
         "table": "tensors of a checkpoint as they are stored, in the order of their bytes",
@@ -47,6 +48,8 @@ _SCHEMA = pa.schema(
         "values": "name of the tensor of values as the model has it; for plain numbers the name itself",
         "values_template": "the same with {} in place of the expert's index, for role expert",
         "values_shape": "shape of the values",
+        "like": "for role mtp: expert | fused_expert | router where the tensor in the same place of the last MoE layer is one, "
+        "with expert, template and expert_axis as there; else empty",
     },
 )
 
@@ -73,6 +76,7 @@ class TensorRow:
     values: str
     values_template: str | None
     values_shape: tuple[int, ...]
+    like: str
 
     def of_values(self, dtype: str) -> "TensorRow":
         """The row that the values of a packed tensor would have as plain numbers. dtype: safetensors name."""

@@ -54,7 +54,7 @@ class OutputFile:
 
 
 def _output_tensors(
-    row: TensorRow, num_merged: Mapping[int, int], export_format: str, value_dtype: str, keeps_mtp: bool
+    row: TensorRow, num_merged: Mapping[int, int], export_format: str, value_dtype: str, mtp: str
 ) -> list[OutputTensor]:
     if row.scheme and value_dtype != SOURCE_DTYPE:
         if row.part != WEIGHT:
@@ -62,7 +62,9 @@ def _output_tensors(
         row = row.of_values(VALUE_DTYPES[value_dtype])
     name, shape, layer, role, dtype = row.name, row.shape, row.layer, row.role, row.dtype
     if role == "mtp":
-        return [OutputTensor(name, dtype, shape, "copy", layer, row)] if keeps_mtp else []
+        if mtp == "drop":
+            return []
+        layer, role = max(num_merged, default=None), row.like if mtp == "merge" and row.like else "copy"
     if role == "copy" or (role == "router" and export_format == "tied"):
         return [OutputTensor(name, dtype, shape, "copy", layer, row)]
     assert layer is not None, f"{name}: experts and routers belong to a layer"
@@ -89,19 +91,21 @@ def output_files(
     export_format: str,
     max_file_bytes: int,
     value_dtype: str = SOURCE_DTYPE,
+    merges_mtp: bool = False,
 ) -> list[OutputFile]:
     """The target's files, none empty, in the order of the source's.
 
     num_merged: merged experts r of each MoE layer. value_dtype: how the values of a quantised tensor are written, a value of
-    `export.dtype`. MTP layers are kept only where every layer keeps all of its experts. Tensors of wider dtypes
-    come first in a file, so that all are aligned.
+    `export.dtype`. MTP layers are kept where every layer keeps all of its experts, and with merges_mtp in stock exports, where
+    they follow the last MoE layer. Tensors of wider dtypes come first in a file, so that all are aligned.
     """
     groups: dict[str, list[OutputTensor]] = {}
     mapped: set[int | None] = set()
-    keeps_mtp = all(count == num_experts for count in num_merged.values())
+    is_whole = all(count == num_experts for count in num_merged.values())
+    mtp = "copy" if is_whole else "merge" if merges_mtp and export_format == "stock" else "drop"
     for row in rows:
         group = groups.setdefault(row.file, [])
-        group.extend(_output_tensors(row, num_merged, export_format, value_dtype, keeps_mtp))
+        group.extend(_output_tensors(row, num_merged, export_format, value_dtype, mtp))
         if export_format == "tied" and row.role in ("expert", "fused_expert") and row.layer not in mapped:
             mapped.add(row.layer)
             group.append(_expert_map(row, num_experts))

@@ -71,7 +71,7 @@ class PackedSlots:
             return kept[row.part]
         values, parts = self._packed(tensor, layer, number, slot)
         self._kept[key] = {part: made for part, made in parts.items() if part != WEIGHT}
-        if row.part == WEIGHT:
+        if row.part == WEIGHT and row.role != "mtp":
             scheme = self._scheme(row.values)
             total = self.errors.setdefault(layer.layer, SquaredError())
             total.values += float(values.double().square().sum())

@@ -23,7 +23,8 @@ class MergeArgs:
     """One output file of a target.
 
     model: source folder. survey_dir, plan_dir: relative to the run directory. num_merged: experts that each MoE layer keeps.
-    value_dtype: of `export.dtype`. max_file_bytes: a larger file is split. file: its position.
+    value_dtype: of `export.dtype`. merges_mtp: whether `export.mtp` is merge. max_file_bytes: a larger file is split. file: its
+    position.
     """
 
     model: str
@@ -33,6 +34,7 @@ class MergeArgs:
     num_merged: Mapping[int, int]
     format: str
     value_dtype: str
+    merges_mtp: bool
     max_file_bytes: int
     num_threads: int
     file: int
@@ -96,8 +98,19 @@ class Merge(StageSpec):
         if survey.mtp_tensors and any(variant.export.mtp == "error" for variant in run.variants):
             raise InputError(
                 f"{survey.first_mtp_tensor} (and {survey.mtp_tensors - 1} more) predicts further tokens (MTP), and export.mtp "
-                f"is error; set it to drop to leave these layers out"
+                f"is error; set it to drop to leave these layers out, or to merge"
             )
+        odd = next((row.name for row in run.tensors if row.role == "mtp" and not row.like and ".experts." in row.name), None)
+        if odd is not None and any(variant.export.mtp == "merge" for variant in run.variants):
+            raise InputError(
+                f"{run.config.model}: tensor {odd} predicts further tokens (MTP) and is not like the experts of the last MoE "
+                f"layer, so it cannot follow its plan; set export.mtp to drop"
+            )
+
+    def remarks(self, run: Run) -> Iterator[str]:
+        """A line about layers that predict further tokens, if their experts are merged."""
+        if run.survey.mtp_tensors and any(variant.export.mtp == "merge" for variant in run.variants):
+            yield "export.mtp is merge: layers for further tokens follow the last MoE layer; their drafts are not measured"
 
     def _check_schemes(self, run: Run) -> None:
         fitted = sorted({row.scheme for row in run.tensors if row.scheme in FITTED and row.role in ("expert", "fused_expert")})
@@ -117,6 +130,8 @@ class Merge(StageSpec):
         for target in run.targets:
             export = target.variant.export
             settings: dict[str, JsonValue] = {"max_file_bytes": export.max_file_bytes, "dtype": export.dtype}
+            if export.mtp == "merge":
+                settings["mtp"] = export.mtp
             upstream = {"model": run.part("prepare", "model"), "plans": plans_of(run, target)}
             yield run.new_part(self, target.part, settings, upstream)
 
@@ -133,6 +148,7 @@ class Merge(StageSpec):
                     num_merged=target.counts(run.survey.moe_layers),
                     format=target.format,
                     value_dtype=export.dtype,
+                    merges_mtp=export.mtp == "merge",
                     max_file_bytes=export.max_file_bytes,
                     num_threads=run.config.resources.num_cpus,
                     file=number,
@@ -152,7 +168,9 @@ class Merge(StageSpec):
 
 def _files(run: Run, target: Target) -> list[OutputFile]:
     counts, export = target.counts(run.survey.moe_layers), target.variant.export
-    return output_files(run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype)
+    return output_files(
+        run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype, export.mtp == "merge"
+    )
 
 
 SPEC = Merge()

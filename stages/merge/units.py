@@ -47,7 +47,8 @@ def _means(tensor: OutputTensor, packed: PackedSlots, layers: Mapping[int, Plann
         yield _copied(row, dtype, source, place, may_be_infinite=not row.parameter)
         return
     assert tensor.layer is not None
-    layer, plan = layers[tensor.layer], layers[tensor.layer].plan
+    layer = layers[tensor.layer].for_mtp if row.role == "mtp" else layers[tensor.layer]
+    plan = layer.plan
     if tensor.rule == "expert_map":
         if DROPPED in plan.slot_E:
             raise ValueError(f"{place}: the layer plan drops experts, which no tied export can express")
@@ -116,13 +117,15 @@ def _laid_out(
     export_format: str,
     max_file_bytes: int,
     value_dtype: str,
+    merges_mtp: bool,
 ) -> tuple[Checkpoint, list[OutputFile]]:
     """The checkpoint and a target's files, kept for the target's next file.
 
     One target is kept: the driver hands out the files of one after those of another.
     """
     checkpoint, rows = _surveyed(model, survey_dir)
-    return checkpoint, output_files(rows, num_experts, dict(num_merged), export_format, max_file_bytes, value_dtype)
+    files = output_files(rows, num_experts, dict(num_merged), export_format, max_file_bytes, value_dtype, merges_mtp)
+    return checkpoint, files
 
 
 def merge_unit(job: Job[MergeArgs]) -> UnitResult[MergeFacts]:
@@ -131,7 +134,7 @@ def merge_unit(job: Job[MergeArgs]) -> UnitResult[MergeFacts]:
     torch.set_num_threads(args.num_threads)
     checkpoint, files = _laid_out(
         args.model, job.run_dir / args.survey_dir, args.num_experts, tuple(args.num_merged.items()), args.format,
-        args.max_file_bytes, args.value_dtype,
+        args.max_file_bytes, args.value_dtype, args.merges_mtp,
     )  # fmt: skip
     file = files[args.file]
     layers = {layer: PlannedLayer(job.run_dir / args.plan_dir, layer) for layer in args.num_merged}

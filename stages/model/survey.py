@@ -40,7 +40,7 @@ def survey(checkpoint: Checkpoint) -> tuple[Survey, list[TensorRole]]:
     check_forward(checkpoint)
     roles = tensor_roles(adapted)
     for role in roles:
-        if role.role in MERGED and role.entry.dtype not in FLOATING:
+        if (role.like or role.role) in MERGED and role.entry.dtype not in FLOATING:
             raise InputError(
                 f"{checkpoint.folder / role.entry.file}: tensor {role.entry.name} is {role.entry.dtype}; "
                 f"only {', '.join(FLOATING)} can be averaged: use the checkpoint from before quantisation"
@@ -101,13 +101,14 @@ def _check_packed_alike(checkpoint: Checkpoint, roles: list[TensorRole]) -> None
     for role in roles:
         place = f"{checkpoint.folder / role.entry.file}: tensor {role.entry.name}"
         scheme = role.entry.packing.scheme if role.entry.packing else None
-        if role.role == "router" and scheme is not None:
+        kind = role.like or role.role
+        if kind == "router" and scheme is not None:
             raise InputError(
                 f"{place}: a router that is quantised is not supported; use the checkpoint from before quantisation"
             )
-        if role.role == "fused_expert" and scheme is not None and role.expert_axis != 0:
+        if kind == "fused_expert" and scheme is not None and role.expert_axis != 0:
             raise InputError(f"{place}: experts that are packed along axis {role.expert_axis} are not supported")
-        if role.role == "expert" and role.template is not None and packed.setdefault(role.template, scheme) != scheme:
+        if kind == "expert" and role.template is not None and packed.setdefault(role.template, scheme) != scheme:
             raise InputError(
                 f"{place} is packed in another way than the same tensor of other experts; use the checkpoint from before "
                 f"quantisation"
@@ -156,6 +157,7 @@ def _rows(role: TensorRole) -> Iterator[TensorRow]:
             values=role.entry.name,
             values_template=role.template,
             values_shape=role.entry.shape,
+            like=role.like,
         )
 
 
