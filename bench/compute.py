@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bench.models import IDS_FILE, MODELS
 from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs
 from stages.calibrate.units import CalibrationShard, calibrate_unit, open_shard
 from stages.contracts.stream_units import StreamArgs
+from stages.contracts.survey import Survey
 from stages.contracts.units import HeldJob, Job
 from stages.model.survey import survey_checkpoint
 from stages.prepare.spec import TextArgs, TokensArgs
@@ -73,12 +75,21 @@ def repeat_products(products: Counter[tuple[Operand, Operand]], least_s: float =
     return total
 
 
-def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str, Any]:
-    """Operations, seconds of the unit and of its bare products, and the share of the rate that is reached."""
-    spec = MODELS[name]
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        run_dir = Path(temporary)
-        micro_batch = max(1, 2048 // spec.sequence_length)
+@dataclass(frozen=True)
+class Opened:
+    """All layers of a model, held, and how long loading took. One token shard has the whole calibration set."""
+
+    run_dir: Path
+    micro_batch: int
+    survey: Survey
+    shard: CalibrationShard
+    load_s: float
+    load_cpu_s: float
+
+    @classmethod
+    def of(cls, name: str, folder: Path, num_threads: int, run_dir: Path) -> "Opened":
+        """Load a model, and store its token ids in run_dir."""
+        spec = MODELS[name]
         text = TextArgs(
             place="calibration", model=str(folder), trust_remote_code=False, data=(str(folder / IDS_FILE),), text_field="text",
             num_sequences=spec.num_sequences, sequence_length=spec.sequence_length, seed=0,
@@ -88,8 +99,20 @@ def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str
         layers = CalibrationShardArgs(str(folder), 0, survey.num_layers, num_threads, survey.routers)
         opened: list[CalibrationShard] = []
         load_s, load_cpu_s = timed(lambda: opened.append(open_shard(layers)))
-        args = CalibrateArgs(StreamArgs("tokens", 0, micro_batch, is_last=True), sample=None, collectors=())
-        job = HeldJob(run_dir, run_dir / "calibrate", args, opened[0])
+        return cls(run_dir, max(1, 2048 // spec.sequence_length), survey, opened[0], load_s, load_cpu_s)
+
+    def job(self, collectors: tuple[str, ...] = ()) -> HeldJob[CalibrateArgs, CalibrationShard]:
+        """The token shard's way through the layers. collectors: used beside the default ones."""
+        args = CalibrateArgs(StreamArgs("tokens", 0, self.micro_batch, is_last=True), sample=None, collectors=collectors)
+        return HeldJob(self.run_dir, self.run_dir / "calibrate", args, self.shard)
+
+
+def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str, Any]:
+    """Operations, seconds of the unit and of its bare products, and the share of the rate that is reached."""
+    spec = MODELS[name]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        opened = Opened.of(name, folder, num_threads, Path(temporary))
+        job = opened.job()
         with FlopCounterMode(display=False) as counter:
             calibrate_unit(job)
         with MatmulRecorder() as recorder:
@@ -110,8 +133,8 @@ def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str
         "flops": counter.get_total_flops(),
         "flops_of_products": num_products_flops,
         "num_tokens": spec.num_sequences * spec.sequence_length,
-        "load_s": load_s,
-        "load_cpu_s": load_cpu_s,
+        "load_s": opened.load_s,
+        "load_cpu_s": opened.load_cpu_s,
         "unit_s": unit_s,
         "products_s": products_s,
         "share": shares,

@@ -191,6 +191,23 @@ def _simulation(results: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def _collectors(results: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, found in results.items():
+        for collector, seconds in found["wall_s"].items():
+            ratios = [_spread(_ratios(found[kind][collector], found[kind][""])) for kind in ("wall_s", "cpu_s")]
+            if collector:
+                size = found["evidence_bytes"][collector] / found["num_layers"] / 1e6
+                rows.append([name, f"`{collector}`", _spread(seconds), *ratios, f"{size:.3f}"])
+    header = ["model", "collector", "calibrate, s", "wall ratio", "processor ratio", "evidence of a layer, MB"]
+    return (
+        "## 7. Collectors\n\nEvidence that only some methods require: calibrate with one such collector over calibrate "
+        "without, sums of all layers finished, the layers loaded, one token shard. `output_gram` (`feature: token_wise`) runs "
+        "every expert on every token once more and applies W_down to all of them; `neuron_activations` (`merging.align: "
+        "activation`, `fix_dominant`, `zipit`) runs them on up to 4,096 tokens once more.\n\n" + _table(header, rows)
+    )
+
+
 _SECTIONS = {
     "hand": _hand,
     "compute": _compute,
@@ -199,6 +216,7 @@ _SECTIONS = {
     "scaling": _scaling,
     "simulation": _simulation,
     "overhead": _overhead,
+    "collectors": _collectors,
 }
 _ON_ONE_MODEL = ("overhead", "scaling", "simulation")
 

@@ -23,7 +23,7 @@ from stages.contracts.arrow import read_table
 from stages.io.files import write_file, write_json
 
 STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "report")
-BENCHMARKS = ("hand", "compute", "transfer", "memory", "overhead", "scaling", "simulation")
+BENCHMARKS = ("hand", "compute", "collectors", "transfer", "memory", "overhead", "scaling", "simulation")
 ON_ONE_MODEL = ("overhead", "scaling", "simulation")
 SCALING_SEQUENCES = 64
 SCALING_WORKERS = (1, 2, 4)
@@ -129,6 +129,12 @@ class Bench:
         """Benchmark 2."""
         options = ["--threads", str(self.num_threads), "--repeats", str(self.repeats)]
         command = [sys.executable, "-m", "bench.compute", name, str(self.model(name)), *options]
+        return json.loads(measure.run(command, OMP_NUM_THREADS=str(self.num_threads)).output)  # type: ignore[no-any-return]
+
+    def collectors(self, name: str) -> dict[str, Any]:
+        """Benchmark 7."""
+        options = ["--threads", str(self.num_threads), "--repeats", str(self.repeats)]
+        command = [sys.executable, "-m", "bench.collectors", name, str(self.model(name)), *options]
         return json.loads(measure.run(command, OMP_NUM_THREADS=str(self.num_threads)).output)  # type: ignore[no-any-return]
 
     def transfer(self, name: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class SimulatedExecutor:
         seconds = self._open_s(worker, unit) + self.costs.hardware.unit_s
         args = unit.call.args
         if isinstance(args, ReduceArgs):
-            seconds += self.costs.sum_s(args.layer, args.num_shards)
+            seconds += self.costs.sum_s(args.layer, args.domains[-1].stop)
         else:
             assert isinstance(args, CalibrateArgs)
             seconds += self._pass_s(worker, unit, args.stream)

@@ -13,8 +13,9 @@ from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Identity
 from stages.contracts.naming import is_hub_name
-from stages.contracts.settings import RunConfig, TextData, hub_dir, texts_of
+from stages.contracts.settings import RunConfig, hub_dir
 from stages.contracts.targets import targets_of
+from stages.contracts.texts import Text, texts_of
 from stages.io.storage import absolute, as_path, check_readable, check_writable, is_remote, is_url
 from stages.model.config_checks import check_config
 from stages.model.families import family_of, num_experts_in
@@ -23,7 +24,7 @@ from stages.registry import stage_specs
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that has passed all checks. datasets: the hub datasets it reads, by the run file section that names each."""
+    """A run that has passed all checks. datasets: the hub datasets it reads, by the place in the run file that names each."""
 
     inputs: Inputs
     datasets: Mapping[str, Dataset]
@@ -49,25 +50,25 @@ def check(config: RunConfig, folder: Path | None = None) -> Checked:
         spec.check(config, targets, checkpoint)
     identities: dict[str, Identity] = {"model": model_identity(checkpoint)}
     datasets: dict[str, Dataset] = {}
-    for place, data in texts_of(config).items():
-        if is_dataset_name(data.data):
-            datasets[place] = _dataset(config, place, data, is_run)
-            identities[place] = {data.data[0]: datasets[place].identity}
+    for place, text in texts_of(config).items():
+        if is_dataset_name(text.data):
+            datasets[place] = _dataset(config, text, is_run)
+            identities[place] = {text.data[0]: datasets[place].identity}
         else:
-            identities[place] = files_identity(data.data, place)
+            identities[place] = files_identity(text.data, place)
     return Checked(Inputs(absolute(checkpoint.folder), identities), datasets)
 
 
-def _dataset(config: RunConfig, place: str, data: TextData, is_run: bool) -> Dataset:
+def _dataset(config: RunConfig, text: Text, is_run: bool) -> Dataset:
     run_dir = absolute(config.run_dir)
     if config.cache_dir is None and is_remote(run_dir):
         raise InputError(
-            f"cache_dir is missing: {data.data[0]} is downloaded to files, and run_dir {run_dir} is object storage; give a "
+            f"cache_dir is missing: {text.data[0]} is downloaded to files, and run_dir {run_dir} is object storage; give a "
             f"folder that every node reaches, or download the dataset and give its files"
         )
-    dataset = choose_files(data.data[0], data.revision, data.seed, hub_dir(config), place)
+    dataset = choose_files(text.data[0], text.revision, text.seed, hub_dir(config), text.place)
     if is_run and not dataset.note:
-        fetch_files(dataset, data.revision, hub_dir(config), place)
+        fetch_files(dataset, text.revision, hub_dir(config), text.place)
     return dataset
 
 

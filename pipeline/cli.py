@@ -115,7 +115,9 @@ def run(
     if result.report["models"]:
         show(console, result_table(result.report))
         if config.variants is not None:
-            show(console, Comparison.of(result.report).table())
+            first, *_ = Comparison.all_of(result.report)
+            show(console, first.source_line)
+            show(console, first.table())
         for line in certainty_lines(result.report):
             show(console, line)
         for warning in result.report["warnings"]:
@@ -175,21 +177,23 @@ def compare(
     settings: Settings = None,
     output_format: Annotated[TableFormat, typer.Option("--format", help="table, markdown or json.")] = TableFormat.TABLE,
 ) -> None:
-    """Show a finished run's variants side by side: perplexity of every target and format; a star marks the best."""
-    from pipeline.commands.compare import comparison
+    """Show a finished run's variants side by side: perplexity of every target and format, over all text and by domain; a star
+    marks the best."""
+    from pipeline.commands.compare import comparisons
     from pipeline.config import load_config
 
-    found = comparison(load_config(run_file, settings or []))
+    found = comparisons(load_config(run_file, settings or []))
     console = _output()
     if output_format is TableFormat.JSON:
-        console.print_json(data=found.values(), ensure_ascii=True)
+        console.print_json(data={"comparisons": [one.values() for one in found]}, ensure_ascii=True)
         return
-    show(console, found.source_line)
-    if output_format is TableFormat.TABLE:
-        show(console, found.table())
-        return
-    for line in found.markdown():
-        show(console, line)
+    for one in found:
+        show(console, one.source_line)
+        if output_format is TableFormat.TABLE:
+            show(console, one.table())
+        else:
+            for line in ("", *one.markdown(), ""):
+                show(console, line)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pipeline.run.publish import unpublish_lost
 from pipeline.run.record import RunRecord, read_record
 from pipeline.state.lock import RunLock
 from pipeline.state.manifest import MANIFESTS_DIR
+from stages.contracts.texts import texts_of
 from stages.io.storage import absolute, is_remote
 
 
@@ -45,8 +46,7 @@ def remove_unused(where: str | Path) -> Iterator[str]:
 def unused(run_dir: Path, record: RunRecord) -> list[Path]:
     """Stage folders of other settings. Folders that the last run reads are excluded: its model may be an earlier run's
     result."""
-    texts = [record.config.calibration, record.config.evaluation]
-    inputs = [record.model, *(name for text in texts if text is not None for name in text.data)]
+    inputs = [record.model, *(name for text in texts_of(record.config).values() for name in text.data)]
     used = {*record.stage_dirs, *(_top(run_dir, name) for name in inputs)}
     return [folder for folder in stage_folders(run_dir) if folder.name not in used]
 

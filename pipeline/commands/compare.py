@@ -11,13 +11,14 @@ from stages.io.storage import absolute
 from stages.io.untrusted import read_json
 
 
-def comparison(config: RunConfig) -> Comparison:
-    """Of a finished run. Raises InputError where there is no report, or one that cannot be read."""
+def comparisons(config: RunConfig) -> list[Comparison]:
+    """Of a finished run, by every measure of its report.
+    Raises InputError where there is no report, or one that cannot be read."""
     path = absolute(config.run_dir) / REPORT_FILE
     if not path.exists():
         raise InputError(f"{path} does not exist; run the run file first: `hcsmoe run` writes it when all stages are finished")
     report: Any = read_json(path)
     try:
-        return Comparison.of(report)
+        return Comparison.all_of(report)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"{Path(path)} is no report of this version; run the run file again, which writes it anew") from e

@@ -1,6 +1,6 @@
-"""Variants of a run side by side, from its report: variants down, targets and formats across."""
+"""Variants of a run side by side, from its report: variants down, targets and formats across, a table for each measure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
@@ -41,19 +41,44 @@ Column = tuple[str, str]
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A perplexity that every model of a report has, or may have. name: what it is over. value: of a model's values."""
+
+    name: str
+    value: Callable[[Mapping[str, Any]], float | None]
+
+
+ALL_TOKENS = Measure("all tokens", lambda model: model.get("perplexity"))
+
+
+def measures_of(report: Mapping[str, Any]) -> list[Measure]:
+    """Perplexity over all tokens; with domains first the geometric mean over them, and then each of them."""
+    source = report["models"][0]
+    if "domains" not in source:
+        return [ALL_TOKENS]
+    macro = Measure("geometric mean over domains", lambda model: model.get("macro_perplexity"))
+
+    def of(domain: str) -> Measure:
+        return Measure(domain, lambda model: model["domains"][domain]["perplexity"])
+
+    return [macro, ALL_TOKENS, *map(of, source["domains"])]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Perplexities of a run's checkpoints.
 
-    source: perplexity of the source, or None. columns: most experts first. rows: cells by variant, in the order of the report;
-    variants that differ in nothing but their seed are one row.
+    measure: what they are over. source: perplexity of the source, or None. columns: most experts first. rows: cells by variant,
+    in the order of the report; variants that differ in nothing but their seed are one row.
     """
 
+    measure: str
     source: float | None
     columns: tuple[Column, ...]
     rows: Mapping[str, Mapping[Column, Cell]]
 
     @classmethod
-    def of(cls, report: Mapping[str, Any]) -> "Comparison":
+    def of(cls, report: Mapping[str, Any], measure: Measure = ALL_TOKENS) -> "Comparison":
         """Of the values of `report.json`."""
         source, *models = report["models"]
         labels = _row_labels(report["settings"].get("variants") or [])
@@ -66,8 +91,13 @@ class Comparison:
             row.setdefault((count, model["format"]), []).append(model)
         columns = {column for row in rows.values() for column in row}
         ordered = sorted(columns, key=lambda column: (-counts[column[0]], column[0], column[1] != "tied", column[1]))
-        cells = {label: {column: _cell(found) for column, found in row.items()} for label, row in rows.items()}
-        return cls(source.get("perplexity"), tuple(ordered), cells)
+        cells = {label: {column: _cell(found, measure) for column, found in row.items()} for label, row in rows.items()}
+        return cls(measure.name, measure.value(source), tuple(ordered), cells)
+
+    @classmethod
+    def all_of(cls, report: Mapping[str, Any]) -> "list[Comparison]":
+        """By every measure of the report, the most telling first."""
+        return [cls.of(report, measure) for measure in measures_of(report)]
 
     @cached_property
     def best(self) -> Mapping[Column, float]:
@@ -117,6 +147,7 @@ class Comparison:
     def values(self) -> dict[str, JsonValue]:
         """For JSON."""
         return {
+            "perplexity_over": self.measure,
             "source_perplexity": self.source,
             "variants": [
                 {
@@ -140,7 +171,7 @@ class Comparison:
     @property
     def source_line(self) -> str:
         """The source's perplexity, in words."""
-        return f"source       perplexity {'-' if self.source is None else f'{self.source:.2f}'}"
+        return f"source       perplexity {'-' if self.source is None else f'{self.source:.2f}'} ({self.measure})"
 
 
 def _count_text(num_experts: int | Sequence[int]) -> str:
@@ -151,8 +182,8 @@ def _mean_count(num_experts: int | Sequence[int]) -> float:
     return num_experts if isinstance(num_experts, int) else sum(num_experts) / len(num_experts)
 
 
-def _cell(models: Sequence[Mapping[str, Any]]) -> Cell:
-    return Cell(tuple(model.get("perplexity") for model in models), models[0]["bytes"])
+def _cell(models: Sequence[Mapping[str, Any]], measure: Measure) -> Cell:
+    return Cell(tuple(map(measure.value, models)), models[0]["bytes"])
 
 
 def _row_labels(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -11,7 +11,7 @@ def problems(error: ValidationError) -> str:
     """One line that names every wrong key and its value."""
     lines = []
     for problem in error.errors():
-        parts = [str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "constrained-"))]
+        parts = [str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "constrained-", "union-"))]
         place = printable(".".join(parts))
         given = problem["input"]
         shown = f" (it is {_shortened(given)})" if isinstance(given, str | int | float | bool) or given is None else ""

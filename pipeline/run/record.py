@@ -13,6 +13,7 @@ from pipeline.hub_data import is_identity
 from pipeline.run.view import Inputs, RunView
 from stages.contracts.errors import InputError
 from stages.contracts.settings import RunConfig
+from stages.contracts.texts import texts_of
 from stages.io.files import write_json
 from stages.io.storage import absolute, as_path, check_readable
 from stages.io.untrusted import read_json
@@ -97,7 +98,7 @@ def read_record(run_dir: Path) -> RunRecord:
             f"{path} was written by another version of hcsmoe ({value.get('hcsmoe')!r:.20}, this is {__version__!r}): "
             f"{problems(e)}; {_REMEDY}"
         ) from e
-    texts = ["calibration", *(["evaluation"] if record.config.evaluation else [])]
+    texts = texts_of(record.config)
     if not {"model", *texts} <= record.identities.keys() or not all(is_identity(record.identities[text]) for text in texts):
         raise InputError(f"{path} is no record of a run; run the run file again, which writes it anew")
     return record

@@ -18,11 +18,12 @@ from pipeline.state.manifest import read_manifest
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Identity, Part
 from stages.contracts.paths import SURVEY_FILE, TENSORS_FILE
-from stages.contracts.settings import RunConfig, Section, hub_dir, texts_of
+from stages.contracts.settings import RunConfig, Section, hub_dir
 from stages.contracts.spec import Sealed, StageSpec
 from stages.contracts.survey import Survey, read_survey
 from stages.contracts.targets import Target, Variant, targets_of
 from stages.contracts.tensors import TensorRow, read_tensors
+from stages.contracts.texts import texts_of
 from stages.contracts.units import Call, Hold, Unit
 from stages.io.storage import absolute
 from stages.io.untrusted import read_small
@@ -44,7 +45,7 @@ def library_version(name: str) -> str:
 @dataclass(frozen=True)
 class Inputs:
     """Inputs of a run: the absolute checkpoint folder, and identities of the model and the texts. The identities are keyed by
-    "model" and by the run file section that names each text."""
+    "model" and by the place in the run file that names each text."""
 
     model: Path
     identities: Mapping[str, Identity]
@@ -89,13 +90,13 @@ class RunView:
         return value
 
     def identity(self, place: str) -> Identity:
-        """Identity of the model (place "model") or of a text (place: its section)."""
+        """Identity of the model (place "model") or of a text (place: where the run file names it)."""
         return self.inputs.identities[place]
 
     def text_files(self, place: str) -> list[str]:
         """Paths of a text's files and folders."""
-        data, identity = texts_of(self.config)[place], self.identity(place)
-        return [str(path) for name in data.data for path in self._paths(name, identity)]
+        text, identity = texts_of(self.config)[place], self.identity(place)
+        return [str(path) for name in text.data for path in self._paths(name, identity)]
 
     def _paths(self, name: str, identity: Identity) -> list[Path]:
         dataset = identity.get(name)

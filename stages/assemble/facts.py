@@ -7,9 +7,10 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from stages.contracts.naming import hub_name
-from stages.contracts.settings import Refit, RunConfig, Section
+from stages.contracts.settings import Merging, Refit, RunConfig, Section, TextData
 from stages.contracts.spec import Run
 from stages.contracts.targets import Target
+from stages.contracts.texts import Text, texts_in
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ class CardFacts:
 
 def card_facts(run: Run, target: Target) -> CardFacts:
     """Facts for the model card of a target."""
-    config, variant, commit = run.config, target.variant, run.dataset_commit("calibration")
-    model = run.model
+    config, variant, model = run.config, target.variant, run.model
     base_model = hub_name(str(model))
     data = config.calibration
     sampled = f"; un-routed means from {data.sampling.fraction:.0%} of the tokens" if data.sampling else ""
-    clustering = variant.clustering.model_dump(exclude={"num_experts", "method"})
-    labels = ", ".join(_labels(data.data, commit))
+    unread = set() if data.domains else {"domain_weights"}
+    clustering = variant.clustering.model_dump(exclude={"num_experts", "method", *unread})
+    texts = [_Published.of(text, run.dataset_commit(text.place)) for text in texts_in("calibration", data)]
     return CardFacts(
         name=target.name,
         source=base_model or config.name,
@@ -63,12 +64,16 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         method=variant.method.title,
         method_source=variant.method.source,
         calibration=f"{data.num_sequences} sequences of {data.sequence_length} tokens of "
-        f"{labels}{f' (revision {commit})' if commit else ''}, seed {data.seed}{sampled}",
+        f"{', '.join(text.described for text in texts)}, seed {data.seed}{sampled}",
         clustering=", ".join(f"{key} {value}" for key, value in clustering.items()),
-        merging=variant.merging.method if variant.method.reads_merging else "",
+        merging=_merging_text(variant.merging) if variant.method.reads_merging else "",
         refit=_refit_text(variant.refit),
-        settings={**_settings(config, target, commit), "model": base_model or config.name},
+        settings={**_settings(config, target, texts), "model": base_model or config.name},
     )
+
+
+def _merging_text(merging: Merging) -> str:
+    return merging.method + (f", neurons aligned by {merging.align}" if merging.align != "none" else "")
 
 
 def _refit_text(refit: Refit) -> str:
@@ -78,29 +83,54 @@ def _refit_text(refit: Refit) -> str:
     return f"{chosen}the down projections are solved anew in closed form, layer after layer (ridge {refit.ridge})"
 
 
-def _labels(data: Sequence[str], commit: str | None) -> list[str]:
-    """Names of a text's files, or the name of its hub dataset."""
-    return list(data) if commit else [Path(name).name for name in data]
+@dataclass(frozen=True)
+class _Published:
+    """A text as the card states it. names: of its files, or of its hub dataset. revision: commit of that dataset, or None."""
+
+    domain: str
+    names: tuple[str, ...]
+    revision: str | None
+
+    @classmethod
+    def of(cls, text: Text, commit: str | None) -> "_Published":
+        return cls(text.domain, text.data if commit else tuple(Path(name).name for name in text.data), commit)
+
+    @property
+    def described(self) -> str:
+        names = ", ".join(self.names) + (f" (revision {self.revision})" if self.revision else "")
+        return f"{self.domain} ({names})" if self.domain else names
+
+    @property
+    def located(self) -> dict[str, object]:
+        """Settings that name the text without a path."""
+        return {"data": self.names, **({"revision": self.revision} if self.revision else {})}
 
 
-def _settings(config: RunConfig, target: Target, commit: str | None) -> dict[str, JsonValue]:
+def _published_data(data: TextData, texts: Sequence[_Published]) -> dict[str, object]:
+    """Settings of a section that name its texts without a path."""
+    if not isinstance(data.data, dict):
+        return texts[0].located
+    return {"data": {text.domain: data.data[text.domain].model_copy(update=text.located) for text in texts}}
+
+
+def _settings(config: RunConfig, target: Target, texts: Sequence[_Published]) -> dict[str, JsonValue]:
     """A run file for one target alone. With the same input files, the same command makes the same checkpoint from it."""
     exclude = {"run_dir", "cache_dir", "resources", "evaluation", "variants", "clustering", "merging", "refit", "export"}
     settings: dict[str, JsonValue] = config.model_dump(mode="json", exclude=exclude, exclude_none=True)
     variant = target.variant
-    sections: dict[str, Section] = {"clustering": variant.clustering, "export": variant.export}
+    calibration = config.calibration.model_copy(update=_published_data(config.calibration, texts))
+    sections: dict[str, Section] = {
+        "calibration": calibration, "clustering": variant.clustering, "export": variant.export,
+    }  # fmt: skip
     if variant.refit.mode != "none":
         sections["refit"] = variant.refit
     if variant.method.reads_merging:
         sections["merging"] = variant.merging
     for name, section in sections.items():
         settings[name] = section.model_dump(mode="json", exclude_none=True)
-    calibration, clustering, export = settings["calibration"], settings["clustering"], settings["export"]
-    assert isinstance(calibration, dict) and isinstance(clustering, dict) and isinstance(export, dict)
-    calibration["data"] = list(_labels(config.calibration.data, commit))
+    clustering, export = settings["clustering"], settings["export"]
+    assert isinstance(clustering, dict) and isinstance(export, dict)
     counts = target.num_experts
     clustering["num_experts"] = [counts if isinstance(counts, int) else list(counts)]
     export["formats"] = [target.format]
-    if commit:
-        calibration["revision"] = commit
     return settings

@@ -1,6 +1,7 @@
 """Cells: disjoint sets of calibration tokens for which sums are kept separately, and the tokens that un-routed sums cover.
 
 Without sampling there is one cell of all tokens. Under sampling each cell is a group of sequences. Settings determine both.
+Domains are not cells: no token shard holds tokens of two domains, so sums by token shard are sums by domain.
 
 Dimensions: T tokens of a micro-batch, S sampled tokens.
 """
@@ -58,8 +59,8 @@ class Sample:
     """Evenly spaced tokens of each sequence, from a random start. Sequences are assigned to groups at random; each group is a
     cell.
 
-    fraction: share of each sequence's tokens; at least one token is taken. first_sequence: index in the text of the first
-    sequence of the token shard.
+    fraction: share of each sequence's tokens; at least one token is taken. num_sequences: of the text, or of one domain of it.
+    first_sequence: index among those of the first sequence of the token shard.
     """
 
     fraction: float
@@ -70,10 +71,9 @@ class Sample:
     first_sequence: int
 
     @classmethod
-    def of(cls, args: SampleArgs, shard: int) -> "Sample":
+    def of(cls, args: SampleArgs) -> "Sample":
         """The sample of a token shard."""
-        first = shard * args.sequences_per_shard
-        return cls(args.fraction, args.groups, args.num_sequences, args.sequence_length, args.seed, first)
+        return cls(args.fraction, args.groups, args.num_sequences, args.sequence_length, args.seed, args.first_sequence)
 
     @property
     def num_cells(self) -> int:

@@ -3,14 +3,15 @@
 Dimensions: T tokens, F intermediate size, E experts, S experts of a stack, R routed pairs of a token and an expert, C cells.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from stages.model.experts_forward import Activations, RoutedPairs
+from stages.calibrate.even_tokens import EvenTokens
+from stages.model.experts_forward import Activations, ExpertsForward, RoutedPairs
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,27 @@ class RouterView:
 
     logits_TE: Tensor
     scores_TE: Tensor
+
+
+@dataclass(frozen=True)
+class InputView:
+    """The input of the layer's experts, hidden_TD, and their forward, which a collector may call on tokens of its choice.
+
+    unrouted: returns the indices of the tokens that un-routed sums cover, by cell. even: the evenly spaced tokens of the token
+    shard, of which num_seen tokens came before these.
+    """
+
+    hidden_TD: Tensor
+    forward: ExpertsForward
+    unrouted: Callable[[], Sequence[Tensor]]
+    even: EvenTokens | None
+    num_seen: int
+
+    def evenly_spaced(self) -> tuple[int, Tensor]:
+        """Indices of the evenly spaced tokens among these, and the number of the token shard's before them."""
+        assert self.even is not None, "the watcher was not told where its tokens are in the calibration set"
+        row, tokens = self.even.chosen(self.num_seen, len(self.hidden_TD))
+        return row, torch.tensor(tokens, dtype=torch.int64, device=self.hidden_TD.device)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,16 @@ from pydantic import JsonValue
 from rich import filesize
 
 from stages.calibrate.collectors.registry import gathering
+from stages.calibrate.even_tokens import step_of
 from stages.contracts import paths
 from stages.contracts.keys import Part
 from stages.contracts.partition import held_bytes
 from stages.contracts.settings import Calibration
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, partition, stream_plan, stream_units
+from stages.contracts.survey import Survey
+from stages.contracts.tensors import num_neurons
+from stages.contracts.texts import DomainShards, domain_shards
 from stages.contracts.units import Hold, HoldCall, Unit, UnitCall
 
 
@@ -26,23 +30,37 @@ class CalibrationShardArgs(LayerShardArgs):
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Rules for sampling tokens. The settings are those of `Calibration` and `Sampling`."""
+    """Rules for sampling tokens of a token shard. The settings are those of `Calibration` and `Sampling`.
+
+    num_sequences: of the text, or of the token shard's domain. first_sequence: index among those of the shard's first sequence.
+    """
 
     fraction: float
     groups: int
     num_sequences: int
     sequence_length: int
-    sequences_per_shard: int
+    first_sequence: int
     seed: int
 
 
 @dataclass(frozen=True)
+class DomainTokens:
+    """Where a token shard is in its domain. num_tokens: of the domain. first: index in it of the shard's first token."""
+
+    num_tokens: int
+    first: int
+    num_domains: int
+
+
+@dataclass(frozen=True)
 class CalibrateArgs:
-    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones."""
+    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones. domain: None if
+    the token shard is the whole calibration set."""
 
     stream: StreamArgs
     sample: SampleArgs | None
     collectors: tuple[str, ...]
+    domain: DomainTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +72,11 @@ class CalibrateFacts:
 
 @dataclass(frozen=True)
 class ReduceArgs:
-    """Arguments for adding up the sums of one layer over all token shards. is_sampled: whether groups of sequences are kept
-    separately. collectors: names of the collectors used beside the default ones."""
+    """Arguments for adding up the sums of one layer over the token shards of each domain. is_sampled: whether groups of
+    sequences are kept separately. collectors: names of the collectors used beside the default ones."""
 
     layer: int
-    num_shards: int
+    domains: tuple[DomainShards, ...]
     is_sampled: bool
     collectors: tuple[str, ...]
 
@@ -71,6 +89,11 @@ class ReduceFacts:
     num_tokens: int
     never_routed: tuple[int, ...]
 
+
+RATES = (100e12, 1e12)
+"""Rates, in operations a second, for which `plan` states times: scale them by what your hardware reaches."""
+MANY_SHARDS = 1024
+"""Token shards above which `plan` suggests larger ones: their sums and units take time and files."""
 
 OPEN = HoldCall("stages.calibrate.units:open_shard", CalibrationShardArgs)
 CALIBRATE = UnitCall("stages.calibrate.units:calibrate_unit", CalibrateArgs, CalibrateFacts)
@@ -97,10 +120,10 @@ class Calibrate(StageSpec):
         yield run.new_part(self, "", settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
-        """Units that pass token shards through layer shards, then one unit per MoE layer that adds up its sums."""
+        """Units that pass token shards through layer shards, then one unit per MoE layer that adds up its sums, by domain."""
         part, data, moe_layers = run.part(self.name), run.config.calibration, run.survey.moe_layers
         part_dir = Path(part.dir)
-        sample, collectors = _sample(data), required_collectors(run)
+        collectors = required_collectors(run)
 
         def makes(layers: tuple[int, int], shard: int) -> list[Path]:
             return [paths.partial_evidence_file(part_dir, layer, shard) for layer in moe_layers if layer in range(*layers)]
@@ -108,7 +131,9 @@ class Calibrate(StageSpec):
         stream = Stream(
             part, run.part("prepare", "calibration"), data, str(run.model), "",
             lambda args: OPEN.on(CalibrationShardArgs(**vars(args), routers=run.survey.routers)),
-            lambda args: CALIBRATE.on(CalibrateArgs(args, sample, collectors)),
+            lambda args: CALIBRATE.on(
+                CalibrateArgs(args, _sample(data, args.shard), collectors, _domain_tokens(data, args.shard))
+            ),
             makes,
         )  # fmt: skip
         holds: dict[int, Hold] = {}
@@ -121,7 +146,7 @@ class Calibrate(StageSpec):
             yield run.unit(
                 part,
                 f"layer-{layer:04d}",
-                REDUCE.on(ReduceArgs(layer, data.num_shards, sample is not None, collectors)),
+                REDUCE.on(ReduceArgs(layer, domain_shards(data), data.sampling is not None, collectors)),
                 f"layer {layer}, sum over token shards",
                 reads=[paths.partial_evidence_file(part_dir, layer, shard) for shard in range(data.num_shards)],
                 hold=holds[layer],  # W_down is applied here, and the worker with this hold has it
@@ -144,9 +169,53 @@ class Calibrate(StageSpec):
             lines.append(
                 "  that is more, since a worker holds at least one layer; lower tokens_per_shard or use a larger worker"
             )
+        lines += _work_lines(survey, data)
+        lines += _collector_lines(run)
         hidden = data.num_sequences * data.sequence_length * survey.hidden_size * survey.itemsize * (len(shards) > 1)
         units = f"{stream_plan(run, part, data)} + {len(survey.moe_layers)} layers"
         return StagePlan(units, "workers", lines, disk_bytes=2 * hidden)
+
+
+def _work_lines(survey: Survey, data: Calibration) -> list[str]:
+    """How much there is to compute, and how long that takes at stated rates; and whether there are very many units."""
+    flops = data.num_sequences * data.sequence_length * flops_a_token(survey, data)
+    times = ", ".join(f"{_duration(flops / rate)} at {rate / 1e12:g} TFLOP/s" for rate in RATES)
+    lines = [f"calibrate computes about {flops / 1e12:.3g} TFLOP: one worker takes {times}; n workers, an n-th of it"]
+    if data.num_shards > MANY_SHARDS:
+        lines.append(
+            f"  {data.num_shards:,} token shards are very many; with tokens_per_shard "
+            f"{-(-data.num_sequences * data.sequence_length // MANY_SHARDS):,} there are about {MANY_SHARDS:,}"
+        )
+    return lines
+
+
+def flops_a_token(survey: Survey, data: Calibration) -> float:
+    """Floating-point operations for a token, two a weight. Every expert's gate and up projections run on every token, or on the
+    sampled ones; W_down of routed experts alone, since its mean output follows from a mean. Attention scores are left out."""
+    share = data.sampling.fraction if data.sampling is not None else 1.0
+    routed = survey.top_k / survey.num_experts
+    up = share + (routed if data.sampling is not None else 0.0)
+    experts = sum(survey.layer_expert_bytes) / survey.itemsize
+    rest = sum(survey.layer_bytes) / survey.itemsize - experts
+    return 2 * (rest + experts * (2 / 3 * up + 1 / 3 * routed))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.1f} s"
+
+
+def _collector_lines(run: Run) -> list[str]:
+    """What evidence costs that only some methods need."""
+    data, survey, collectors, lines = run.config.calibration, run.survey, required_collectors(run), list[str]()
+    if "neuron_activations" in collectors:
+        values = survey.num_experts * num_neurons(run.tensors)
+        sizes = [count * data.sequence_length for count in data.sequences_by_domain.values()]
+        num_kept = sum(-(-size // step_of(size, values, len(sizes))) for size in sizes)
+        kept = filesize.decimal(4 * values * num_kept)
+        lines.append(f"activations of all neurons are kept on {num_kept:,} tokens: {kept} a layer, and twice that in passing")
+    if "output_gram" in collectors:
+        lines.append("feature token_wise: every expert's output on every token, about 2.5 times the experts' work")
+    return lines
 
 
 def required_collectors(run: Run) -> tuple[str, ...]:
@@ -154,14 +223,27 @@ def required_collectors(run: Run) -> tuple[str, ...]:
     return gathering({column for variant in run.variants for column in variant.requires})
 
 
-def _sample(data: Calibration) -> SampleArgs | None:
+def _domain_of(data: Calibration, shard: int) -> tuple[str, int]:
+    """The domain of a token shard, and the number of its sequences before the shard's."""
+    ((domain, shards),) = [(name, shards) for name, shards in data.shards_by_domain.items() if shard in shards]
+    return domain, (shard - shards.start) * data.sequences_per_shard
+
+
+def _domain_tokens(data: Calibration, shard: int) -> DomainTokens:
+    domain, first = _domain_of(data, shard)
+    sizes = data.sequences_by_domain
+    return DomainTokens(sizes[domain] * data.sequence_length, first * data.sequence_length, len(sizes))
+
+
+def _sample(data: Calibration, shard: int) -> SampleArgs | None:
     if data.sampling is None:
         return None
+    domain, first = _domain_of(data, shard)
     return SampleArgs(
         **data.sampling.model_dump(),
-        num_sequences=data.num_sequences,
+        num_sequences=data.sequences_by_domain[domain],
         sequence_length=data.sequence_length,
-        sequences_per_shard=data.sequences_per_shard,
+        first_sequence=first,
         seed=data.seed,
     )
 

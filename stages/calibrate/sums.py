@@ -4,7 +4,7 @@ Dimensions: D hidden size, F intermediate size, E experts, C cells, N rows of a 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -23,13 +23,16 @@ from stages.model.expert_weights import ExpertWeights
 
 _ROWS = 256
 """Rows of W_down converted to float64 at a time, in a reused buffer. One whole expert of Mixtral-8x7B would take 470 MB."""
+_GRAM_VALUES = 1 << 22
+"""Values of all experts that are converted to float64 at a time for their inner products: 32 MiB."""
 _FINITE = ("output_sum", "router_logit_gram")
 """Columns in which a NaN identifies the expert with bad weights. In other columns one bad expert may affect all experts."""
 
 
 @dataclass(frozen=True)
 class PartialSums:
-    """Sums by name of the collector, then by name of the sum. Their first axis is the experts.
+    """Sums by name of the collector, then by name of the sum. Their first axis is the experts. A collector without sums may be
+    left out.
 
     num_tokens: all tokens. num_unrouted_C: tokens of each cell that the un-routed sums cover.
     """
@@ -43,8 +46,8 @@ class PartialSums:
 def write_partial_sums(path: Path, part: PartialSums) -> WrittenFile:
     """Write the sums of one layer over one token shard, one row per expert."""
     arrays = {f"{name}.{key}": values for name, sums in part.sums.items() for key, values in sums.items()}
-    flat = {name: values.reshape(len(values), -1) for name, values in arrays.items()}
-    num_experts = len(next(iter(flat.values())))
+    num_experts = len(next(iter(arrays.values())))
+    flat = {name: values.reshape(num_experts, -1) for name, values in arrays.items() if values.size}  # Arrow has no empty lists
     columns = {
         "num_unrouted_tokens": list_column(np.tile(part.num_unrouted_C, (num_experts, 1)), pa.int64()),
         **{name: list_column(values, pa.from_numpy_dtype(values.dtype)) for name, values in flat.items()},
@@ -67,13 +70,15 @@ def read_partial_sums(path: Path) -> PartialSums:
     sums: dict[str, dict[str, Array]] = {}
     for column, shape in json.loads(metadata[b"shapes"]).items():
         collector, _, name = column.partition(".")
-        sums.setdefault(collector, {})[name] = read_lists(table, column).reshape(len(table), *shape)
+        is_kept = column in table.column_names
+        values = read_lists(table, column).reshape(len(table), *shape) if is_kept else np.zeros((len(table), *shape))
+        sums.setdefault(collector, {})[name] = values
     num_unrouted_C = read_lists(table, "num_unrouted_tokens")[0]
     return PartialSums(int(metadata[b"layer"]), int(metadata[b"num_tokens"]), num_unrouted_C, sums)
 
 
-def add_up(parts: Sequence[PartialSums], collectors: Sequence[Collector]) -> PartialSums:
-    """Add sums over token shards in the order given, because float64 addition is not associative."""
+def add_up(parts: Iterable[PartialSums], collectors: Sequence[Collector]) -> PartialSums:
+    """Add sums over token shards in the order given, because float64 addition is not associative. One is held at a time."""
 
     def two(one: PartialSums, other: PartialSums) -> PartialSums:
         assert other.layer == one.layer
@@ -82,7 +87,8 @@ def add_up(parts: Sequence[PartialSums], collectors: Sequence[Collector]) -> Par
             num_tokens=one.num_tokens + other.num_tokens,
             num_unrouted_C=one.num_unrouted_C + other.num_unrouted_C,
             sums={
-                collector.name: collector.add(one.sums[collector.name], other.sums[collector.name]) for collector in collectors
+                collector.name: collector.add(one.sums.get(collector.name, {}), other.sums.get(collector.name, {}))
+                for collector in collectors
             },
         )
 
@@ -130,6 +136,29 @@ class LayerSums:
             weights.release("down_proj", expert, expert + 1)
         return norm_EF.cpu().numpy()
 
+    def weight_gram(self) -> Array:
+        """Inner products of all weights and biases of the experts, float64 [E, E].
+
+        Blocks of equal rows of all experts' matrices are converted to float64 together, never a whole matrix of all.
+        """
+        weights = self.weights
+        gram_EE = torch.zeros(weights.num_experts, weights.num_experts, dtype=torch.float64, device=weights.device)
+        for name in (weights.layout.first, "down_proj"):
+            experts = range(weights.num_experts)
+            by_expert = [[matrix for _, matrix in weights.matrices(name, expert, expert + 1)] for expert in experts]
+            for matrices in zip(*by_expert, strict=True):
+                width = matrices[0].shape[0]
+                rows = max(1, _GRAM_VALUES // (weights.num_experts * width))
+                for blocks in zip(*(matrix.T.split(rows) for matrix in matrices), strict=True):
+                    block_ER = torch.stack([block.double().flatten() for block in blocks])
+                    gram_EE.addmm_(block_ER, block_ER.T)
+                    weights.release(name, 0, weights.num_experts)
+            bias = weights.bias(name, 0, weights.num_experts)
+            if bias is not None:
+                bias_ER = bias.double().view(weights.num_experts, -1)
+                gram_EE.addmm_(bias_ER, bias_ER.T)
+        return gram_EE.cpu().numpy()
+
 
 def evidence_of(total: PartialSums, collectors: Sequence[Collector], weights: ExpertWeights, is_sampled: bool) -> LayerEvidence:
     """Compute the evidence of a layer from its sums.
@@ -137,7 +166,7 @@ def evidence_of(total: PartialSums, collectors: Sequence[Collector], weights: Ex
     summed = LayerSums(total.num_tokens, total.num_unrouted_C, weights)
     columns: dict[str, Array] = {}
     for collector in collectors:
-        found = dict(collector.finish(total.sums[collector.name], summed))
+        found = dict(collector.finish(total.sums.get(collector.name, {}), summed))
         columns |= found | {column.name: _typed(column, found[column.name]) for column in collector.columns}
     _check_finite(total.layer, columns, weights.dtype)
     output_sum_ECD = columns.pop(BY_CELL)

@@ -1,8 +1,9 @@
 """Units of calibrate: pass a token shard through a layer shard; compute a layer's evidence from the sums of all shards."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,13 +11,23 @@ import torch
 from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
 from stages.calibrate.collectors.base import Collector
 from stages.calibrate.collectors.registry import DEFAULT, DEFAULT_COLUMNS, FURTHER, collectors
-from stages.calibrate.spec import CalibrateArgs, CalibrateFacts, CalibrationShardArgs, ReduceArgs, ReduceFacts
+from stages.calibrate.even_tokens import EvenTokens, step_of
+from stages.calibrate.spec import (
+    CalibrateArgs,
+    CalibrateFacts,
+    CalibrationShardArgs,
+    DomainTokens,
+    ReduceArgs,
+    ReduceFacts,
+)
 from stages.calibrate.sums import add_up, evidence_of, read_partial_sums, write_partial_sums
 from stages.calibrate.watcher import Watcher
 from stages.checkpoint.folder import Checkpoint
-from stages.contracts.evidence import write_column, write_groups, write_statistics
-from stages.contracts.paths import column_file, groups_file, partial_evidence_file, statistics_file, tokens_file
+from stages.contracts.evidence import LayerEvidence, write_column, write_groups, write_statistics
+from stages.contracts.paths import column_file, domain_dir, groups_file, partial_evidence_file, statistics_file, tokens_file
+from stages.contracts.texts import DomainShards
 from stages.contracts.units import HeldJob, UnitResult
+from stages.io.files import WrittenFile
 from stages.model.families import Family, family_of
 from stages.model.layer_shard import LayerShard
 from stages.model.stream import Stream, hidden_files, pass_through, read_token_ids
@@ -44,13 +55,21 @@ class CalibrationShard:
         self.shard.close()
 
     def watch(
-        self, layer: int, into: dict[int, Watcher], cells: Cells = ALL_TOKENS, gathered: Sequence[Collector] = DEFAULT
+        self,
+        layer: int,
+        into: dict[int, Watcher],
+        cells: Cells = ALL_TOKENS,
+        gathered: Sequence[Collector] = DEFAULT,
+        even: Callable[[int], EvenTokens] | None = None,
     ) -> AbstractContextManager[object]:
-        """Watch a layer while it runs. Does nothing for a dense layer."""
+        """Watch a layer while it runs. Does nothing for a dense layer. even: evenly spaced tokens, given the number of values
+        that are kept of each."""
         if layer not in self.routers:
             return nullcontext()
         router = self.shard.adapted.model.get_submodule(self.routers[layer])
-        into[layer] = Watcher(layer, self.shard.expert_weights(layer), router, self.family, cells, gathered)
+        weights = self.shard.expert_weights(layer)
+        chosen = even(weights.num_experts * weights.intermediate) if even is not None else None
+        into[layer] = Watcher(layer, weights, router, self.family, cells, gathered, chosen)
         return into[layer]
 
 
@@ -66,11 +85,17 @@ def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[
     layer shard. All these files are transient."""
     args, held, number = job.args.stream, job.held, job.args.stream.shard
     token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number))
-    cells = Sample.of(job.args.sample, number) if job.args.sample else ALL_TOKENS
+    cells = Sample.of(job.args.sample) if job.args.sample else ALL_TOKENS
     gathered = collectors(job.args.collectors)
     watched: dict[int, Watcher] = {}
+    domain = job.args.domain or DomainTokens(token_ids_ST.numel(), 0, 1)
+
+    def even(num_values: int) -> EvenTokens:
+        step = step_of(domain.num_tokens, num_values, domain.num_domains)
+        return EvenTokens(step, domain.first, token_ids_ST.numel())
+
     stream = Stream(
-        *hidden_files(job.part_dir, args, held.shard), around=lambda layer: held.watch(layer, watched, cells, gathered)
+        *hidden_files(job.part_dir, args, held.shard), around=lambda layer: held.watch(layer, watched, cells, gathered, even)
     )
     passed = pass_through(held.shard, token_ids_ST, args.micro_batch, {"source": stream})
     sums = [
@@ -81,18 +106,29 @@ def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[
 
 
 def reduce_unit(job: HeldJob[ReduceArgs, CalibrationShard]) -> UnitResult[ReduceFacts]:
-    """Add the sums of one layer over the token shards, in their order, and write its evidence.
+    """Add the sums of one layer over the token shards, in their order, and write its evidence, for each domain.
     Needs the layer shard for W_down."""
-    args, layer = job.args, job.args.layer
-    gathered = collectors(args.collectors)
-    paths = [partial_evidence_file(job.part_dir, layer, shard) for shard in range(args.num_shards)]
-    total = add_up([read_partial_sums(path) for path in paths], gathered)
+    args = job.args
+    used_E, num_tokens, files = np.zeros(1, dtype=np.int64), 0, list[WrittenFile]()
+    for domain in args.domains:
+        evidence = _domain_evidence(job, domain)
+        files += _written(domain_dir(job.part_dir, domain.name), evidence, args)
+        used_E, num_tokens = used_E + evidence["num_routed_tokens"], num_tokens + evidence.num_tokens
+    return UnitResult(ReduceFacts(args.layer, num_tokens, tuple(np.flatnonzero(used_E == 0).tolist())), files)
+
+
+def _domain_evidence(job: HeldJob[ReduceArgs, CalibrationShard], domain: DomainShards) -> LayerEvidence:
+    args, gathered = job.args, collectors(job.args.collectors)
+    paths = [partial_evidence_file(job.part_dir, args.layer, shard) for shard in range(domain.first, domain.stop)]
+    total = add_up((read_partial_sums(path) for path in paths), gathered)
     with torch.inference_mode():
-        evidence = evidence_of(total, gathered, job.held.shard.expert_weights(layer), args.is_sampled)
-    files = [write_statistics(statistics_file(job.part_dir, layer), evidence, DEFAULT_COLUMNS, args.is_sampled)]
+        return evidence_of(total, gathered, job.held.shard.expert_weights(args.layer), args.is_sampled)
+
+
+def _written(folder: Path, evidence: LayerEvidence, args: ReduceArgs) -> list[WrittenFile]:
+    files = [write_statistics(statistics_file(folder, args.layer), evidence, DEFAULT_COLUMNS, args.is_sampled)]
     if evidence.groups is not None:
-        files.append(write_groups(groups_file(job.part_dir, layer), evidence.groups))
+        files.append(write_groups(groups_file(folder, args.layer), evidence.groups))
     for column in (column for name in args.collectors for column in FURTHER[name].columns):
-        files.append(write_column(column_file(job.part_dir, layer, column.name), evidence, column))
-    never_routed = np.flatnonzero(evidence["num_routed_tokens"] == 0).tolist()
-    return UnitResult(ReduceFacts(layer, evidence.num_tokens, tuple(never_routed)), files)
+        files.append(write_column(column_file(folder, args.layer, column.name), evidence, column))
+    return files

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from stages.calibrate.cells import Cells
 from stages.calibrate.collectors.base import Collector
-from stages.calibrate.observations import RoutedView, RouterView, UnroutedView
+from stages.calibrate.even_tokens import EvenTokens
+from stages.calibrate.observations import InputView, RoutedView, RouterView, UnroutedView
 from stages.calibrate.sums import PartialSums
 from stages.model.expert_weights import ExpertWeights
 from stages.model.experts_forward import ExpertsForward, RoutedPairs
@@ -30,7 +31,7 @@ class Watcher:
     """Replaces the experts' forward inside its context. The layer's output stays the same, up to rounding.
 
     router: the module that returns the router logits [T, E]. family: states how logits become scores, and whether gates
-    multiply inputs or outputs.
+    multiply inputs or outputs. even: evenly spaced tokens, for a collector that keeps some.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class Watcher:
         family: Family,
         cells: Cells,
         collectors: Sequence[Collector],
+        even: EvenTokens | None = None,
     ) -> None:
         self.layer, self.weights, self.router = layer, weights, router
-        self.cells, self.collectors = cells, collectors
+        self.cells, self.collectors, self.even = cells, collectors, even
         self.forward = ExpertsForward(weights)
         self._score, self._gates_input = SCORES[family.score], family.gates_input
         sizes = {"C": cells.num_cells, "D": weights.hidden_size, "E": weights.num_experts, "F": weights.intermediate}
+        sizes["N"] = even.num_chosen if even is not None else 0
         self.sums: dict[str, dict[str, Tensor]] = {
             collector.name: {
                 kept.name: torch.zeros(kept.sizes(sizes), dtype=torch.float64, device=weights.device) for kept in collector.sums
@@ -78,7 +81,7 @@ class Watcher:
             collector.observe_router(self.sums[collector.name], view)
 
     def _output_gated(self, hidden_TD: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> Tensor:
-        see_routed = self._begin(len(hidden_TD))
+        see_routed = self._begin(hidden_TD)
         parts = (hidden_TD, top_k_index_Tk, top_k_weights_Tk, see_routed)
         if self.cells.is_whole:
             self.num_unrouted_C[0] += len(hidden_TD)
@@ -87,14 +90,22 @@ class Watcher:
         return self.forward.output_gated(*parts)
 
     def _input_gated(self, gated_rows: Tensor) -> Tensor:
-        see_routed = self._begin(len(self._hidden_TD))
+        see_routed = self._begin(self._hidden_TD)
         self._run_unrouted(self._hidden_TD)
         return self.forward.input_gated(gated_rows, self._scores_TE, see_routed)
 
-    def _begin(self, num_tokens: int) -> Callable[[RoutedPairs], None]:
-        """Count the tokens of a micro-batch. Returns the function to call with their routed pairs."""
-        num_seen = self.num_tokens
+    def _begin(self, hidden_TD: Tensor) -> Callable[[RoutedPairs], None]:
+        """Count the tokens of a micro-batch and show their hidden states. Returns the function to call with their routed
+        pairs."""
+        num_seen, num_tokens = self.num_tokens, len(hidden_TD)
         self.num_tokens += num_tokens
+
+        def unrouted() -> list[Tensor]:
+            return [chosen.to(hidden_TD.device) for _, chosen in self.cells.unrouted(num_seen, num_tokens)]
+
+        view = InputView(hidden_TD, self.forward, unrouted, self.even, num_seen)
+        for collector in self.collectors:
+            collector.observe_input(self.sums[collector.name], view)
 
         def see_routed(pairs: RoutedPairs) -> None:
             view = RoutedView(pairs, self.cells.num_cells, lambda: self.cells.of_tokens(num_seen, num_tokens))

@@ -34,12 +34,16 @@ class WeightedSum:
         """Write the sum, rounded once to the dtype of `out`, and begin a new one. Raises InputError if it is not finite."""
         assert self._total is not None
         total, self._total = self._total, None
-        out.copy_(total)
-        if is_finite(out):
-            return
-        if is_finite(total):
-            raise InputError(f"{place}: the merged expert exceeds {dtype_name(out.dtype)}; set export.dtype to bfloat16")
-        raise InputError(f"{place}: the merged expert is not finite; a source expert holds NaN or infinity")
+        _round_into(total, out, place)
+
+
+def _round_into(total: Tensor, out: Tensor, place: str) -> None:
+    out.copy_(total)
+    if is_finite(out):
+        return
+    if is_finite(total):
+        raise InputError(f"{place}: the merged expert exceeds {dtype_name(out.dtype)}; set export.dtype to bfloat16")
+    raise InputError(f"{place}: the merged expert is not finite; a source expert holds NaN or infinity")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -56,6 +60,39 @@ def weighted_sum(members: Iterable[tuple[Tensor, float]], dtype: torch.dtype, pl
     out = torch.empty(shape, dtype=dtype)
     total.round_into(out.view(-1), place)
     return out
+
+
+def pooled(members: Iterable[tuple[Tensor, Tensor, Tensor]], axis: int, dtype: torch.dtype, place: str) -> Tensor:
+    """Slices of tensors, along an axis, added up at new places: slice n of a member, times its share n, at its place n.
+
+    float32, rounded once; as many places as the axis has. Raises InputError where the sum is not finite.
+
+    members: tensor, places and shares, both [size of the axis]. Slices of a member that share a place are added one after
+    another, because one call would add them in any order on a GPU.
+    """
+    total: Tensor | None = None
+    for tensor, places, shares in members:
+        if total is None:
+            total = torch.zeros(tensor.shape, device=tensor.device)
+        scale = [1] * tensor.ndim
+        scale[axis] = -1
+        for turn in _turns(places):
+            values = tensor.index_select(axis, turn.to(tensor.device)).float()
+            values *= shares[turn].float().to(tensor.device).view(scale)
+            total.index_add_(axis, places[turn].to(tensor.device), values)
+    assert total is not None
+    out = torch.empty(total.shape, dtype=dtype, device=total.device)
+    _round_into(total, out, place)
+    return out
+
+
+def _turns(places: Tensor) -> list[Tensor]:
+    """Indices of places, in turns: none has a place twice, the first has the first index of every place."""
+    order = torch.argsort(places, stable=True)
+    counts = torch.bincount(places)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    number = torch.arange(len(places)) - first
+    return [order[number == turn] for turn in range(int(counts.max()))]
 
 
 def merge_rows(tensor: Tensor, axis: int, combinations: Iterable[Sequence[tuple[int, float]]], place: str) -> Tensor:

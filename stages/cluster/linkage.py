@@ -20,13 +20,28 @@ def expert_output(evidence: LayerEvidence) -> Array:
     return evidence["output_sum"] / evidence.num_output_tokens
 
 
-def router_logits(evidence: LayerEvidence) -> Array:
-    """Vectors [E, E] whose inner products are those of the experts' router logits over all tokens, so that their distances are.
+def _vectors(gram_EE: Array) -> Array:
+    """Vectors [E, E] with these inner products, so that their distances are those of what was multiplied.
 
     From the eigenvalues of the Gram matrix; those that rounding has made negative are zero.
     """
-    values_E, vectors_EE = np.linalg.eigh(evidence["router_logit_gram"])
+    values_E, vectors_EE = np.linalg.eigh(gram_EE)
     return vectors_EE * np.sqrt(values_E.clip(min=0))  # type: ignore[no-any-return]
+
+
+def router_logits(evidence: LayerEvidence) -> Array:
+    """Vectors [E, E] whose inner products are those of the experts' router logits over all tokens."""
+    return _vectors(evidence["router_logit_gram"])
+
+
+def weight(evidence: LayerEvidence) -> Array:
+    """Vectors [E, E] whose inner products, and so distances, are those of the experts' flattened weights and biases."""
+    return _vectors(evidence["weight_gram"])
+
+
+def token_wise(evidence: LayerEvidence) -> Array:
+    """Vectors [E, E] whose squared distances are the means over tokens of ||E_i(x) - E_j(x)||^2, routed or not, un-gated."""
+    return _vectors(evidence["output_gram"] / evidence.num_output_tokens)
 
 
 def gated_output(evidence: LayerEvidence) -> Array:
@@ -40,6 +55,8 @@ FEATURES: dict[str, Callable[[LayerEvidence], Array]] = {
     "expert_output": expert_output,
     "router_logits": router_logits,
     "gated_output": gated_output,
+    "weight": weight,
+    "token_wise": token_wise,
 }
 DISTANCES: dict[str, Callable[[Array], Array]] = {
     "euclidean": lambda feature_ED: spatial.pdist(feature_ED, "euclidean"),

@@ -3,15 +3,17 @@
 import numpy as np
 
 from stages.cluster.certainty import relative_standard_errors, stability
+from stages.cluster.domains import read_mixed
 from stages.cluster.linkage import all_cuts
+from stages.cluster.neurons import with_neurons
 from stages.cluster.registry import method_at
 from stages.cluster.spec import DendrogramArgs, DendrogramFacts, PlanArgs, PlanFacts
 from stages.contracts.certainty import write_errors, write_stability
 from stages.contracts.dendrogram import write_dendrogram, write_labels
-from stages.contracts.evidence import read_evidence
 from stages.contracts.layer_plan import write_plan
 from stages.contracts.method import PlanSettings
-from stages.contracts.paths import dendrogram_file, errors_file, labels_file, plan_file, stability_file
+from stages.contracts.paths import TENSORS_FILE, dendrogram_file, errors_file, labels_file, plan_file, stability_file
+from stages.contracts.settings import Merging
 from stages.contracts.units import Job, UnitResult
 
 
@@ -20,7 +22,8 @@ def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
     args, layer, method = job.args, job.args.layer, method_at(job.args.method)
     settings, linkage = method.settings.model_validate(args.clustering), method.linkage
     assert linkage is not None, method.name
-    evidence = read_evidence(job.run_dir / args.calibrate_dir, layer, method.requires(settings))
+    calibrate_dir, required = job.run_dir / args.calibrate_dir, method.requires(settings)
+    evidence = read_mixed(calibrate_dir, layer, required, args.mix, None)
     linkage_Z = linkage(evidence, settings)
     files = [
         write_dendrogram(dendrogram_file(job.part_dir, layer), linkage_Z),
@@ -37,10 +40,20 @@ def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
     """Write the plan of one layer of a target."""
     args, method = job.args, method_at(job.args.method)
     clustering = method.settings.model_validate(args.clustering)
-    evidence = read_evidence(job.run_dir / args.calibrate_dir, args.layer, method.requires(clustering))
+    merging = args.merging if method.reads_merging else Merging()
+    calibrate_dir, required = job.run_dir / args.calibrate_dir, method.requires(clustering) | merging.requires
+    num_kept = None if method.linkage else args.num_slots  # a dendrogram serves all targets
+    evidence = read_mixed(calibrate_dir, args.layer, required, args.mix, num_kept)
     plan = method.plan(evidence, args.num_slots, PlanSettings(clustering, args.merging, args.router))
     if len(plan.slots) != args.num_slots:
         raise ValueError(
             f"layer {args.layer}: method {method.name} planned {len(plan.slots)} slots instead of {args.num_slots}"
         )
+    if merging.align == "weight":
+        from stages.cluster.neuron_weights import NeuronWeights  # torch, which no other unit of this stage needs
+
+        with NeuronWeights(args.model, job.run_dir / args.survey_dir / TENSORS_FILE, args.layer) as weights:
+            plan = with_neurons(plan, evidence, merging, weights.between, args.max_bytes)
+    else:
+        plan = with_neurons(plan, evidence, merging, None, args.max_bytes)
     return UnitResult(PlanFacts(args.layer, plan.unweighted_slots), [write_plan(plan_file(job.part_dir, args.layer), plan)])

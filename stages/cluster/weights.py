@@ -52,14 +52,16 @@ COMBINATIONS: dict[str, Callable[[LayerEvidence, Array], list[Weighted]]] = {
     "average": _average,
     "saliency": _saliency,
     "dominant": _dominant,
+    "fix_dominant": _average,
+    "zipit": _average,
 }
 """Rules of a merge and of stock router rows: by use (HC-SMoE, arXiv:2410.08589, eq. 6), equal, by REAP's saliency
-(arXiv:2510.13999), or the most used member alone."""
+(arXiv:2510.13999), or the most used member alone. What is merged by neurons has equal weights, and is no rule of rows."""
 
 
 def unweighted_clusters(evidence: LayerEvidence, labels_E: Array, rule: str) -> set[int]:
     """Clusters whose members no token was sent to, under a rule that weighs by use: their members get equal weights."""
-    if rule == "average":
+    if COMBINATIONS[rule] is _average:
         return set()
     used_E = evidence["num_routed_tokens"]
     return {number for number, members in enumerate(clusters_of(labels_E)) if not used_E[members].any()}

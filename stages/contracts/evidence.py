@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,19 +20,24 @@ from stages.contracts.errors import InputError
 from stages.contracts.paths import column_file, groups_file, statistics_file
 from stages.io.files import WrittenFile
 
+OverDomains = Literal["sum", "max", "same", "rows"]
+
 
 @dataclass(frozen=True)
 class Column:
     """A column of evidence: one value or array per expert.
 
     meaning: description for the file's metadata; "{tokens}" in it becomes "all T tokens", or "tokens" if tokens are sampled.
-    shape: dimensions of an array, such as "[D]". dtype: float64 or int64.
+    shape: dimensions of an array, such as "[D]". dtype: float64, float32 or int64. over_domains: what its value over several
+    domains is: their weighted sum, their maximum, the value of each, for what does not depend on tokens, or the rows of all one
+    after another, whatever the domains' weights.
     """
 
     name: str
     meaning: str
     shape: str = ""
     dtype: str = "float64"
+    over_domains: OverDomains = "sum"
 
     def described(self, is_sampled: bool) -> str:
         """Shape and meaning as one text."""
@@ -52,7 +57,8 @@ class LayerEvidence:
     """The evidence of one MoE layer. `evidence["gate_sum"]` is a column; its first axis is the experts.
 
     num_tokens: calibration tokens. num_output_tokens: number of those tokens that un-routed columns cover. columns: by name;
-    each collector documents its own. groups: None without sampling.
+    each collector documents its own. groups: None without sampling. over_domains: of the columns that are no sums, how values
+    of several domains make one.
     """
 
     layer: int
@@ -61,6 +67,7 @@ class LayerEvidence:
     num_experts: int
     columns: Mapping[str, Array] = field(repr=False)
     groups: OutputGroups | None = field(default=None, repr=False)
+    over_domains: Mapping[str, OverDomains] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Array:
         """A column. Raises InputError if no collector has gathered it."""
@@ -84,7 +91,7 @@ _COMMON = {
 
 
 def _type(column: Column, values: Array) -> pa.DataType:
-    scalar = {"float64": pa.float64(), "int64": pa.int64()}[column.dtype]
+    scalar = {"float64": pa.float64(), "float32": pa.float32(), "int64": pa.int64()}[column.dtype]
     return pa.list_(scalar, values[0].size) if column.shape else scalar
 
 
@@ -141,6 +148,7 @@ def write_column(path: Path, evidence: LayerEvidence, column: Column) -> Written
         "layer": str(evidence.layer),
         "num_experts": str(evidence.num_experts),
         "shape": json.dumps(values.shape[1:]),
+        **({} if column.over_domains == "sum" else {"over_domains": column.over_domains}),
         **_COMMON,
         column.name: column.described(evidence.groups is not None),
     }
@@ -207,11 +215,14 @@ def read_evidence(calibrate_dir: Path, layer: int, required: Iterable[str] = ())
     table = read_table(path)
     is_sampled = "num_output_tokens" in table.column_names
     columns = _columns(table, path)
+    over_domains: dict[str, OverDomains] = {}
     for name in sorted(set(required) - set(columns)):
         further_path = column_file(calibrate_dir, layer, name)
         further = read_table(further_path)
         values = _columns(further, further_path)[name]
-        columns[name] = values.reshape(len(values), *json.loads(further.schema.metadata[b"shape"]))
+        metadata = further.schema.metadata
+        columns[name] = values.reshape(len(values), *json.loads(metadata[b"shape"]))
+        over_domains[name] = cast(OverDomains, metadata.get(b"over_domains", b"sum").decode())
     num_tokens = table["num_tokens"][0].as_py()
     return LayerEvidence(
         layer=table["layer"][0].as_py(),
@@ -220,4 +231,5 @@ def read_evidence(calibrate_dir: Path, layer: int, required: Iterable[str] = ())
         num_experts=len(table),
         columns=columns,
         groups=read_groups(groups_file(calibrate_dir, layer)) if is_sampled else None,
+        over_domains=over_domains,
     )

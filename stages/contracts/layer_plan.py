@@ -24,11 +24,14 @@ class Member:
     """What a slot takes from one expert of the source.
 
     weight: factor of its values in a sum. neurons: which of its neurons, and in which order; None for all F in their own.
+    places: instead of `neurons`, the place in the slot of each of its F neurons. Neurons that share a place, of one member or
+    of several, are averaged there, by the weights of their members.
     """
 
     expert: int
     weight: float = 1.0
     neurons: tuple[int, ...] | None = None
+    places: tuple[int, ...] | None = None
 
 
 def neuron_places(neurons: Sequence[int] | None, num_places: int, order: str) -> list[Array]:
@@ -72,6 +75,25 @@ class Slot:
     is_joined: bool = False
     row: RouterRow | None = None
     is_unweighted: bool = False
+
+
+def pooled_places(slot: Slot, num_places: int, order: str) -> list[tuple[Array, Array]]:
+    """For each member of a slot whose members have `places`: where each index along the axis of neurons goes, and its share
+    there, float64. The shares of what comes to one place add up to one. num_places, order: as in `neuron_places`.
+
+    Raises ValueError where the places are not those of all the neurons.
+    """
+    given = [member.places for member in slot.members if member.places is not None]
+    num_neurons = num_places if order == "single" else num_places // 2
+    if {len(places) for places in given} != {num_neurons} or max(map(max, given)) + 1 != num_neurons:
+        raise ValueError(f"the layer plan fills {max(map(max, given)) + 1} of {num_neurons} places of neurons")
+    weights = np.repeat([member.weight for member in slot.members], num_neurons)
+    share_MF = (weights / np.bincount(np.concatenate(given), weights)[np.concatenate(given)]).reshape(len(given), -1)
+    lists = [neuron_places(places, num_places, order) for places in given]
+    return [
+        (np.concatenate(some), np.tile(np.repeat(share_F, len(some[0]) // num_neurons), len(some)))
+        for some, share_F in zip(lists, share_MF, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,21 @@ def _problem(slot: Slot, num_experts: int) -> str:
     counts = {len(member.neurons) for member in slot.members if member.neurons is not None}
     if not slot.is_joined and len(counts) > 1:
         return "adds up members with different numbers of neurons; give all of them the same number"
+    return _problem_of_places(slot)
+
+
+def _problem_of_places(slot: Slot) -> str:
+    """What is wrong with the places of a slot's neurons, or nothing."""
+    given = [member.places for member in slot.members if member.places is not None]
+    if not given:
+        return ""
+    if slot.is_joined or len(given) < len(slot.members) or any(member.neurons is not None for member in slot.members):
+        return "has places for some members only, or beside chosen or joined neurons; give places to all members, and no more"
+    if min(member.weight for member in slot.members) <= 0:
+        return "averages neurons by weights that are not positive"
+    named = {place for places in given for place in places}
+    if named != set(range(len(named))):
+        return f"leaves a place of its neurons empty; fill all from 0 to {max(named)}"
     return ""
 
 
@@ -149,19 +186,31 @@ _MEANINGS = {
     "row": "rows of the source's router that are added up to the slot's, with weights; null where the router stays as it is",
     "is_unweighted": "no calibration token was sent to the members",
 }
+_PLACES = "places"
+_PLACES_TYPE = pa.list_(pa.list_(pa.int32()))
+_PLACES_MEANING = "by member, the place in the slot of each of its neurons; those that share one are averaged; null: in order"
+"""A column of its own, only in files of plans that have places."""
 
 
 def write_plan(path: Path, plan: LayerPlan) -> WrittenFile:
     """Write the plan of one layer."""
     columns = {
         "experts": [slot.experts for slot in plan.slots],
-        "members": [[vars(member) for member in slot.members] for slot in plan.slots],
+        "members": [[_member_values(member) for member in slot.members] for slot in plan.slots],
         "is_joined": [slot.is_joined for slot in plan.slots],
         "row": [_row_values(slot.row) for slot in plan.slots],
         "is_unweighted": [slot.is_unweighted for slot in plan.slots],
     }
     facts = {"layer": str(plan.layer), "num_experts": str(plan.num_experts), "replaced": json.dumps(plan.replaced)}
-    return write_table(path, columns, _SCHEMA.with_metadata({**_MEANINGS, **facts}))
+    schema, meanings = _SCHEMA, _MEANINGS
+    if any(member.places is not None for slot in plan.slots for member in slot.members):
+        columns[_PLACES] = [[member.places for member in slot.members] for slot in plan.slots]
+        schema, meanings = schema.append(pa.field(_PLACES, _PLACES_TYPE, False)), {**meanings, _PLACES: _PLACES_MEANING}
+    return write_table(path, columns, schema.with_metadata({**meanings, **facts}))
+
+
+def _member_values(member: Member) -> dict[str, object]:
+    return {"expert": member.expert, "weight": member.weight, "neurons": member.neurons}
 
 
 def _row_values(row: RouterRow | None) -> list[dict[str, float]] | None:
@@ -175,7 +224,10 @@ def read_plan(path: Path) -> LayerPlan:
     slots = tuple(
         Slot(
             tuple(row["experts"]),
-            tuple(Member(one["expert"], one["weight"], _as_tuple(one["neurons"])) for one in row["members"]),
+            tuple(
+                Member(one["expert"], one["weight"], _as_tuple(one["neurons"]), _as_tuple(places))
+                for one, places in zip(row["members"], row.get(_PLACES) or [None] * len(row["members"]), strict=True)
+            ),
             row["is_joined"],
             None if row["row"] is None else RouterRow(tuple((part["expert"], part["weight"]) for part in row["row"])),
             row["is_unweighted"],
@@ -185,5 +237,5 @@ def read_plan(path: Path) -> LayerPlan:
     return LayerPlan(int(facts["layer"]), int(facts["num_experts"]), slots, tuple(json.loads(facts["replaced"])))
 
 
-def _as_tuple(neurons: list[int] | None) -> tuple[int, ...] | None:
-    return None if neurons is None else tuple(neurons)
+def _as_tuple(values: list[int] | None) -> tuple[int, ...] | None:
+    return None if values is None else tuple(values)

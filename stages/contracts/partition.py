@@ -76,10 +76,10 @@ def _activation_bytes(survey: Survey, layer: int, data: TextData) -> int:
 
 
 def _sum_bytes(survey: Survey, layers: LayerRange, data: TextData) -> int:
-    """Bytes of float64 activation sums: of the shard's layers for one token shard, or of one layer for all token shards."""
+    """Bytes of float64 activation sums: of the shard's layers for one token shard, and room to add up those of one layer."""
     sampling = data.sampling if isinstance(data, Calibration) else None
     values = max(survey.layer_expert_bytes) // (3 * survey.itemsize * survey.hidden_size)  # experts times intermediate size
-    copies = max(layers[1] - layers[0], data.num_shards) + 2
+    copies = layers[1] - layers[0] + 3
     return 8 * values * (sampling.groups if sampling else 1) * copies
 
 

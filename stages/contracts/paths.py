@@ -30,6 +30,11 @@ def partial_evidence_file(part_dir: Path, layer: int, shard: int) -> Path:
     return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / f"tokens-{shard:04d}.arrow"
 
 
+def domain_dir(calibrate_dir: Path, domain: str) -> Path:
+    """Folder of the evidence of one domain. domain: empty for evidence of a text without domains."""
+    return calibrate_dir / "domains" / domain if domain else calibrate_dir
+
+
 def statistics_file(part_dir: Path, layer: int) -> Path:
     """Statistics of one layer over the calibration set."""
     return part_dir / f"layer-{layer:04d}.statistics.arrow"

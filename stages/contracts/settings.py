@@ -4,11 +4,26 @@ They share one module because most of them are read by more than one stage.
 """
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from stages.contracts.naming import check_name, model_name
 from stages.io.storage import absolute
@@ -47,17 +62,57 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TextData(Section):
-    """A text and the sequences drawn from it."""
+Format = Literal["text", "chat"]
+"""What a document is: a text, or messages that the tokenizer's chat template turns into one."""
+
+
+class Domain(Section):
+    """One of several texts of a section. Settings that are left out are those of the section."""
 
     data: Names
+    text_field: str | None = None
+    format: Format | None = None
+    revision: str | None = None
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
+    """How much the domain counts where `domain_weights` is `given`, in proportion to the others. It changes no calibration."""
+
+
+def _as_domain(value: Any) -> Any:
+    return {"data": value} if isinstance(value, str | list | tuple) else value
+
+
+DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=48)]
+Domains = Annotated[
+    dict[DomainName, Annotated[Domain, BeforeValidator(_as_domain)]],
+    Field(min_length=1),
+    AfterValidator(lambda domains: dict(sorted(domains.items()))),
+]
+"""By name, in the order of the names, so that a run does not depend on the order in which a run file lists them."""
+_NAMES, _DOMAINS = "union-names", "union-domains"
+"""Tags of the two forms of `data`. Validation errors state them among the keys that lead to a value."""
+
+
+def _kind_of_data(value: Any) -> str:
+    return _DOMAINS if isinstance(value, Mapping) else _NAMES
+
+
+class TextData(Section):
+    """A text, or several by domain, and the sequences drawn from it."""
+
+    data: Annotated[Annotated[Names, Tag(_NAMES)] | Annotated[Domains, Tag(_DOMAINS)], Discriminator(_kind_of_data)]
     """Either files and folders of one kind (.txt, .json, .jsonl, also .gz, .bz2, .xz, .zst; .parquet; or token ids in one .npy
-    or .safetensors file), or one hub dataset, `org/name[:split]`. File names are literal: patterns are not expanded."""
+    or .safetensors file), or one hub dataset, `org/name[:split]`. File names are literal: patterns are not expanded.
+    Or a mapping of domains, `{code: FILES, prose: {data: FILES, weight: 2}}`: sequences are then drawn evenly over the domains,
+    and over the documents of each, and what is found out about them is kept by domain."""
     text_field: str = "text"
     """Column of JSON or Parquet that holds the text. Other columns are ignored."""
+    format: Format = "text"
+    """text: `text_field` holds a text. chat: a row holds `messages` (role, content) or `conversations` (from, value), and
+    `tools` if there are any; the tokenizer's chat template turns it into a text."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     num_sequences: Count = 32
+    """Sequences in all, of all domains together."""
     sequence_length: Annotated[int, Field(ge=2, strict=True)] = 2048
     """Tokens per sequence."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
@@ -78,9 +133,46 @@ class TextData(Section):
         return max(1, self.tokens_per_shard // self.sequence_length // self.micro_batch) * self.micro_batch
 
     @property
+    def sequences_by_domain(self) -> dict[str, int]:
+        """Sequences of each domain, as even as possible, the first of them having one more. Without domains: all, named ""."""
+        names = list(self.data) if isinstance(self.data, dict) else [""]
+        each, more = divmod(self.num_sequences, len(names))
+        return {name: each + (number < more) for number, name in enumerate(names)}
+
+    @property
+    def shards_by_domain(self) -> dict[str, range]:
+        """Token shards of each domain. A token shard never holds sequences of two domains. Without domains: all, named ""."""
+        shards: dict[str, range] = {}
+        first = 0
+        for name, count in self.sequences_by_domain.items():
+            shards[name] = range(first, first := first - -count // self.sequences_per_shard)
+        return shards
+
+    @property
     def num_shards(self) -> int:
         """Number of token shards."""
-        return -(-self.num_sequences // self.sequences_per_shard)
+        return sum(map(len, self.shards_by_domain.values()))
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains; empty if the text has none."""
+        return tuple(self.data) if isinstance(self.data, dict) else ()
+
+    @model_validator(mode="after")
+    def _check_domains(self) -> Self:
+        if isinstance(self.data, dict):
+            if self.num_sequences < len(self.data):
+                raise ValueError(
+                    f"num_sequences is {self.num_sequences} but data has {len(self.data)} domains; give each one at least"
+                )
+            if self.revision is not None:
+                raise ValueError("revision is set, but data is a mapping of domains; set it in the domain that it belongs to")
+            folded = Counter(name.lower() for name in self.data)
+            if twice := [name for name, count in folded.items() if count > 1]:
+                raise ValueError(
+                    f"data has two domains named {twice[0]}, apart from case; file systems may not tell them apart"
+                )
+        return self
 
 
 class Sampling(Section):
@@ -101,10 +193,12 @@ class Calibration(TextData):
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
-        if self.sampling is not None and self.sampling.groups > self.num_sequences:
+        fewest = min(self.sequences_by_domain.values())
+        if self.sampling is not None and self.sampling.groups > fewest:
+            of_domain = " of a domain" if self.domains else ""
             raise ValueError(
-                f"sampling.groups is {self.sampling.groups} but there are {self.num_sequences} sequences to put "
-                f"in them; use at most {self.num_sequences}"
+                f"sampling.groups is {self.sampling.groups} but there are {fewest} sequences{of_domain} to put "
+                f"in them; use at most {fewest}"
             )
         return self
 
@@ -125,13 +219,51 @@ class Clustering(Section):
     """One target per element: the number of experts kept in each layer, or a list with one number per MoE layer (tied only)."""
     method: str = "hierarchical"
     """Name of the method."""
+    domain_weights: Literal["uniform", "given", "max_min"] = "uniform"
+    """How much each domain of `calibration.data` counts: all the same, as their `weight` says, or so that the domain that loses
+    most keeps as much saliency as it can. Changing it calibrates nothing anew."""
+
+
+NEURON_COLUMN = "neuron_activations"
+"""Column of evidence by which neurons are compared."""
 
 
 class Merging(Section):
     """How the experts of a cluster are merged into one."""
 
-    method: Literal["frequency", "average", "saliency", "dominant"] = "frequency"
-    """Weights of the cluster members: usage frequency, equal weights, REAP's saliency, or only the most used member."""
+    method: Literal["frequency", "average", "saliency", "dominant", "fix_dominant", "zipit"] = "frequency"
+    """Weights of the cluster members: usage frequency, equal weights, REAP's saliency, or only the most used member. Or, with
+    equal weights, by neurons: each neuron is averaged with the most used member's most correlated one (fix_dominant), or the
+    most correlated neurons of all members are averaged until as many are left as an expert has (zipit)."""
+    align: Literal["none", "weight", "activation"] = "none"
+    """Whether the neurons of every member are first brought into the order of the most used member's, so that their weights, or
+    their activations on a sample of the calibration tokens, agree best."""
+
+    @property
+    def matches_neurons(self) -> bool:
+        """Whether members are more than added up neuron by neuron as they are."""
+        return self.align != "none" or self.method in ("fix_dominant", "zipit")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Columns of evidence that it reads beyond those of every run."""
+        return frozenset({NEURON_COLUMN} if self.matches_neurons and self.align != "weight" else ())
+
+    @model_validator(mode="after")
+    def _check_align(self) -> Self:
+        reasons = {"fix_dominant": "matches neurons itself", "zipit": "matches neurons itself", "dominant": "keeps one member"}
+        if self.align != "none" and self.method in reasons:
+            raise ValueError(
+                f"align is {self.align}, but method {self.method} {reasons[self.method]}; leave align out, or set method to "
+                "frequency, average or saliency"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave align out where it is none, so that keys and cards of runs without it stay as they were."""
+        values: dict[str, Any] = values_of(self)
+        return {name: value for name, value in values.items() if (name, value) != ("align", "none")}
 
 
 class Refit(Section):
@@ -296,12 +428,6 @@ class RunConfig(Section):
         if self.variants is None:
             check_target_formats(self.clustering.num_experts, self.export.formats)
         return self
-
-
-def texts_of(config: RunConfig) -> dict[str, TextData]:
-    """The texts of a run, by the names of their sections."""
-    texts = {"calibration": config.calibration, "evaluation": config.evaluation}
-    return {place: data for place, data in texts.items() if data is not None}
 
 
 def hub_dir(config: RunConfig) -> Path:

@@ -108,7 +108,8 @@ class Run(Protocol):
         """Tensors of the checkpoint. Raises InputError before the survey is sealed."""
 
     def identity(self, place: str) -> Identity:
-        """Identity of the model (place "model") or of a text (place: its section): digests, or a commit of the hub."""
+        """Identity of the model (place "model") or of a text (place: where the run file names it): digests, or a commit of the
+        hub."""
 
     def text_files(self, place: str) -> Sequence[str]:
         """Paths of a text's files and folders."""

@@ -25,8 +25,9 @@ class Variant:
 
     @property
     def requires(self) -> frozenset[str]:
-        """Columns of evidence that its method requires beyond the default ones."""
-        return self.method.requires(self.clustering)
+        """Columns of evidence that its method and its merging require beyond the default ones."""
+        own: frozenset[str] = self.method.requires(self.clustering)
+        return own | self.merging.requires if self.method.reads_merging else own
 
 
 @dataclass(frozen=True)

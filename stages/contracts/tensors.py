@@ -1,6 +1,6 @@
 """The table of a checkpoint's tensors (`tensors.arrow` of prepare)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -83,6 +83,16 @@ class TensorRow:
         return replace(
             self, name=self.values, template=self.values_template, shape=self.values_shape, dtype=dtype, scheme="", part=""
         )
+
+
+def num_neurons(rows: Iterable[TensorRow]) -> int:
+    """F, the neurons of an expert; the most of any layer."""
+    sizes = [
+        row.values_shape[row.neuron_axis + (row.expert_axis is not None)]
+        for row in rows
+        if row.neuron_axis is not None and row.neuron_order == "single"
+    ]
+    return max(sizes)
 
 
 def write_tensors(path: Path, rows: Sequence[TensorRow]) -> WrittenFile:

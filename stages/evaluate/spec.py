@@ -1,4 +1,4 @@
-"""The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text."""
+"""The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text, in all and by domain."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from stages.contracts.paths import CHECKPOINT_DIR
 from stages.contracts.settings import Evaluation
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, stream_plan, stream_units
+from stages.contracts.texts import DomainShards, domain_shards
 from stages.contracts.units import HoldCall, NoFacts, Unit, UnitCall
 
 SOURCE_PART = "source"
@@ -23,9 +24,9 @@ class EvaluateArgs:
 
 @dataclass(frozen=True)
 class ScoreArgs:
-    """num_shards: token shards of the text."""
+    """domains: token shards of each domain of the text."""
 
-    num_shards: int
+    domains: tuple[DomainShards, ...]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _model_units(run: Run, data: Evaluation, part: Part, model: Path, name: str)
     units = stream_units(run, stream)
     yield from units
     last = [unit for unit in units if not unit.writes]
-    yield run.unit(part, "perplexity", SCORE.on(ScoreArgs(data.num_shards)), f"{name}, perplexity", after=last)
+    yield run.unit(part, "perplexity", SCORE.on(ScoreArgs(domain_shards(data))), f"{name}, perplexity", after=last)
 
 
 SPEC = Evaluate()

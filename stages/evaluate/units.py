@@ -1,7 +1,9 @@
 """Units of evaluate: pass a token shard through a layer shard (the last shard computes losses), and score a model."""
 
 import math
+from collections.abc import Sequence
 
+from pydantic import JsonValue
 from torch import Tensor
 from torch.nn import functional
 
@@ -42,19 +44,34 @@ def evaluate_unit(job: HeldJob[EvaluateArgs, LayerShard]) -> UnitResult[NoFacts]
 
 
 def score_unit(job: Job[ScoreArgs]) -> UnitResult[Scores]:
-    """Write `scores.json`: perplexity over all sequences, summed in the order of the token shards.
+    """Write `scores.json`: perplexity over all sequences, summed in the order of the token shards; with domains also that of
+    each, and their geometric mean.
 
     A loss that is not finite and a perplexity that overflows a float are written as null, because JSON has no number for them.
     """
-    total, num_predictions = 0.0, 0
-    for shard in range(job.args.num_shards):
-        found = read_losses(losses_file(job.part_dir, shard))
-        losses = found.negative_log_likelihoods
-        total += math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-        num_predictions += sum(found.num_predictions)
-    loss = total / num_predictions
-    scores = Scores(_exp(loss), loss if math.isfinite(loss) else None, num_predictions)
-    return UnitResult(scores, (write_json(job.part_dir / SCORES_FILE, vars(scores)),))
+    sums = {
+        domain.name: [_sum(read_losses(losses_file(job.part_dir, shard))) for shard in range(domain.first, domain.stop)]
+        for domain in job.args.domains
+    }
+    scores = _scores([one for some in sums.values() for one in some])
+    values: dict[str, JsonValue] = dict(vars(scores))
+    if "" not in sums:
+        by_domain = {name: _scores(some) for name, some in sums.items()}
+        losses = [math.nan if one.loss is None else one.loss for one in by_domain.values()]
+        values["domains"] = {name: dict(vars(one)) for name, one in by_domain.items()}
+        values["macro_perplexity"] = _exp(math.fsum(losses) / len(losses))
+    return UnitResult(scores, (write_json(job.part_dir / SCORES_FILE, values),))
+
+
+def _sum(losses: Losses) -> tuple[float, int]:
+    """Summed losses and predictions of a token shard."""
+    values = losses.negative_log_likelihoods
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan, sum(losses.num_predictions)
+
+
+def _scores(sums: Sequence[tuple[float, int]]) -> Scores:
+    loss = sum(total for total, _ in sums) / (num_predictions := sum(count for _, count in sums))
+    return Scores(_exp(loss), loss if math.isfinite(loss) else None, num_predictions)
 
 
 def _exp(loss: float) -> float | None:

@@ -65,7 +65,7 @@ def _of_whole_experts(slot: Slot) -> Slot:
     """A slot whose members are added up whole: with their weights; where neurons were chosen, which says nothing about another
     layer, with equal ones."""
     if not slot.is_joined and all(member.neurons is None for member in slot.members):
-        return slot
+        return replace(slot, members=tuple(replace(member, places=None) for member in slot.members))
     experts = sorted({member.expert for member in slot.members})
     return replace(slot, members=tuple(Member(expert, 1 / len(experts)) for expert in experts), is_joined=False)
 

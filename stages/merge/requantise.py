@@ -24,7 +24,9 @@ from stages.merge.slots import ExpertTensors
 
 def is_whole(slot: Slot) -> bool:
     """Whether a slot is one expert of the source as it is."""
-    return len(slot.members) == 1 and slot.members[0].weight == 1 and slot.members[0].neurons is None and not slot.is_joined
+    first = slot.members[0]
+    takes_all = first.neurons is None and first.places is None and not slot.is_joined
+    return len(slot.members) == 1 and first.weight == 1 and takes_all
 
 
 @dataclass

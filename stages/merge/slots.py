@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint.reader import TensorReader
-from stages.checkpoint.weighted_sum import combined
-from stages.contracts.layer_plan import Member, Slot, neuron_places
+from stages.checkpoint.weighted_sum import combined, pooled
+from stages.contracts.layer_plan import Member, Slot, neuron_places, pooled_places
 from stages.contracts.tensors import TensorRow
 from stages.io.storage import is_remote
 from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch
@@ -70,6 +70,9 @@ class ExpertTensors:
     def means(self, slot: Slot) -> Iterator[Mean]:
         """The bytes of a slot's part, one mean after another. Raises ValueError where the plan does not fill its shape."""
         axis = self.row.neuron_axis
+        if axis is not None and slot.members[0].places is not None:
+            yield self._pooled(slot, axis)
+            return
         if axis is None or not (slot.is_joined or any(member.neurons is not None for member in slot.members)):
             yield self._whole(slot.members)
             return
@@ -103,6 +106,22 @@ class ExpertTensors:
             return PlainMean(plain, self.dtype, self.place)
         computed = ((self.values(member.expert), member.weight) for member in members)
         return ComputedMean(computed, len(members), self.dtype, self.place)
+
+    def _pooled(self, slot: Slot, axis: int) -> Mean:
+        """Neurons averaged at their places, in memory: a slot's part in float32, and one member at a time."""
+        try:
+            placed = pooled_places(slot, self.shape[axis], self.row.neuron_order)
+        except ValueError as e:
+            raise ValueError(f"{self.place}: {e}") from e
+
+        def computed() -> Iterator[tuple[Tensor, float]]:
+            members = (
+                (self.values(member.expert), torch.from_numpy(places), torch.from_numpy(shares))
+                for member, (places, shares) in zip(slot.members, placed, strict=True)
+            )
+            yield pooled(members, axis, self.dtype, self.place), 1.0
+
+        return ComputedMean(computed(), 1, self.dtype, self.place)
 
     def _chosen(self, part: "_Part", axis: int) -> Chosen:
         stretch = self.stretch(part.expert)

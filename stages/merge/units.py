@@ -74,7 +74,7 @@ def _combinations(tensor: OutputTensor, plan: LayerPlan, place: str) -> Iterator
         if tensor.rule == "router":
             assert slot.row is not None, place
             yield slot.row.parts
-        elif slot.is_joined or any(member.neurons is not None for member in slot.members):
+        elif slot.is_joined or any(member.neurons is not None or member.places is not None for member in slot.members):
             raise ValueError(f"{place}: the layer plan chooses neurons, but the experts are not along its first axis")
         else:
             yield [(member.expert, member.weight) for member in slot.members]

@@ -5,7 +5,7 @@ picks the next batch of documents in that order. Passes are necessary because co
 the same on any machine.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from stages.io.texts import kind_of
 from stages.prepare.lines import JsonReader, TextReader
-from stages.prepare.reading import Reader, failing
+from stages.prepare.reading import Document, Reader, failing
 from stages.prepare.rows import ParquetReader
 
 MAX_ORDERED = 1 << 24
@@ -21,30 +21,54 @@ MAX_ORDERED = 1 << 24
 Of more documents, this many are used, evenly spaced."""
 _CHARACTERS_A_TOKEN = 6
 """More characters per token than in most texts with most tokenizers, so that one pass usually picks enough documents."""
+_PASS_CHARACTERS = 1 << 28
+"""About as many characters are picked in one pass over the files. They are held in memory."""
+_FEWEST_CHARACTERS_A_TOKEN = 2
+"""Fewer than in most texts, so that as many documents as are wanted usually find room."""
 
 _READERS: dict[str | None, type[Reader]] = {"json": JsonReader, "text": TextReader, "parquet": ParquetReader}
 
 
-def read_documents(files: Sequence[Path], text_field: str, seed: int, max_characters: int, place: str) -> Iterator[str]:
-    """Documents of files of one kind in a seeded order. Documents longer than max_characters are cut.
+def read_documents(
+    files: Sequence[Path],
+    text_field: str,
+    seed: int,
+    max_characters: int,
+    place: str,
+    *,
+    is_chat: bool = False,
+    num_even: int = 1,
+) -> Iterator[Document]:
+    """Documents of files of one kind in a seeded order. Texts longer than max_characters are cut.
 
-    Raises InputError for a damaged file, or one whose text_field is not text.
+    num_even: documents that must find room, if there are as many, where a single one of max_characters would fill it with two
+    characters a token. Longer texts are then cut shorter, to a piece from a seeded place within.
+
+    Raises InputError for a damaged file, one whose text_field is not text, and for rows without a conversation if is_chat.
     """
-    readers = [_READERS[kind_of(path.name)](path, text_field, place) for path in files]
+    readers = [_READERS[kind_of(path.name)](path, text_field, place, is_chat) for path in files]
     sizes = []
     for reader in readers:
         with failing(reader.path, place):
             sizes.append(reader.measure())
     starts = [0, *accumulate(size.num_documents for size in sizes)]
     order_D = seeded_order(starts[-1], seed)
-    mean_characters = min(max_characters, max(1, sum(size.num_bytes for size in sizes) // max(1, starts[-1])))
-    num_wanted, begin = 1 + _CHARACTERS_A_TOKEN * max_characters // mean_characters, 0
+    is_even = min(num_even, starts[-1]) > 1
+    room = max_characters if not is_even else max(1, _FEWEST_CHARACTERS_A_TOKEN * max_characters // min(num_even, starts[-1]))
+
+    def cut(number: int, text: str) -> str:
+        last = len(text) - room
+        begin = int(np.random.default_rng([seed, number]).integers(last + 1)) if is_even and last > 0 else 0
+        return text[begin : begin + room]
+
+    mean_characters = min(room, max(1, sum(size.num_bytes for size in sizes) // max(1, starts[-1])))
+    num_wanted, begin = 1 + min(_CHARACTERS_A_TOKEN * max_characters, _PASS_CHARACTERS) // mean_characters, 0
     while begin < len(order_D):
         wanted = order_D[begin : begin + num_wanted].tolist()
-        texts = _pick(readers, starts, sorted(wanted), max_characters)
-        yield from (texts.pop(number) for number in wanted)
+        found = _pick(readers, starts, sorted(wanted), cut)
+        yield from (found.pop(number) for number in wanted)
         begin += len(wanted)
-        num_wanted *= 2
+        num_wanted = min(2 * num_wanted, 1 + _PASS_CHARACTERS // mean_characters)
 
 
 def seeded_order(num_documents: int, seed: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
@@ -54,14 +78,17 @@ def seeded_order(num_documents: int, seed: int) -> "np.ndarray[tuple[int], np.dt
     return order_D if num_ordered == num_documents else order_D * num_documents // num_ordered
 
 
-def _pick(readers: Sequence[Reader], starts: Sequence[int], wanted: Sequence[int], max_characters: int) -> dict[int, str]:
-    """Texts by document number. wanted: sorted numbers. starts: number of each file's first document, and the total."""
-    texts: dict[int, str] = {}
+def _pick(
+    readers: Sequence[Reader], starts: Sequence[int], wanted: Sequence[int], cut: Callable[[int, str], str]
+) -> dict[int, Document]:
+    """Documents by number. wanted: sorted numbers. starts: number of each file's first document, and the total. cut: given a
+    number and a text, what is used of it."""
+    found: dict[int, Document] = {}
     for reader, (start, stop) in zip(readers, pairwise(starts), strict=True):
         first, last = np.searchsorted(wanted, [start, stop])
         inside = [number - start for number in wanted[first:last]]
         if inside:
             with failing(reader.path, reader.place):
-                for number, text in reader.read(inside):
-                    texts[start + number] = text[:max_characters]
-    return texts
+                for number, document in reader.read(inside):
+                    found[start + number] = cut(start + number, document) if isinstance(document, str) else document
+    return found

@@ -32,7 +32,7 @@ def _read_npy(path: Path, num_sequences: int, sequence_length: int, place: str) 
         raise InputError(f"{place}.data: {path} is not a plain numeric .npy file: {_one_line(e)}") from e
     _check_form(path, list(ids_ST.shape), str(ids_ST.dtype), ids_ST.dtype.kind in "iu", place)
     _check_size(path, list(ids_ST.shape), num_sequences, sequence_length, place)
-    return np.array(ids_ST[:num_sequences, :sequence_length])
+    return ids_ST[:num_sequences, :sequence_length]
 
 
 def _read_safetensors(path: Path, num_sequences: int, sequence_length: int, place: str) -> Ids:
@@ -71,12 +71,11 @@ def _check_size(path: Path, shape: list[int], num_sequences: int, sequence_lengt
         )
 
 
-def checked_ids(ids_ST: Ids, vocab_size: int, place: str) -> "np.ndarray[Any, np.dtype[np.int32]]":
-    """The ids as int32, from any integer dtype. Raises InputError when an id is not in the model's vocabulary."""
+def check_ids(ids_ST: Ids, vocab_size: int, place: str) -> None:
+    """Raise InputError when an id is not in the model's vocabulary."""
     lowest, highest = int(ids_ST.min()), int(ids_ST.max())
     if lowest < 0 or highest >= vocab_size:
         raise InputError(
             f"{place}.data holds token ids from {lowest} to {highest} but the model's vocabulary is 0 to {vocab_size - 1}; "
             f"the ids come from another tokenizer"
         )
-    return ids_ST.astype(np.int32)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stages.io.texts import content_suffix, open_text
-from stages.prepare.reading import Reader, Size
+from stages.prepare.reading import Document, Reader, Size
 
 MAX_LINE_BYTES = 1 << 26
 """Maximum size of a JSON line, and of a JSON file that is a single list, because these are parsed in one piece."""
@@ -29,18 +29,18 @@ class JsonReader(Reader):
             num_bytes += len(line)
         return Size(num_documents, num_bytes)
 
-    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
+    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, Document]]:
         """Parse the wanted lines."""
         objects = self._list()
         if objects is not None:
-            yield from ((number, self._text(objects[number], f"element {number + 1:,}")) for number in wanted)
+            yield from ((number, self._document(objects[number], f"element {number + 1:,}")) for number in wanted)
             return
         left = iter(wanted)
         next_wanted = next(left, None)
         for number, (line_number, line) in enumerate(self._lines()):
             if number == next_wanted:
                 where = f"line {line_number:,}"
-                yield number, self._text(self._parsed(line, where), where)
+                yield number, self._document(self._parsed(line, where), where)
                 next_wanted = next(left, None)
                 if next_wanted is None:
                     return
@@ -84,23 +84,23 @@ class JsonReader(Reader):
         except json.JSONDecodeError as e:
             raise self.error(f", {where} is not JSON: {e}; write one object a line") from e
 
-    def _text(self, value: Any, where: str) -> str:
+    def _document(self, value: Any, where: str) -> Document:
         if not isinstance(value, dict):
             raise self.error(f", {where} is not an object but of type {type(value).__name__}; write one object a line")
-        if self.text_field not in value:
-            raise self.missing(list(value), f", {where}")
-        return self.checked(value[self.text_field], where)
+        return self.document(value, where)
 
 
 class TextReader(Reader):
     """A file is one document. A large file is cut at line ends into pieces of at most PIECE_BYTES."""
 
     def measure(self) -> Size:
-        """Count the pieces."""
+        """Count the pieces. Raises InputError where conversations are needed, because a text file holds none."""
+        if self.is_chat:
+            raise self.error(" is a text file, but format is chat; give .jsonl, .json or .parquet files, or set format to text")
         lengths = [len(piece) for _, piece in self._pieces()]
         return Size(len(lengths), sum(lengths))
 
-    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
+    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, Document]]:
         """Decode the wanted pieces. Line ends become `\\n`."""
         left = set(wanted)
         for number, (begin, piece) in enumerate(self._pieces()):

@@ -3,7 +3,7 @@
 import lzma
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from stages.contracts.errors import InputError
+from stages.prepare.chat import Conversation, conversation_of
 
+Document = str | Conversation
 _FAILURES = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
@@ -25,18 +27,29 @@ class Size:
 
 
 class Reader(ABC):
-    """Reads one file. place: the section of the run file that names it."""
+    """Reads one file. place: where the run file names it. is_chat: whether its documents are conversations, not texts."""
 
-    def __init__(self, path: Path, text_field: str, place: str) -> None:
-        self.path, self.text_field, self.place = path, text_field, place
+    def __init__(self, path: Path, text_field: str, place: str, is_chat: bool = False) -> None:
+        self.path, self.text_field, self.place, self.is_chat = path, text_field, place, is_chat
 
     @abstractmethod
     def measure(self) -> Size:
         """Count the documents without looking at their text."""
 
     @abstractmethod
-    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """Number and text of each wanted document. wanted: sorted numbers."""
+    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, Document]]:
+        """Number and content of each wanted document. wanted: sorted numbers."""
+
+    def document(self, row: Mapping[str, Any], where: str) -> Document:
+        """The document that a row holds. Raises InputError for one that holds none. where: row or line, for the message."""
+        if self.is_chat:
+            try:
+                return conversation_of(row, f"{self.path}, {where}")
+            except ValueError as e:
+                raise self.error(f", {where}: {e}") from e
+        if self.text_field not in row:
+            raise self.missing(list(row), f", {where}")
+        return self.checked(row[self.text_field], where)
 
     def error(self, what: str) -> InputError:
         """An InputError that names this file."""

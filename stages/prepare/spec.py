@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from stages.contracts.keys import Part
-from stages.contracts.settings import TextData, texts_of
+from stages.contracts.settings import Format, TextData
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.survey import unread_lines
+from stages.contracts.texts import Text, sections_of, texts_in, texts_of
 from stages.contracts.units import Call, Unit, UnitCall
 
 SURVEY_PART = "model"
@@ -32,8 +33,8 @@ class SurveyFacts:
 class TextArgs:
     """A text and the sequences to draw from it. Settings as in `TextData`.
 
-    place: the section that names the text, for messages. model: checkpoint folder, for the tokenizer. data: paths of files and
-    folders.
+    place: where the run file names the text, for messages. model: checkpoint folder, for the tokenizer. data: paths of files
+    and folders. is_even: whether the documents get the same number of sequences, as far as possible.
     """
 
     place: str
@@ -44,14 +45,17 @@ class TextArgs:
     num_sequences: int
     sequence_length: int
     seed: int
+    format: Format = "text"
+    is_even: bool = False
 
 
 @dataclass(frozen=True)
 class TokensArgs:
-    """sequences_per_shard: sequences of a token shard."""
+    """sequences_per_shard: sequences of a token shard. first_shard: number of the text's first token shard."""
 
     text: TextArgs
     sequences_per_shard: int
+    first_shard: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,18 +80,21 @@ class Prepare(StageSpec):
     makes_survey = True
 
     def parts(self, run: Run) -> Iterator[Part]:
-        """The survey, and one part for each text."""
+        """The survey, and one part for each section that names texts."""
         survey = run.new_part(self, SURVEY_PART, {"model": dict(run.identity("model"))}, {})
         yield survey
-        for place, data in texts_of(run.config).items():
-            yield run.new_part(self, place, _settings(run, place, data), {"model": survey})
+        for section, data in sections_of(run.config).items():
+            yield run.new_part(self, section, _settings(run, section, data), {"model": survey})
 
     def units(self, run: Run) -> Iterator[Unit]:
         """One unit for the survey, and one per text."""
         yield run.unit(run.part(self.name, SURVEY_PART), "survey", SURVEY.on(SurveyArgs(str(run.model))), "checkpoint")
-        for place, data in texts_of(run.config).items():
-            args = TokensArgs(_text_args(run, place, data), data.sequences_per_shard)
-            yield run.unit(run.part(self.name, place), "tokens", TOKENS.on(args), f"{place} tokens")
+        for section, data in sections_of(run.config).items():
+            for text in texts_in(section, data):
+                args = TokensArgs(_text_args(run, text), data.sequences_per_shard, text.shards.start)
+                name = f"tokens-{text.domain}" if text.domain else "tokens"
+                label = f"{section}, {text.domain} tokens" if text.domain else f"{section} tokens"
+                yield run.unit(run.part(self.name, section), name, TOKENS.on(args), label)
 
     def plan(self, run: Run) -> StagePlan:
         """A unit for the survey and one for each text."""
@@ -95,9 +102,9 @@ class Prepare(StageSpec):
 
     def rehearsals(self, run: Run) -> Iterator[Call]:
         """Draw the sequences of each text whose files are present."""
-        for place, data in texts_of(run.config).items():
+        for place, text in texts_of(run.config).items():
             if run.dataset_commit(place) is None:
-                yield SEQUENCES.on(_text_args(run, place, data))
+                yield SEQUENCES.on(_text_args(run, text))
 
     def remarks(self, run: Run) -> Iterator[str]:
         """Lines about data in the checkpoint that transformers does not load."""
@@ -105,29 +112,34 @@ class Prepare(StageSpec):
         return unread_lines(survey.ignored_files, survey.unloaded_tensors, survey.first_unloaded_tensor)
 
 
-def _settings(run: Run, place: str, data: TextData) -> dict[str, JsonValue]:
-    """Settings that determine the token shards.
-    `data` and `revision` are left out: they only locate a text, whose content is in its identity."""
-    include = {"text_field", "num_sequences", "sequence_length", "seed"}
+def _settings(run: Run, section: str, data: TextData) -> dict[str, JsonValue]:
+    """Settings that determine the token shards of a section.
+    `data` and `revision` are left out: they only locate a text, whose content is in its identity. So are the domains' weights,
+    which no token depends on."""
+    include = {"num_sequences", "sequence_length", "seed"}
     settings: dict[str, JsonValue] = data.model_dump(include=include)
-    settings |= {
-        "data": dict(run.identity(place)),
-        "micro_batch": data.micro_batch,
-        "sequences_per_shard": data.sequences_per_shard,
-    }
-    return settings
+    settings |= {"micro_batch": data.micro_batch, "sequences_per_shard": data.sequences_per_shard}
+    read = {text.domain: _read_settings(run, text) for text in texts_in(section, data)}
+    return settings | (read[""] if "" in read else {"domains": dict[str, JsonValue](read)})
 
 
-def _text_args(run: Run, place: str, data: TextData) -> TextArgs:
+def _read_settings(run: Run, text: Text) -> dict[str, JsonValue]:
+    settings: dict[str, JsonValue] = {"data": dict(run.identity(text.place)), "text_field": text.text_field}
+    return settings if text.format == "text" else {**settings, "format": text.format}
+
+
+def _text_args(run: Run, text: Text) -> TextArgs:
     return TextArgs(
-        place=place,
+        place=text.place,
         model=str(run.model),
         trust_remote_code=run.config.trust_remote_code,
-        data=tuple(run.text_files(place)),
-        text_field=data.text_field,
-        num_sequences=data.num_sequences,
-        sequence_length=data.sequence_length,
-        seed=data.seed,
+        data=tuple(run.text_files(text.place)),
+        text_field=text.text_field,
+        num_sequences=text.num_sequences,
+        sequence_length=text.sequence_length,
+        seed=text.seed,
+        format=text.format,
+        is_even=bool(text.domain),
     )
 
 

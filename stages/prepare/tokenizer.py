@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -11,6 +12,8 @@ from transformers import AutoTokenizer
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.io.untrusted import MAX_SMALL_BYTES, check_regular, read_json
+from stages.prepare.chat import Conversation
+from stages.prepare.reading import Document
 from stages.prepare.tokens import Tokens
 
 _JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -41,10 +44,14 @@ class Tokenizer:
         with self._reported(fails), _environment(_NO_CACHE):
             self._encode = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
-    def encode(self, document: str) -> Tokens:
-        """Token ids of a document, int64 [T], including the tokenizer's own special tokens."""
-        with self._reported("fails as a tokenizer on a document of the text"):
-            ids = self._encode(document, verbose=False)["input_ids"]
+    def encode(self, document: Document) -> Tokens:
+        """Token ids of a document, int64 [T], including the tokenizer's own special tokens, or those of its chat template."""
+        what = "fails as a tokenizer on a document of the text"
+        if isinstance(document, Conversation):
+            self._check_template()
+            what = f"cannot apply its chat template to {document.place}"
+        with self._reported(what):
+            ids = self._ids(document)
             ids_T = np.asarray(ids)
         if not isinstance(ids, list) or ids_T.ndim != 1 or (ids and ids_T.dtype.kind != "i"):
             raise InputError(
@@ -52,6 +59,21 @@ class Tokenizer:
                 f"a document; a list of token ids is needed"
             )
         return ids_T.astype(np.int64)
+
+    def _ids(self, document: Document) -> Any:
+        if isinstance(document, str):
+            return self._encode(document, verbose=False)["input_ids"]
+        encoded: Any = self._encode.apply_chat_template(
+            list(document.messages), tools=list(document.tools) or None, tokenize=True, return_dict=True
+        )
+        return encoded["input_ids"]
+
+    def _check_template(self) -> None:
+        if not self._encode.chat_template:
+            raise InputError(
+                f"{self._name} has no chat template, which format chat needs; use the tokenizer of the model's chat version, "
+                f"or set format to text"
+            )
 
     @contextmanager
     def _reported(self, what: str) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Units of prepare: the survey of the checkpoint, and the token shards of one text."""
 
+import numpy as np
+
 from stages.checkpoint.folder import CONFIG_FILE, Checkpoint
-from stages.contracts.arrow import Array
 from stages.contracts.errors import InputError
 from stages.contracts.paths import SURVEY_FILE, TENSORS_FILE, tokens_file
 from stages.contracts.survey import survey_values
@@ -13,9 +14,12 @@ from stages.io.texts import kind_of, list_files
 from stages.model.families import number_in, text_config
 from stages.model.survey import survey_checkpoint
 from stages.prepare.documents import read_documents
-from stages.prepare.ids import checked_ids, read_ids
+from stages.prepare.ids import check_ids, read_ids
 from stages.prepare.spec import SurveyArgs, SurveyFacts, TextArgs, TokensArgs, TokensFacts
-from stages.prepare.tokens import POOL_FACTOR, draw_sequences
+from stages.prepare.tokens import Drawn, draw_sequences, pool_tokens
+
+_CHECKED_TOKENS = 1 << 20
+"""Tokens whose ids are checked at once."""
 
 
 def survey_unit(job: Job[SurveyArgs]) -> UnitResult[SurveyFacts]:
@@ -28,17 +32,16 @@ def survey_unit(job: Job[SurveyArgs]) -> UnitResult[SurveyFacts]:
 
 def tokens_unit(job: Job[TokensArgs]) -> UnitResult[TokensFacts]:
     """Write the token shards of one text."""
-    ids_ST = sequences(job.args.text)
-    step = job.args.sequences_per_shard
+    drawn, step = sequences(job.args.text), job.args.sequences_per_shard
     files = [
-        write_tokens(job.part_dir / tokens_file(shard), ids_ST[start : start + step])
-        for shard, start in enumerate(range(0, len(ids_ST), step))
+        write_tokens(job.part_dir / tokens_file(shard), drawn.part(start, start + step))
+        for shard, start in enumerate(range(0, len(drawn), step), job.args.first_shard)
     ]
-    return UnitResult(TokensFacts(int(ids_ST.size)), files)
+    return UnitResult(TokensFacts(len(drawn) * job.args.text.sequence_length), files)
 
 
-def sequences(args: TextArgs) -> Array:
-    """Token ids int32 [S, T] of one text.
+def sequences(args: TextArgs) -> Drawn:
+    """The sequences of one text.
 
     Raises InputError for a text that is too short or unreadable, and for ids outside the model's vocabulary.
     """
@@ -50,16 +53,26 @@ def sequences(args: TextArgs) -> Array:
         raise InputError(f"{place}.sequence_length is {sequence_length} but the model has {max_positions} positions; lower it")
     files = [file.path for file in list_files(args.data, place)]
     if kind_of(files[0].name) == "ids":
-        ids_ST = read_ids(files[0], num_sequences, sequence_length, place)
+        if args.format == "chat":
+            raise InputError(f"{place}.format is chat, but {files[0]} holds token ids; leave format out")
+        drawn = Drawn(read_ids(files[0], num_sequences, sequence_length, place), np.arange(num_sequences))
     else:
         from stages.prepare.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(checkpoint, args.trust_remote_code)
-        max_characters = POOL_FACTOR * num_sequences * sequence_length
-        documents = read_documents(files, args.text_field, args.seed, max_characters, place)
+        max_characters = pool_tokens(num_sequences * sequence_length)
+        documents = read_documents(
+            files, args.text_field, args.seed, max_characters, place,
+            is_chat=args.format == "chat", num_even=num_sequences if args.is_even else 1,
+        )  # fmt: skip
         source = f"{place}.data ({files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''})"
-        ids_ST = draw_sequences(map(tokenizer.encode, documents), num_sequences, sequence_length, args.seed, source)
+        drawn = draw_sequences(
+            map(tokenizer.encode, documents), num_sequences, sequence_length, args.seed, source, is_even=args.is_even
+        )
     vocab_size = number_in(text, "vocab_size", config_place)
     if vocab_size is None:
         raise InputError(f"{config_place} has no vocab_size; restore the config")
-    return checked_ids(ids_ST, vocab_size, place)
+    step = max(1, _CHECKED_TOKENS // sequence_length)
+    for start in range(0, num_sequences, step):
+        check_ids(drawn.part(start, start + step), vocab_size, place)
+    return drawn

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.checkpoint.folder import Checkpoint
-from stages.checkpoint.weighted_sum import combined, merge_rows
+from stages.checkpoint.weighted_sum import combined, merge_rows, pooled
 from stages.contracts.errors import InputError
-from stages.contracts.layer_plan import LayerPlan, Slot, neuron_places
+from stages.contracts.layer_plan import LayerPlan, Slot, neuron_places, pooled_places
 from stages.model.adapter import build_meta_model, expert_axes
 from stages.model.expert_weights import ExpertWeights
 from stages.model.experts_forward import ExpertsForward
@@ -100,10 +100,15 @@ class Student:
 
 def _slot(experts: Tensor | PackedStack, slot: Slot, neurons: Neurons | None, place: str) -> Tensor:
     """A slot's part of a parameter of the experts, which are along its first axis. neurons: where they lie in one's part."""
-    if neurons is None or (not slot.is_joined and all(member.neurons is None for member in slot.members)):
+    is_whole = not slot.is_joined and all(member.neurons is None and member.places is None for member in slot.members)
+    if neurons is None or is_whole:
         return combined([(experts[member.expert], member.weight) for member in slot.members], experts.dtype, place)
     axis, size = neurons.axis, experts.shape[neurons.axis + 1]
     order = neurons.order if size == 2 * neurons.number else "single"
+    if slot.members[0].places is not None:
+        placed = [(torch.from_numpy(places), torch.from_numpy(shares)) for places, shares in pooled_places(slot, size, order)]
+        members = ((experts[member.expert], *some) for member, some in zip(slot.members, placed, strict=True))
+        return pooled(members, axis, experts.dtype, place)
     chosen = [
         [
             experts[member.expert].index_select(axis, torch.from_numpy(places).to(experts.device))

@@ -18,7 +18,8 @@ class ReportedTarget:
     """A finished checkpoint.
 
     name: name of its folder. target: its variant and number of experts. variant: empty if the run file lists none. path:
-    relative to the run directory. assembled: facts of its folder. evaluate_dir: directory of its scores, or None.
+    relative to the run directory. assembled: facts of its folder. plan_dir: directory of its method's layer plans.
+    evaluate_dir: directory of its scores, or None.
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
     unweighted_clusters: by layer, merged experts whose members got no token. packing_errors: by layer, root of the squared
     change of new experts by packing them in the source's scheme, relative to their values; empty where nothing is packed.
@@ -32,6 +33,7 @@ class ReportedTarget:
     num_merged: Mapping[int, int]
     path: str
     assembled: Facts
+    plan_dir: str
     evaluate_dir: str | None
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
@@ -44,8 +46,8 @@ class ReportArgs:
 
     survey_dir: relative to the run directory. source_name, source_path: name and path of the model. source_evaluate_dir:
     directory of the model's scores, or None. never_routed: by layer, experts to which no calibration token was routed.
-    is_sampled: whether standard errors are known. settings: the run file. versions: versions of the libraries that computed
-    each part.
+    is_sampled: whether standard errors are known. calibrate_dir, domains: directory of the evidence, and the domains that it is
+    kept by, which may be none. settings: the run file. versions: versions of the libraries that computed each part.
     """
 
     survey_dir: str
@@ -55,6 +57,8 @@ class ReportArgs:
     targets: tuple[ReportedTarget, ...]
     never_routed: Mapping[int, tuple[int, ...]]
     is_sampled: bool
+    calibrate_dir: str
+    domains: tuple[str, ...]
     settings: Mapping[str, JsonValue]
     versions: Mapping[str, Mapping[str, str]]
 
@@ -76,7 +80,7 @@ class Report(StageSpec):
     """Writes every number of a run into one file."""
 
     name = "report"
-    version = 3
+    version = 4
     after = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate")
 
     def parts(self, run: Run) -> Iterator[Part]:
@@ -94,6 +98,8 @@ class Report(StageSpec):
             targets=tuple(_reported(run)),
             never_routed=_by_layer(run, "calibrate", run.part("calibrate").dir, "never_routed"),
             is_sampled=run.config.calibration.sampling is not None,
+            calibrate_dir=run.part("calibrate").dir,
+            domains=run.config.calibration.domains,
             settings=_shown_settings(run),
             versions=run.library_versions(),
         )
@@ -154,6 +160,7 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             num_merged=target.counts(run.survey.moe_layers),
             path=f"models/{target.name}",
             assembled=sealed.facts,
+            plan_dir=run.part("cluster", target.part).dir,
             evaluate_dir=_dir_of(run, "evaluate", target.part),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
             packing_errors=_packing_errors(run, run.part("merge", target.part).dir),

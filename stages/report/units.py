@@ -10,6 +10,7 @@ from stages.contracts.certainty import read_errors, read_stability
 from stages.contracts.paths import REPORT_FILE, SCORES_FILE, SURVEY_FILE, errors_file, stability_file
 from stages.contracts.units import Job, UnitResult
 from stages.io.files import write_json
+from stages.report.domains import Shares, coverage, rank_correlations, saliency_shares
 from stages.report.spec import ReportArgs, ReportedTarget, ReportFacts
 from stages.report.warning_lines import of_certainty, of_scores
 
@@ -31,7 +32,9 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
         "path": args.source_path,
         **_scores(job, args.source_evaluate_dir),
     }
-    targets = [_target(job, target) for target in args.targets]
+    layers = [layer for target in args.targets[:1] for layer in target.num_merged]
+    shares = saliency_shares(job.run_dir / args.calibrate_dir, args.domains, layers) if args.domains else {}
+    targets = [_target(job, target, shares) for target in args.targets]
     certainty = _certainty(job) if args.is_sampled else None
     models = [source, *targets]
     report = {
@@ -40,6 +43,7 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
         "tied_stock_gaps": _tied_stock_gaps(targets),
         "never_routed": args.never_routed,
         **({"certainty": certainty} if certainty else {}),
+        **({"rank_correlations": rank_correlations(args.domains, shares)} if shares else {}),
         "plan": survey,
         "settings": args.settings,
         "versions": args.versions,
@@ -47,7 +51,7 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
     return UnitResult(ReportFacts(len(models)), (write_json(job.part_dir / REPORT_FILE, report),))
 
 
-def _target(job: Job[ReportArgs], target: ReportedTarget) -> Values:
+def _target(job: Job[ReportArgs], target: ReportedTarget, shares: Shares) -> Values:
     return {
         "name": target.name,
         "target": target.target,
@@ -58,6 +62,7 @@ def _target(job: Job[ReportArgs], target: ReportedTarget) -> Values:
         "path": target.path,
         "unweighted_clusters": target.unweighted_clusters,
         **({"packing_errors": target.packing_errors} if target.packing_errors else {}),
+        **({"coverage": coverage(job.args.domains, shares, job.run_dir / target.plan_dir)} if shares else {}),
         **_scores(job, target.evaluate_dir),
     }
 

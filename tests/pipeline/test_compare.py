@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.commands.compare import comparison
+from pipeline.commands.compare import comparisons
 from pipeline.config import load_config
 from pipeline.display.comparison import Comparison
 from stages.contracts.errors import InputError
@@ -71,11 +71,11 @@ def test_the_command_reads_a_finished_run(tmp_path: Path, finished_run: Callable
     run_file = write_run_file(tmp_path, done.source, Path(done.config.calibration.data[0]), {"clustering.num_experts": [3]})
     setting = "variants=[hc-smoe, reap]"
     with pytest.raises(InputError, match=r"report\.json does not exist; run the run file first"):
-        comparison(load_config(run_file, [setting]))
+        comparisons(load_config(run_file, [setting]))
     other = FinishedRun.of(run_file, [setting])
     due = {model["name"]: model["perplexity"] for model in other.report["models"]}
     asked = ["compare", str(run_file), "--set", setting, "--format"]
-    values = json.loads(CliRunner().invoke(app, [*asked, "json"]).stdout)
+    (values,) = json.loads(CliRunner().invoke(app, [*asked, "json"]).stdout)["comparisons"]
     assert values["source_perplexity"] == due.pop(next(iter(due)))
     found = [number for row in values["variants"] for one in row["checkpoints"] for number in one["perplexities"]]
     assert sorted(found) == sorted(due.values()) and len(found) == 3
@@ -84,7 +84,7 @@ def test_the_command_reads_a_finished_run(tmp_path: Path, finished_run: Callable
     assert "hc-smoe" in CliRunner().invoke(app, asked[:-1]).stdout
     (other.run_dir / "report.json").write_text('{"models": 3}')
     with pytest.raises(InputError, match=r"report\.json is no report of this version"):
-        comparison(load_config(run_file, [setting]))
+        comparisons(load_config(run_file, [setting]))
 
 
 def test_a_run_without_variants_is_one_row(finished_run: Callable[[str], FinishedRun]) -> None:

@@ -23,7 +23,7 @@ def test_defaults_are_the_papers() -> None:
     assert (config.calibration.num_sequences, config.calibration.sequence_length) == (32, 2048)
     assert config.clustering.model_dump() == {
         "num_experts": (4,), "method": "hierarchical", "feature": "expert_output", "distance": "euclidean",
-        "linkage": "average",
+        "linkage": "average", "domain_weights": "uniform",
     }  # fmt: skip
     assert config.merging.method == "frequency"
     assert config.export.formats == ("tied", "stock")

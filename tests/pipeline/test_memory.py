@@ -31,6 +31,7 @@ import json, sys
 from pathlib import Path
 from pipeline.driver.worker import Worker
 from stages.calibrate.spec import CALIBRATE, OPEN, REDUCE, CalibrateArgs, CalibrationShardArgs, ReduceArgs
+from stages.contracts.texts import DomainShards
 from stages.contracts.stream_units import LayerShardArgs, StreamArgs
 from stages.contracts.units import Hold, Unit
 from stages.evaluate import spec as evaluate
@@ -60,7 +61,7 @@ else:
 hold = Hold("all", opened, str(folder), "layers")
 run(unit("shard", shard, hold))
 if stage == "calibrate":
-    run(unit("reduce", REDUCE.on(ReduceArgs(1, 1, False, ())), hold))
+    run(unit("reduce", REDUCE.on(ReduceArgs(1, (DomainShards("", 0, 1),), False, ())), hold))
 print(json.dumps(peak() - before))
 """
 

@@ -13,6 +13,7 @@ import yaml
 from pipeline.cli import main
 from stages.contracts.losses import Losses, write_losses
 from stages.contracts.paths import losses_file
+from stages.contracts.texts import DomainShards
 from stages.contracts.units import Job
 from stages.evaluate.spec import ScoreArgs, Scores
 from stages.evaluate.units import score_unit
@@ -73,7 +74,7 @@ def test_a_score_is_written_whatever_the_losses_are(
     tmp_path: Path, losses: list[float], loss: float | None, perplexity: float | None
 ) -> None:
     write_losses(losses_file(tmp_path, 0), Losses(losses, [3, 3]))
-    result = score_unit(Job(tmp_path, tmp_path, ScoreArgs(num_shards=1)))
+    result = score_unit(Job(tmp_path, tmp_path, ScoreArgs((DomainShards("", 0, 1),))))
     assert result.facts == Scores(perplexity, loss, num_predictions=6)
     assert json.loads((tmp_path / "scores.json").read_text()) == vars(result.facts)
 

@@ -223,8 +223,12 @@ def test_a_run_on_ray_has_the_bytes_of_a_run_in_this_process(
 def test_a_sampled_run_has_the_same_bytes_however_it_is_cut_and_whoever_computes_it(
     tmp_path: Path, finished_run: Callable[[str], FinishedRun], on_ray: Callable[..., Maker]
 ) -> None:
+    """Sums that only some methods need, too, and what is planned and merged from them."""
     done = finished_run("mixtral")
-    sampling = {"calibration.sampling": {"fraction": 0.5, "groups": 3}, "clustering.num_experts": [6, 3], "evaluation": None}
+    sampling = {
+        "calibration.sampling": {"fraction": 0.5, "groups": 3}, "clustering.num_experts": [6, 3], "evaluation": None,
+        "clustering.feature": "token_wise", "merging.method": "zipit",
+    }  # fmt: skip
     data = Path(done.config.calibration.data[0])
     one = FinishedRun.of(write_run_file(tmp_path / "one", done.source, data, sampling))
     others = {**sampling, "resources": {"layers_per_shard": 2, "num_gpus": 0}}

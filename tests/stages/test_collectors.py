@@ -5,6 +5,7 @@ Dimensions: E experts, R routed pairs, S sequences, T tokens, C cells.
 
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from stages.calibrate import sums
 from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
+from stages.calibrate.collectors import output_gram
 from stages.calibrate.collectors.base import Collector, Sums
 from stages.calibrate.collectors.registry import DEFAULT, FURTHER, collectors, gathering, register
+from stages.calibrate.even_tokens import MOST_TOKENS, MOST_VALUES, EvenTokens, step_of
 from stages.calibrate.observations import RoutedView
 from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs, ReduceArgs
 from stages.calibrate.sums import PartialSums, add_up, evidence_of, read_partial_sums, write_partial_sums
@@ -28,6 +32,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.evidence import Column, LayerEvidence, read_evidence
 from stages.contracts.paths import column_file, partial_evidence_file, statistics_file, tokens_file
 from stages.contracts.stream_units import StreamArgs
+from stages.contracts.texts import DomainShards
 from stages.contracts.tokens import write_tokens
 from stages.contracts.units import HeldJob
 from stages.model.expert_weights import ExpertWeights
@@ -38,7 +43,10 @@ from tests.stages.test_statistics import Layer, close
 from tests.tiny import FAMILIES, logits, random_ids
 
 NUM_SEQUENCES, LENGTH = random_ids().shape
-GATHERED = ("output_norms", "output_norm", "gated_output", "neuron_importance")
+GATHERED = (
+    "output_norms", "output_norm", "gated_output", "neuron_importance", "weight_gram", "output_gram", "neuron_activations",
+)  # fmt: skip
+STEP = 3
 
 
 class OutputNorms(Collector):
@@ -77,9 +85,10 @@ def layer(tiny_checkpoint: Callable[[str], Path]) -> Layer:
     return Layer(tiny_checkpoint("mixtral"), FAMILIES["mixtral"].moe_layers[-1], random_ids())
 
 
-def watched(layer: Layer, ids_ST: np.ndarray, cells: Cells) -> PartialSums:
-    weights = ExpertWeights(layer.experts)
-    with Watcher(layer.index, weights, layer.router, Family(), cells, collectors(GATHERED)) as watcher:
+def watched(layer: Layer, ids_ST: np.ndarray, cells: Cells, first: int = 0) -> PartialSums:
+    """first: the sequence of the calibration set with which the token shard begins."""
+    weights, even = ExpertWeights(layer.experts), EvenTokens(STEP, first * LENGTH, ids_ST.size)
+    with Watcher(layer.index, weights, layer.router, Family(), cells, collectors(GATHERED), even) as watcher:
         logits(layer.model, ids_ST)
     return watcher.result()
 
@@ -100,15 +109,15 @@ def test_sums_of_every_collector_over_shards_are_those_of_the_whole(
     whole = watched(layer, layer.ids_ST, cells_from(0))
     parts = []
     for first, stop in ((0, 3), (3, 5), (5, NUM_SEQUENCES)):
-        write_partial_sums(tmp_path / f"{first}", watched(layer, layer.ids_ST[first:stop], cells_from(first)))
+        write_partial_sums(tmp_path / f"{first}", watched(layer, layer.ids_ST[first:stop], cells_from(first), first))
         parts.append(read_partial_sums(tmp_path / f"{first}"))
     total = add_up(parts, gathered)
     assert (total.layer, total.num_tokens) == (whole.layer, whole.num_tokens)
     assert total.num_unrouted_C.tolist() == whole.num_unrouted_C.tolist()
-    assert list(total.sums) == list(whole.sums) == [collector.name for collector in gathered]
+    assert list(whole.sums) == list(total.sums) == [collector.name for collector in gathered]
     for collector in gathered:
         assert set(whole.sums[collector.name]) == {kept.name for kept in collector.sums}
-        for name, values in whole.sums[collector.name].items():
+        for name, values in whole.sums[collector.name].items() if collector.name != "neuron_activations" else ():  # kept apart
             assert np.abs(values).max() > 0
             close(total.sums[collector.name][name], values)
     weights = ExpertWeights(layer.experts)
@@ -139,6 +148,67 @@ def test_further_sums_are_what_their_columns_say(layer: Layer) -> None:
         a_TF = silu(layer.x_TD @ gate_FD.T) * (layer.x_TD @ up_FD.T)
         norms_F = layer.experts.down_proj[expert].double().square().sum(0)
         close(evidence["neuron_importance_sum"][expert], (gates_T[:, None] * a_TF).square().sum(0) * norms_F)
+        close(evidence["neuron_activations"][expert], a_TF[::STEP])
+    assert evidence["neuron_activations"].dtype == np.float32
+    outputs = [layer.outputs_of(expert).flatten() for expert in range(layer.num_experts)]
+    weights = [torch.cat([w[expert].double().flatten() for w in (layer.experts.gate_up_proj, layer.experts.down_proj)])
+               for expert in range(layer.num_experts)]  # fmt: skip
+    for name, vectors in (("output_gram", outputs), ("weight_gram", weights)):
+        close(evidence[name], [[float(one @ other) for other in vectors] for one in vectors])
+
+
+def test_the_outputs_of_a_sample_are_multiplied_on_its_tokens(layer: Layer) -> None:
+    cells = sampled(0)
+    evidence = evidence_of(watched(layer, layer.ids_ST, cells), collectors(GATHERED), ExpertWeights(layer.experts), True)
+    tokens = torch.cat([chosen for _, chosen in cells.unrouted(0, layer.ids_ST.size)])
+    outputs = [layer.outputs_of(expert)[tokens].flatten() for expert in range(layer.num_experts)]
+    close(evidence["output_gram"], [[float(one @ other) for other in outputs] for one in outputs])
+
+
+def test_products_of_outputs_and_weights_do_not_depend_on_their_blocks(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of few tokens and of single rows, which do not divide what there is."""
+    weights = ExpertWeights(layer.experts)
+    found = []
+    for is_small in (False, True):
+        if is_small:
+            monkeypatch.setattr(output_gram, "_BLOCK_BYTES", 1)
+            monkeypatch.setattr(output_gram, "_LEAST_BLOCK", 7)
+            monkeypatch.setattr(output_gram, "_PIECE_VALUES", 3 * layer.num_experts * weights.hidden_size)
+            monkeypatch.setattr(sums, "_GRAM_VALUES", 5 * layer.num_experts * weights.hidden_size)
+        found.append(evidence_of(watched(layer, layer.ids_ST, ALL_TOKENS), collectors(GATHERED), weights, False))
+    for name in ("output_gram", "weight_gram"):
+        close(found[1][name], found[0][name])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 64, 1000, 4097])
+@pytest.mark.parametrize("values", [1, 100_000, 1 << 20, 1 << 30])
+def test_evenly_spaced_tokens_are_the_same_in_any_shards_and_micro_batches(num_tokens: int, values: int) -> None:
+    step = step_of(num_tokens, values)
+    due = list(range(0, num_tokens, step))
+    assert step % 2 == 1
+    assert len(due) <= max(1, min(MOST_TOKENS, MOST_VALUES // values))
+    for shard_tokens, batch in ((num_tokens, num_tokens), (7, 7), (12, 5), (640, 64)):
+        found = []
+        for first in range(0, num_tokens, shard_tokens):
+            even = EvenTokens(step, first, min(shard_tokens, num_tokens - first))
+            rows = []
+            for seen in range(0, even.num_tokens, batch):
+                row, tokens = even.chosen(seen, min(batch, even.num_tokens - seen))
+                rows += range(row, row + len(tokens))
+                found += [first + seen + token for token in tokens]
+            assert rows == list(range(even.num_chosen))
+        assert found == due
+
+
+def test_a_token_shard_without_a_chosen_token_is_stored(layer: Layer, tmp_path: Path) -> None:
+    even = EvenTokens(10_001, 5, layer.ids_ST.size)
+    weights = ExpertWeights(layer.experts)
+    gathered = collectors(["neuron_activations"])
+    with Watcher(layer.index, weights, layer.router, Family(), ALL_TOKENS, gathered, even) as watcher:
+        logits(layer.model, layer.ids_ST)
+    write_partial_sums(tmp_path / "empty", watcher.result())
+    kept = read_partial_sums(tmp_path / "empty").sums["neuron_activations"]["a"]
+    assert kept.shape == (layer.num_experts, 0, weights.intermediate)
 
 
 def test_output_sums_by_cell_run_over_the_sampled_tokens_of_each_cell(layer: Layer) -> None:
@@ -165,7 +235,7 @@ def evidence_dir(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path
         args = CalibrateArgs(StreamArgs("tokens", shard, 2, is_last=True), None, gathering({"gate_sum", "largest_output_norm"}))
         calibrate_unit(HeldJob(tmp_path, tmp_path / "calibrate", args, held))
     for layer in survey.moe_layers:
-        reduced = ReduceArgs(layer, 2, is_sampled=False, collectors=("output_norms",))
+        reduced = ReduceArgs(layer, (DomainShards("", 0, 2),), is_sampled=False, collectors=("output_norms",))
         result = reduce_unit(HeldJob(tmp_path, tmp_path / "calibrate", reduced, held))
         assert [file.path.name for file in result.files] == [
             f"layer-{layer:04d}.{name}.arrow" for name in ("statistics", "largest_output_norm", "cell_norm_sum")
@@ -238,3 +308,25 @@ def test_a_watched_layer_runs_as_before_once_the_watcher_has_left(layer: Layer) 
     with pytest.raises(RuntimeError, match="stop"), Watcher(layer.index, weights, layer.router, Family(), ALL_TOKENS, DEFAULT):
         raise RuntimeError("stop")
     assert torch.equal(logits(layer.model, layer.ids_ST), layer.plain_logits)
+
+
+def test_sums_are_added_up_one_token_shard_at_a_time() -> None:
+    size = 1 << 20
+
+    class Large(Collector):
+        name, columns = "large", (Column("large", "ones", "[D]"),)
+
+    def parts(count: int) -> Iterator[PartialSums]:
+        for _ in range(count):
+            yield PartialSums(0, 1, np.ones(1, dtype=np.int64), {"large": {"large": np.ones((1, size // 8))}})
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        try:
+            assert add_up(parts(count), [Large()]).sums["large"]["large"][0, 0] == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(64) < 2 * peak(4)
+    assert peak(64) < 5 * size

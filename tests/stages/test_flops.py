@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.calibrate.spec import CalibrationShardArgs
+from stages.calibrate.cells import ALL_TOKENS, Sample
+from stages.calibrate.spec import CalibrationShardArgs, flops_a_token
 from stages.calibrate.units import CalibrationShard, open_shard
 from stages.calibrate.watcher import Watcher
+from stages.contracts.settings import Calibration
 from stages.model import experts_forward
 from stages.model.expert_weights import ExpertWeights
 from stages.model.experts_forward import Blocks
@@ -53,6 +55,29 @@ def test_experts_meet_all_tokens_once_and_w_down_the_routed_ones(
     rest = count(held, ids, is_watched=False)
     assert rest > 0
     assert ours == rest + due
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fraction", [None, 0.25])
+def test_plan_states_the_operations_of_a_token(
+    family: str, fraction: float | None, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but attention's scores, which torch's counter leaves out, too, and the Gram matrix of the router's logits."""
+    monkeypatch.setattr(experts_forward, "padded", lambda num_rows, device: num_rows)
+    folder = tiny_checkpoint(family)
+    survey, _ = survey_checkpoint(str(folder))
+    held = open_shard(CalibrationShardArgs(str(folder), 0, survey.num_layers, 1, survey.routers))
+    ids = torch.from_numpy(random_ids())
+    sampling = None if fraction is None else {"fraction": fraction, "groups": 2}
+    data = Calibration(data=("x",), num_sequences=len(ids), sequence_length=ids.shape[1], sampling=sampling)
+    sample = Sample(fraction, 2, *ids.shape, 0, 0) if fraction is not None else ALL_TOKENS
+    watched: dict[int, Watcher] = {}
+    with FlopCounterMode(display=False) as counter:
+        stream = Stream(around=lambda layer: held.watch(layer, watched, sample))
+        pass_through(held.shard, ids, 2, {"model": stream})
+    gram = 2 * survey.num_experts**2 * ids.numel() * len(survey.moe_layers)
+    counted = counter.get_total_flops() - gram
+    assert flops_a_token(survey, data) * ids.numel() == pytest.approx(counted, rel=0.02)
 
 
 def weights_of(num_experts: int, intermediate: int, hidden: int) -> ExpertWeights:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.checkpoint.folder import Checkpoint
+from stages.contracts.arrow import read_table
 from stages.contracts.layer_plan import LayerPlan, Member, RouterRow, Slot, read_plan, write_plan
 from stages.contracts.paths import CHECKPOINT_DIR, TENSORS_FILE, plan_file, replaced_file
 from stages.contracts.tensors import write_tensors
@@ -24,6 +25,8 @@ from stages.merge.spec import MergeArgs
 from stages.merge.units import merge_unit
 from stages.model.families import SUPPORTED
 from stages.model.survey import survey_checkpoint
+from stages.recombine.student import Student
+from stages.recombine.units import HeldLayer
 from tests.runs import read_config, read_tensors, rewrite, tensor_bytes, token_ids
 from tests.stages.test_quantised import CHECKPOINTS
 from tests.tiny import NUM_EXPERTS, build, load, logits, save
@@ -55,7 +58,7 @@ def write_files(source: Path, folder: Path, counts: dict[int, int], export_forma
     _, rows = surveyed(str(source))
     num_read = 0
     for number, _ in enumerate(output_files(rows, NUM_EXPERTS, counts, export_format, 10**9, "float32")):
-        args = MergeArgs(str(source), "survey", "plans", NUM_EXPERTS, counts, export_format, "float32", 10**9, 1, number)
+        args = MergeArgs(str(source), "survey", "plans", NUM_EXPERTS, counts, export_format, "float32", False, 10**9, 1, number)
         num_read += merge_unit(Job(folder, folder / "merge", args)).bytes_read
     return num_read
 
@@ -136,6 +139,48 @@ def test_a_sum_of_permuted_experts_and_a_slot_of_neurons_of_three(mixtral: Path,
     rows = source[router]
     torch.testing.assert_close(found[router], torch.stack([0.25 * rows[0] + 0.75 * rows[1], rows[3], rows[7]]))
     assert len([name for name in found if name.startswith("model.layers.1.") and name.endswith(".w1.weight")]) == 3
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe", "nemotron_h"])
+def test_neurons_that_share_a_place_are_averaged_by_the_weights_of_their_members(family: str, tmp_path: Path) -> None:
+    """Against a loop over neurons, in every layout, in the merged files and in recombine's layer; the bias of W_down is added
+    up."""
+    source = save(build(family, torch.float32), tmp_path / "source")
+    size = num_neurons(source)
+    chance = np.random.default_rng(0)
+    places = {expert: (*range(size // 2), *chance.integers(0, size, size - size // 2).tolist()) for expert in (0, 1)}
+    places[2] = tuple(chance.permutation(size).tolist())  # no place is empty
+    weights = {0: 0.2, 1: 0.3, 2: 0.5}
+    pooled = Slot(
+        (0, 1, 2), tuple(Member(expert, weights[expert], places=places[expert]) for expert in range(3)),
+        row=RouterRow(((0, 1.0),)),
+    )  # fmt: skip
+    slots_of = [pooled, *(alone(expert, Member(expert)) for expert in EXPERTS[3:])]
+    found, before = read_tensors(merged(source, tmp_path, slots_of)), read_tensors(source)
+    survey, rows = surveyed(str(source))
+    layer = survey.moe_layers[0]
+    tops = [row for row in rows if row.layer == layer and row.role in ("expert", "fused_expert") and row.expert in (None, 0)]
+    for row in tops:
+        old = [before[row.template.format(one)] if row.template else before[row.name][one] for one in range(3)]
+        new = found[row.name] if row.template else found[row.name][0]
+        if row.neuron_axis is None:
+            due = sum(weights[one] * old[one] for one in range(3))
+        else:
+            due, axis = torch.zeros_like(old[0]), row.neuron_axis
+            where = {"single": [(1, 0)], "halves": [(1, 0), (1, size)], "interleaved": [(2, 0), (2, 1)]}[row.neuron_order]
+            for place in range(size):
+                shared = [(one, n) for one in range(3) for n in range(size) if places[one][n] == place]
+                total = sum(weights[one] for one, _ in shared)
+                for step, begin in where:
+                    for one, n in shared:
+                        part = weights[one] / total * old[one].select(axis, step * n + begin)
+                        due.select(axis, step * place + begin).add_(part)
+        torch.testing.assert_close(new, due, msg=row.name)
+        if not row.template:
+            held = HeldLayer(Checkpoint(source), layer, layer + 1, 1, has_head=False)
+            student = Student(held, layer, LayerPlan(layer, NUM_EXPERTS, tuple(slots_of)))
+            ours = dict(student.weights.experts.named_parameters())[row.parameter.rsplit(".", 1)[-1]][0]
+            torch.testing.assert_close(ours, due, msg=row.name)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "nemotron_h", "llama4_text"])
@@ -221,6 +266,7 @@ def test_dropped_experts_leave_no_tensor_and_no_tied_export(mixtral: Path, tmp_p
     [
         (Slot((0,), (Member(0, 1.0, (0, 99)),), row=RouterRow(((0, 1.0),))), "the layer plan names neuron 99 of 48"),
         (Slot((0,), (Member(0, 1.0, (0, 1)),), row=RouterRow(((0, 1.0),))), "the layer plan fills 2 of 48 places of neurons"),
+        (Slot((0,), (Member(0, 1.0, places=(0, 1)),), row=RouterRow(((0, 1.0),))), "the layer plan fills 2 of 48 places"),
     ],
 )
 def test_a_plan_that_does_not_fill_an_expert_is_refused(mixtral: Path, tmp_path: Path, slot: Slot, message: str) -> None:
@@ -236,6 +282,11 @@ def test_plans_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
     plan = LayerPlan(7, 4, slots_of, ("layers.7.experts.down_proj",))
     write_plan(tmp_path / "plan", plan)
     assert read_plan(tmp_path / "plan") == plan
+    assert "places" not in read_table(tmp_path / "plan").column_names
+    placed = Slot((1, 3), (Member(1, 0.5, places=(2, 0, 1)), Member(3, 0.5, places=(0, 0, 1))), row=RouterRow(((1, 1.0),)))
+    pooled = LayerPlan(7, 4, (slots_of[0], placed))
+    write_plan(tmp_path / "pooled", pooled)
+    assert read_plan(tmp_path / "pooled") == pooled
     assert plan.slot_E.tolist() == [0, -1, 0, -1]
     assert plan.unweighted_slots == (0,)
 
@@ -247,6 +298,9 @@ def test_plans_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
         ([Slot((0,), (Member(0, float("nan")),))], "slot 0 has a weight that is not finite"),
         ([Slot((0,), ())], "slot 0 has no members"),
         ([Slot((0,), (Member(0, 1.0, (1,)), Member(1, 1.0, (0, 1))))], "adds up members with different numbers of neurons"),
+        ([Slot((0,), (Member(0, 1.0, places=(0, 2)),))], "slot 0 leaves a place of its neurons empty; fill all from 0 to 2"),
+        ([Slot((0,), (Member(0, 1.0, places=(0, 1)), Member(1)))], "slot 0 has places for some members only"),
+        ([Slot((0,), (Member(0, 0.0, places=(0, 1)),))], "slot 0 averages neurons by weights that are not positive"),
         ([Slot((0,), (Member(0),)), Slot((0,), (Member(1),))], "an expert belongs to two slots"),
         ([Slot((0,), (Member(0),)), Slot((1,), (Member(1),), row=RouterRow(((1, 1.0),)))], "in all of them or in none"),
         ([], "it needs slots"),

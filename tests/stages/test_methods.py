@@ -5,12 +5,13 @@ Dimensions: D hidden size, E experts.
 
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from stages.cluster import matching
+from stages.cluster import linkage, matching
+from stages.cluster.features import Feature
 from stages.cluster.registry import methods
 from stages.contracts.evidence import LayerEvidence
 from stages.contracts.layer_plan import LayerPlan, Member
@@ -22,7 +23,7 @@ NUM_EXPERTS, HIDDEN, NEURONS, TOKENS = 12, 5, 64, 300
 METHODS = sorted(methods())
 PRUNING = sorted(name for name, method in methods().items() if not method.reads_merging)
 CLUSTERING = sorted(set(METHODS) - set(PRUNING))
-FEATURES = ["expert_output", "router_logits", "gated_output"]
+FEATURES = list(get_args(Feature))
 VARIANTS = [
     *((name, {}) for name in METHODS),
     *(("hierarchical", {"feature": feature, "distance": "cosine"}) for feature in FEATURES),
@@ -53,14 +54,17 @@ def evidence_of(seed: int = 0, num_experts: int = NUM_EXPERTS) -> LayerEvidence:
         "output_sum": output_TED.sum(0),
         "neuron_importance_sum": random.exponential(size=(num_experts, NEURONS)),
         "gated_output_sum": (gate_TE[..., None] * output_TED).sum(0),
+        "output_gram": np.einsum("ted,tfd->ef", output_TED, output_TED),
     }
+    weight_EP = random.normal(size=(num_experts, 40)) * scale_E[:, None]
+    columns["weight_gram"] = weight_EP @ weight_EP.T
     return LayerEvidence(3, TOKENS, TOKENS, num_experts, columns)
 
 
 def renumbered(evidence: LayerEvidence, order: list[int]) -> LayerEvidence:
     """Expert i of the new numbering is expert order[i] of the old one."""
     columns = {name: values[order] for name, values in evidence.columns.items()}
-    columns["router_logit_gram"] = columns["router_logit_gram"][:, order]
+    columns |= {name: values[:, order] for name, values in columns.items() if name.endswith("_gram")}
     return LayerEvidence(evidence.layer, evidence.num_tokens, evidence.num_output_tokens, len(order), columns)
 
 
@@ -181,11 +185,30 @@ def test_k_means_ends_where_no_expert_is_nearer_to_another_centre(feature: str) 
         "expert_output": evidence["output_sum"] / TOKENS,
         "router_logits": np.linalg.cholesky(evidence["router_logit_gram"]),
         "gated_output": evidence["gated_output_sum"] / evidence["gate_sum"][:, None],
+        "weight": np.linalg.cholesky(evidence["weight_gram"]),
+        "token_wise": np.linalg.cholesky(evidence["output_gram"] / TOKENS),
     }[feature]
     slot_E = plan_of("kmeans", evidence, 4, {"feature": feature}).slot_E
     centers = np.stack([vectors[slot_E == slot].mean(0) for slot in range(4)])
     distance = np.linalg.norm(vectors[:, None] - centers[None], axis=2)
     assert (distance[np.arange(NUM_EXPERTS), slot_E] <= distance.min(1) + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("feature", "column", "divisor"), [("weight", "weight_gram", 1), ("token_wise", "output_gram", TOKENS)]
+)
+def test_features_have_the_distances_of_what_was_multiplied(feature: str, column: str, divisor: int) -> None:
+    """||w_i - w_j||^2, and the mean over tokens of ||E_i(x) - E_j(x)||^2, to the first merge of the dendrogram."""
+    evidence = evidence_of(9)
+    gram = evidence[column] / divisor
+    square = np.array([[gram[i, i] + gram[j, j] - 2 * gram[i, j] for j in range(NUM_EXPERTS)] for i in range(NUM_EXPERTS)])
+    feature_ED = linkage.FEATURES[feature](evidence)
+    found = np.square(feature_ED[:, None] - feature_ED[None]).sum(-1)
+    np.testing.assert_allclose(found, square, atol=1e-9 * square.max())
+    pair = min(combinations(range(NUM_EXPERTS), 2), key=lambda one: square[one])
+    groups_of_two = [group for group in groups(plan_of("hierarchical", evidence, NUM_EXPERTS - 1, {"feature": feature}))
+                     if len(group) == 2]  # fmt: skip
+    assert groups_of_two == [frozenset(pair)]
 
 
 def test_k_means_fills_clusters_that_equal_experts_leave_empty() -> None:

@@ -169,6 +169,23 @@ def test_documents_come_once_each_in_the_order_of_a_seeded_permutation(kind: str
     assert seeded_order(500, 0).tolist() != seeded_order(500, 1).tolist()
 
 
+def test_an_even_reading_cuts_long_texts_so_that_many_find_room(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    long = [" ".join(f"{number}-{word}" for word in range(400)) for number in range(20)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in long))
+
+    def read(seed: int, num_even: int) -> list[str]:
+        return [str(text) for text in read_documents([path], "text", seed, 1000, "here", num_even=num_even)]
+
+    order, pieces = seeded_order(20, 0), read(0, 10)
+    assert [len(piece) for piece in pieces] == [2 * 1000 // 10] * 20
+    assert all(piece in long[number] for number, piece in zip(order, pieces, strict=True))
+    assert len([number for number, piece in zip(order, pieces, strict=True) if not long[number].startswith(piece)]) > 15
+    assert pieces == read(0, 10)
+    assert [len(piece) for piece in read(0, 100)] == [2 * 1000 // 20] * 20, "there are no more than twenty"
+    assert [len(piece) for piece in read(0, 1)] == [1000] * 20
+
+
 def test_the_order_of_very_many_documents_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MAX_ORDERED", 1000)
     order_D = seeded_order(1_500, 0)

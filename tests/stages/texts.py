@@ -39,7 +39,8 @@ def drawn(data: Path | str | Sequence[Path], model: Path = EXAMPLE, **settings: 
     files = [str(data)] if isinstance(data, Path | str) else [str(path) for path in data]
     defaults = {"text_field": "text", "num_sequences": 1, "sequence_length": 8, "seed": 0}
     place = {"place": "calibration", "model": str(model), "trust_remote_code": False, "data": tuple(files)}
-    return sequences(TextArgs(**{**place, **defaults, **settings}))
+    found = sequences(TextArgs(**{**place, **defaults, **settings}))
+    return found.part(0, len(found)).astype(np.int32)
 
 
 def words(data: Path | str | Sequence[Path], **settings: Any) -> set[str]:

@@ -1,6 +1,6 @@
 """Base class of collectors. Neither this module nor a collector imports torch, because the driver reads their declarations.
 
-Dimensions: C cells, D hidden size, E experts, F intermediate size.
+Dimensions: C cells, D hidden size, E experts, F intermediate size, N evenly spaced tokens of a token shard.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stages.contracts.evidence import Column
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.calibrate.observations import RoutedView, RouterView, UnroutedView
+    from stages.calibrate.observations import InputView, RoutedView, RouterView, UnroutedView
     from stages.contracts.arrow import Array
 
 Sums = Mapping[str, "Tensor"]
@@ -50,6 +50,9 @@ class Summed(Protocol):
     def down_square_norms(self) -> Array:
         """Squared norms of the columns of W_down, float64 [E, F]."""
 
+    def weight_gram(self) -> Array:
+        """Inner products of all weights of the experts, float64 [E, E]."""
+
 
 class Collector:
     """One or several sums over tokens for every expert of a layer. A collector has no state: sums are passed in.
@@ -65,6 +68,9 @@ class Collector:
         """Sums kept for a token shard: by default the columns themselves.
         A collector that overrides `finish` may keep other sums."""
         return tuple(Sum(column.name, column.shape) for column in self.columns)
+
+    def observe_input(self, sums: Sums, view: InputView) -> None:
+        """Run experts on tokens of the collector's own choice. What that costs comes on top of the forward."""
 
     def observe_router(self, sums: Sums, router: RouterView) -> None:
         """Add the router's output for a micro-batch."""

@@ -5,17 +5,23 @@ from collections.abc import Iterable
 from stages.calibrate.collectors.base import Collector
 from stages.calibrate.collectors.gated_output import GatedOutput
 from stages.calibrate.collectors.gated_output_norm import GatedOutputNorm
+from stages.calibrate.collectors.neuron_activations import NeuronActivations
 from stages.calibrate.collectors.neuron_importance import NeuronImportance
+from stages.calibrate.collectors.output_gram import OutputGram
 from stages.calibrate.collectors.output_norm import OutputNorm
 from stages.calibrate.collectors.output_sum import OutputSum
 from stages.calibrate.collectors.router_scores import RouterScores
 from stages.calibrate.collectors.usage import Usage
+from stages.calibrate.collectors.weight_gram import WeightGram
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import Column
 
 DEFAULT: tuple[Collector, ...] = (Usage(), GatedOutputNorm(), RouterScores(), OutputSum())
 """Used by every run. Their columns share one file, in the order of this tuple."""
-FURTHER: dict[str, Collector] = {collector.name: collector for collector in (OutputNorm(), GatedOutput(), NeuronImportance())}
+FURTHER: dict[str, Collector] = {
+    collector.name: collector
+    for collector in (OutputNorm(), GatedOutput(), NeuronImportance(), WeightGram(), OutputGram(), NeuronActivations())
+}
 """Used only if a method requires one of their columns. Each column has a separate file."""
 
 DEFAULT_COLUMNS: tuple[Column, ...] = tuple(column for collector in DEFAULT for column in collector.columns)

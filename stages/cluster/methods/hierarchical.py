@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
+from stages.cluster.features import Feature, columns_of
 from stages.contracts.evidence import LayerEvidence
 from stages.contracts.layer_plan import LayerPlan
 from stages.contracts.method import Method, PlanSettings
@@ -22,8 +23,8 @@ class Hierarchical(Clustering):
     """How experts are grouped."""
 
     method: Literal["hierarchical"] = "hierarchical"
-    feature: Literal["expert_output", "router_logits", "gated_output"] = "expert_output"
-    """Mean output over all tokens, router logits over all tokens, or mean of the outputs times gates over routed tokens."""
+    feature: Feature = "expert_output"
+    """What experts are compared by; `stages.cluster.features` says what each is."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
     linkage: Literal["average", "single", "complete", "ward"] = "average"
 
@@ -57,13 +58,15 @@ METHOD = Method(
     limits="Averages the weights of different experts, which loses more than pruning does where few experts are kept.",
     settings=Hierarchical,
     plan=plan,
-    requires=lambda settings: frozenset({"gated_output_sum"} if settings.feature == "gated_output" else ()),
+    requires=lambda settings: columns_of(settings.feature),
     linkage=linkage,
     presets={
         "hc-smoe": {
             "clustering": {"feature": "expert_output", "distance": "euclidean", "linkage": "average"},
             "merging": {"method": "frequency"},
         },
+        "fix-dom": {"merging": {"method": "fix_dominant"}},
+        "zipit": {"merging": {"method": "zipit"}},
         "hc-refit": {"merging": {"method": "frequency"}, "refit": {"mode": "sequential"}},
         "hc-recombine": {"merging": {"method": "frequency"}, "refit": {"mode": "sequential", "neurons": "choose"}},
     },

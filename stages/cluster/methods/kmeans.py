@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from stages.cluster.features import Feature, columns_of
 from stages.contracts.evidence import LayerEvidence
 from stages.contracts.layer_plan import LayerPlan
 from stages.contracts.method import Method, PlanSettings
@@ -14,7 +15,7 @@ class KMeans(Clustering):
     """How experts are grouped."""
 
     method: Literal["kmeans"] = "kmeans"
-    feature: Literal["expert_output", "router_logits", "gated_output"] = "expert_output"
+    feature: Feature = "expert_output"
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     """Of the first centres (k-means++)."""
 
@@ -44,6 +45,6 @@ METHOD = Method(
     limits="Depends on its seed, which hierarchical clustering does not.",
     settings=KMeans,
     plan=plan,
-    requires=lambda settings: frozenset({"gated_output_sum"} if settings.feature == "gated_output" else ()),
+    requires=lambda settings: columns_of(settings.feature),
     presets={"kmeans": {}},
 )

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from stages.cluster.features import Feature, columns_of
 from stages.contracts.evidence import LayerEvidence
 from stages.contracts.layer_plan import LayerPlan
 from stages.contracts.method import Method, PlanSettings
@@ -14,7 +15,7 @@ class Ream(Clustering):
     """How experts are grouped."""
 
     method: Literal["ream"] = "ream"
-    feature: Literal["expert_output", "router_logits", "gated_output"] = "gated_output"
+    feature: Feature = "gated_output"
     max_absorbed: Annotated[int, Field(ge=1, strict=True)] = 16
     """Experts that a centre takes in at most. Where that leaves some over, they join the nearest centre."""
 
@@ -36,9 +37,9 @@ METHOD = Method(
     name="ream",
     title="REAM",
     source="arXiv:2604.04356",
-    limits="Experts are merged as they are; the authors align their neurons first and recompute the layers that follow.",
+    limits="The authors align neurons first (here: merging.align) and recompute the layers that follow.",
     settings=Ream,
     plan=plan,
-    requires=lambda settings: frozenset({"gated_output_sum"} if settings.feature == "gated_output" else ()),
+    requires=lambda settings: columns_of(settings.feature),
     presets={"ream": {"merging": {"method": "saliency"}}},
 )

@@ -1,0 +1,58 @@
+"""Activations of every neuron on a sample of tokens, from which neurons are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from stages.calibrate.collectors.base import Collector, Sum, Sums
+from stages.contracts.evidence import Column
+from stages.contracts.settings import NEURON_COLUMN
+
+if TYPE_CHECKING:
+    from stages.calibrate.observations import InputView
+    from stages.contracts.arrow import Array
+
+
+class NeuronActivations(Collector):
+    """The input of W_down of every expert on evenly spaced tokens of the calibration set, routed to the expert or not.
+
+    The correlations of all neurons would be (E F)^2 numbers, 105 GB for a layer of Mixtral-8x7B, of which a merge needs those
+    within its clusters, which are not known yet. So the activations themselves are kept, on as many tokens as fit in 256 MiB
+    a layer (`stages.calibrate.even_tokens`): 585 of Mixtral-8x7B, 682 of Qwen3-30B-A3B, 128 of DeepSeek-V3; all, where there
+    are no more, and at most 4,096. The correlations over N tokens have a standard error of up to 1 / sqrt(N). Cost: gate and up
+    products of these tokens once more.
+    """
+
+    name = "neuron_activations"
+    columns = (
+        Column(
+            NEURON_COLUMN,
+            "on evenly spaced tokens, in order: the input of W_down, not gated",
+            "[N F]",
+            dtype="float32",
+            over_domains="rows",
+        ),
+    )
+
+    @property
+    def sums(self) -> tuple[Sum, ...]:
+        """One row for each chosen token of the shard."""
+        return (Sum("a", "[N F]"),)
+
+    def observe_input(self, sums: Sums, view: InputView) -> None:
+        """Keep the activations of the chosen tokens among these."""
+        row, tokens = view.evenly_spaced()
+        for expert, kept_NF in enumerate(sums["a"]):
+            if len(tokens):
+                kept_NF[row : row + len(tokens)] = view.forward.activations_of(view.hidden_TD, tokens, expert)
+
+    def add(self, one: Mapping[str, Array], other: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The rows of each token shard as they are, under names of their own: there may be thousands of shards to add up."""
+        return {**one, f"a.{len(one)}": other["a"]}
+
+    def finish(self, sums: Mapping[str, Array], summed: object) -> Mapping[str, Array]:
+        """The rows of all token shards, in their order."""
+        import numpy as np
+
+        return {NEURON_COLUMN: np.concatenate(list(sums.values()), axis=1)}
