@@ -33,12 +33,12 @@ LENGTH = 256
 
 
 def variants() -> list[Any]:
-    """All presets; the random ones with several seeds."""
-    fixed = [name for name in presets() if name not in RANDOM]
+    """All presets; the random ones with several seeds; slim with widths that fit small experts."""
+    fixed: list[Any] = [name for name in presets() if name not in (*RANDOM, "slim")]
     seeded = [
         {"name": f"{name}.{seed}", "preset": name, "clustering": {"seed": seed}} for name in RANDOM for seed in range(SEEDS)
     ]
-    return [*fixed, *seeded]
+    return [*fixed, {"name": "slim", "preset": "slim", "refit": {"width_multiple": 8}}, *seeded]
 
 
 def domains(text: Path, role: str) -> dict[str, str]:

@@ -86,7 +86,7 @@ def _check_variant_sections(values: Mapping[str, Any]) -> None:
     """Raise InputError when a run file with variants also sets method sections: each variant has its own."""
     if values.get("variants") is None:
         return
-    beside = [f"clustering.{name}" for name in values["clustering"] if name != "num_experts"]
+    beside = [f"clustering.{name}" for name in values["clustering"] if name not in ("num_experts", "targets")]
     beside += [name for name in ("merging", "refit") if name in values]
     if beside:
         raise InputError(f"{beside[0]} is set beside variants, which have their own; move it into a variant")

@@ -196,9 +196,9 @@ def checkpoint(scheme: str, folder: Path, **changes: Any) -> tuple[Path, Path]:
     return rewrite(packed, stored, {**config, "quantization_config": section}), rewrite(plain, values, config)
 
 
-def mxfp4_checkpoint(folder: Path) -> tuple[Path, Path]:
+def mxfp4_checkpoint(folder: Path, intermediate_size: int = 32) -> tuple[Path, Path]:
     """A gpt_oss in MXFP4, and the same values in float32, both to be computed in bfloat16."""
-    model = build("gpt_oss", torch.bfloat16, intermediate_size=32)
+    model = build("gpt_oss", torch.bfloat16, intermediate_size=intermediate_size)
     plain, packed = save(model, folder / "plain"), save(model, folder / "packed")
     config = {**read_config(plain), "dtype": "bfloat16"}
     generator = torch.Generator().manual_seed(0)

@@ -139,9 +139,13 @@ def test_a_method_and_a_pruning_rule_of_ones_own_share_a_run_with_hc_smoe(
         "quietest does not read that section; leave it out",
         "variants=[{name: a, preset: nearest, clustering: {linkage: ward}}]": "variants: a: clustering.linkage is not a set",
         "clustering={num_experts: [3], method: nearest, linkage: ward}": "clustering.linkage is not a setting",
-        "clustering.method=far": "clustering.method: there is no method named 'far'; known methods: dominant, ",
+        "clustering.method=far": "clustering.method: there is no method named 'far'; known methods: adopt, ",
         "variants=[{name: a, preset: reap, refit: {mode: sequential, neurons: choose}}]": "variants: a: refit.neurons is "
         "choose, but method reap keeps single experts",
+        "variants=[{name: a, preset: recombine, merging: {align: weight}}]": "variants: a: merging aligns neurons, but "
+        "refit.neurons is choose: whole neurons are kept as they are; leave one of them out",
+        "variants=[{name: a, preset: slim, refit: {neurons: keep}}]": "variants: a: method slim keeps some of its experts' "
+        "neurons; set refit to {mode: sequential, neurons: choose}",
         "refit={neurons: choose}": "refit: neurons is set, but nothing is refitted; set mode to sequential, or leave it out",
         "variants=[{name: a, preset: hc-smoe, refit: {ridge: 0.1}}]": "variants: a: refit.ridge is set, but nothing",
         "clustering.method=[1]": "clustering.method: there is no method named [1]; known methods",

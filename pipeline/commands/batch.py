@@ -16,7 +16,7 @@ from pipeline.config import load_config
 from pipeline.display.printing import add_row, show
 from pipeline.display.problems import problems
 from pipeline.display.progress import Reporter
-from pipeline.display.tables import perplexity_text
+from pipeline.display.tables import experts_text, perplexity_text
 from pipeline.driver.run_state import RunOptions, RunState
 from pipeline.errors import RunFailed
 from pipeline.yaml_files import read_yaml
@@ -128,6 +128,6 @@ def _summary(records: Sequence[dict[str, Any]]) -> Table:
             first_line = record["error"].partition("\n")[0]
             add_row(table, (number, record["run"], "", "", "", f"failed: {first_line}"))
         for model in record["models"]:
-            size = filesize.decimal(model["bytes"])
-            add_row(table, (number, model["name"], model["num_experts"], size, perplexity_text(model), model["path"]))
+            size, experts = filesize.decimal(model["bytes"]), experts_text(model["num_experts"], model.get("num_neurons"))
+            add_row(table, (number, model["name"], experts, size, perplexity_text(model), model["path"]))
     return table

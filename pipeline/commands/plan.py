@@ -10,6 +10,7 @@ from rich.table import Table
 
 from pipeline.checks import check
 from pipeline.display.printing import add_row
+from pipeline.display.tables import experts_text
 from pipeline.hub import headers_of
 from pipeline.imports import resolve
 from pipeline.run.view import RunView
@@ -49,9 +50,8 @@ def _describe(config: RunConfig, folder: Path) -> Iterator[Table | str]:
     targets = Table("target", "experts a layer", "files", "bytes", title=None)
     for _, plan in plans:
         for checkpoint in plan.checkpoints:
-            add_row(
-                targets, (checkpoint.name, checkpoint.num_experts, checkpoint.num_files, filesize.decimal(checkpoint.num_bytes))
-            )
+            experts = experts_text(checkpoint.num_experts, checkpoint.num_neurons)
+            add_row(targets, (checkpoint.name, experts, checkpoint.num_files, filesize.decimal(checkpoint.num_bytes)))
             written += checkpoint.num_bytes
     yield targets
     units = Table("stage", "units", "runs on", title=None)

@@ -85,8 +85,8 @@ class Comparison:
         rows: dict[str, dict[Column, list[Mapping[str, Any]]]] = {}
         counts: dict[str, float] = {}
         for model in models:
-            count, variant = _count_text(model["num_experts"]), model.get("variant", "")
-            counts[count] = _mean_count(model["num_experts"])
+            count, variant = _target_text(model), model.get("variant", "")
+            counts[count] = _target_size(model)
             row = rows.setdefault(labels.get(variant, variant), {})
             row.setdefault((count, model["format"]), []).append(model)
         columns = {column for row in rows.values() for column in row}
@@ -172,6 +172,20 @@ class Comparison:
     def source_line(self) -> str:
         """The source's perplexity, in words."""
         return f"source       perplexity {'-' if self.source is None else f'{self.source:.2f}'} ({self.measure})"
+
+
+def _target_text(model: Mapping[str, Any]) -> str:
+    """The target of a row of the report. Experts that are narrower stand under the target that they were asked for, so that
+    checkpoints of the same size are compared."""
+    asked = model.get("asked", {"experts": model["num_experts"], "width": 1})
+    text = _count_text(asked["experts"])
+    return text if asked["width"] == 1 else f"{text} x {asked['width']:g}"
+
+
+def _target_size(model: Mapping[str, Any]) -> float:
+    """Whole experts that have as many neurons."""
+    asked = model.get("asked", {"experts": model["num_experts"], "width": 1})
+    return _mean_count(asked["experts"]) * float(asked["width"])
 
 
 def _count_text(num_experts: int | Sequence[int]) -> str:

@@ -15,6 +15,11 @@ def perplexity_text(model: Mapping[str, Any]) -> str:
     return "inf" if model["perplexity"] is None else f"{model['perplexity']:.3f}"
 
 
+def experts_text(num_experts: object, num_neurons: int | None) -> str:
+    """Experts of a layer; and neurons of each where these are fewer than the source's."""
+    return str(num_experts) if num_neurons is None else f"{num_experts} x {num_neurons}"
+
+
 def _percentage(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
@@ -27,7 +32,7 @@ def result_table(report: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for model in report["models"]:
         count = model["num_experts"]
-        experts = str(count) if isinstance(count, int) else f"{min(count)}-{max(count)}"
+        experts = experts_text(count if isinstance(count, int) else f"{min(count)}-{max(count)}", model.get("num_neurons"))
         add_row(table, (model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity_text(model)))
     return table
 

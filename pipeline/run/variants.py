@@ -9,7 +9,17 @@ from pydantic import ValidationError
 from pipeline.display.problems import problems
 from stages.contracts.errors import InputError
 from stages.contracts.method import Method, Methods, Preset
-from stages.contracts.settings import Clustering, Export, Merging, Refit, RunConfig, Section, VariantEntry, check_target_formats
+from stages.contracts.settings import (
+    Clustering,
+    Export,
+    Merging,
+    Refit,
+    RunConfig,
+    Section,
+    VariantEntry,
+    WidthTarget,
+    check_target_formats,
+)
 from stages.contracts.targets import Variant
 from stages.registry import stage_specs
 
@@ -47,8 +57,9 @@ def variants_of(config: RunConfig) -> tuple[Variant, ...]:
     """
     if config.variants is None:
         method = methods()[config.clustering.method]
-        _check_fits(method, "merging" in config.model_fields_set, config.refit, config.export, "")
-        return (Variant("", method, config.clustering, config.merging, config.refit, config.export),)
+        variant = Variant("", method, config.clustering, config.merging, config.refit, config.export)
+        _check_fits(variant, "merging" in config.model_fields_set, "")
+        return (variant,)
     (name, count), *_ = Counter(entry.name for entry in config.variants).most_common(1)
     if count > 1:
         raise InputError(f"variants: {count} are named {name}; give each its own name")
@@ -61,8 +72,9 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
     if entry.preset is not None and entry.preset not in known:
         raise InputError(f"{place}: there is no preset named {entry.preset}; known presets: {', '.join(sorted(known))}")
     preset = known[entry.preset] if entry.preset is not None else {}
-    if "num_experts" in entry.clustering:
-        raise InputError(f"{place}: clustering.num_experts holds for all variants; set it in the section clustering")
+    for name in ("num_experts", "targets"):
+        if name in entry.clustering:
+            raise InputError(f"{place}: clustering.{name} holds for all variants; set it in the section clustering")
     chosen = {**preset.get("clustering", {}), **entry.clustering}
     method = method_of(chosen, f"{place}: clustering")
     counts = {"num_experts": config.clustering.num_experts}
@@ -72,23 +84,36 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
     refit = _section(Refit, {**preset.get("refit", {}), **entry.refit}, f"{place}: refit")
     exported = {**config.export.model_dump(), **preset.get("export", {}), **entry.export}
     export = _section(Export, exported, f"{place}: export")
-    _check_fits(method, bool(given), refit, export, f"{place}: ")
+    variant = Variant(entry.name, method, clustering, merging, refit, export)
+    _check_fits(variant, bool(given), f"{place}: ")
     try:
         check_target_formats(clustering.num_experts, export.formats)
     except ValueError as e:
         raise InputError(f"{place}: {e}") from e
-    return Variant(entry.name, method, clustering, merging, refit, export)
+    return variant
 
 
-def _check_fits(method: Method[Any], has_merging: bool, refit: Refit, export: Export, at: str) -> None:
+def _check_fits(variant: Variant, has_merging: bool, at: str) -> None:
     """Raise InputError for settings that a method does not support. at: names the variant in the message, if there is one."""
+    method, refit, export = variant.method, variant.refit, variant.export
     if has_merging and not method.reads_merging:
         raise InputError(f"{at}merging is set, but method {method.name} does not read that section; leave it out")
-    if refit.neurons == "choose" and not method.reads_merging:
+    needs_choice = method.needs_choice or any(isinstance(target, WidthTarget) for target in variant.clustering.num_experts)
+    if needs_choice and refit.neurons != "choose":
+        asked = f"method {method.name} keeps" if method.needs_choice else "clustering.targets has a width: experts keep"
+        raise InputError(f"{at}{asked} some of its experts' neurons; set refit to {{mode: sequential, neurons: choose}}")
+    if refit.neurons == "choose" and not (method.reads_merging or needs_choice):
         raise InputError(
             f"{at}refit.neurons is choose, but method {method.name} keeps single experts, whose neurons all have room; leave "
             "it out"
         )
+    if refit.neurons == "choose" and variant.merging.matches_neurons:
+        raise InputError(
+            f"{at}merging aligns neurons, but refit.neurons is choose: whole neurons are kept as they are; leave one of "
+            "them out"
+        )
+    if export.router == "fitted" and refit.mode == "none":
+        raise InputError(f"{at}export.router is fitted, but nothing is refitted; set refit.mode to sequential")
     for name in export.formats:
         if name not in method.formats:
             raise InputError(

@@ -58,14 +58,19 @@ def _body(facts: CardFacts, export_format: str, written: AssembleFacts) -> str:
     settings = yaml.safe_dump({**facts.settings, "run_dir": f"runs/{facts.name}"}, sort_keys=False, allow_unicode=True)
     tied = export_format == "tied"
     load = ", trust_remote_code=True" if tied else ""
+    rows = f"has one row for each merged expert (rule `{facts.router}`)" if facts.merging else "keeps the rows of these experts"
     note = (
         "The router keeps a row for every source expert and `expert_map` sends each to the expert that stands for it; "
         "`modeling_hcsmoe.py` in this folder does that, for transformers only."
         if tied
-        else f"The router has one row for each merged expert (rule `{facts.router}`); any engine that runs the source "
-        "architecture runs this checkpoint."
+        else f"The router {rows}; any engine that runs the source architecture runs this checkpoint."
     )
     verb = "merged" if facts.merging else "pruned"
+    made, width_row = f"{verb} to {facts.experts_text}", ""
+    if facts.num_neurons is not None:
+        before, after = facts.num_neurons
+        made = f"of {before} neurons {verb} to {facts.experts_text} of {after}"
+        width_row = f"\n| neurons of an expert | {before:,} | {after:,} |"
     how = {
         "Calibration": _inline(facts.calibration),
         "Clustering": facts.clustering,
@@ -76,12 +81,12 @@ def _body(facts: CardFacts, export_format: str, written: AssembleFacts) -> str:
     return f"""
 # {facts.name}
 
-{_inline(facts.source + revision)} with {facts.num_experts} experts a layer {verb} to {facts.experts_text}, without
+{_inline(facts.source + revision)} with {facts.num_experts} experts a layer {made}, without
 retraining, by {facts.method} ({_linked(facts.method_source)}).
 
 | | source | this model |
 |---|---|---|
-| experts a layer | {facts.num_experts} | {facts.experts_text} |
+| experts a layer | {facts.num_experts} | {facts.experts_text} |{width_row}
 | parameters | {facts.source_parameters:,} | {written.parameters:,} |
 | bytes of weights | {facts.source_bytes:,} | {written.bytes:,} |
 

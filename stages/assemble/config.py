@@ -8,6 +8,7 @@ from stages.checkpoint.quantised import SOURCE_DTYPE, quantisation_config
 from stages.checkpoint.side_files import without_model_code
 from stages.model.families import expert_count_fields, mtp_fields, num_experts_in, text_config
 from stages.model.tied import tied_config
+from stages.model.widths import narrowed
 
 _IGNORE_LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
 """Names by which the schemes list modules that are not packed."""
@@ -33,13 +34,14 @@ def target_config(
     source_names: Collection[str] = (),
     written_names: Collection[str] = (),
     merges_mtp: bool = False,
+    num_neurons: int | None = None,
 ) -> dict[str, Any]:
     """Config of a merged checkpoint.
 
     architecture: transformers class of the language model. auto_classes: class that each transformers Auto class gives for the
     source. num_merged: merged experts r of each MoE layer; the same for all layers if stock. value_dtype: of `export.dtype`.
     source_names, written_names: of the stored tensors of the source and of the export. merges_mtp: whether a stock export has
-    the layers that predict further tokens.
+    the layers that predict further tokens. num_neurons: of an expert, where it has fewer than the source's.
     """
     source = _without_origin(config)
     if export_format == "tied":
@@ -47,8 +49,12 @@ def target_config(
     else:
         (count,) = set(num_merged.values())
         edited = stock_config(source, count)
-    is_whole = min(num_merged.values()) == num_experts_in(config, "config.json")
-    if not is_whole and not (merges_mtp and export_format == "stock"):
+    if num_neurons is not None:
+        text = text_config(edited)
+        assert isinstance(text, dict)
+        text.update(narrowed(config, num_neurons, "config.json"))
+    is_whole = num_neurons is None and min(num_merged.values()) == num_experts_in(config, "config.json")
+    if not is_whole and not (merges_mtp and export_format == "stock" and num_neurons is None):
         _without_mtp(edited)
     if quantisation_config(config) is not None:
         if value_dtype == SOURCE_DTYPE:

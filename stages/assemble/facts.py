@@ -8,9 +8,10 @@ from pydantic import JsonValue
 
 from stages.contracts.naming import hub_name
 from stages.contracts.settings import Merging, Refit, RunConfig, Section, TextData
-from stages.contracts.spec import Run
+from stages.contracts.spec import Run, narrowed_to
 from stages.contracts.targets import Target
 from stages.contracts.texts import Text, texts_in
+from stages.contracts.widths import num_neurons_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class CardFacts:
     name: of the export. source: name of the source. base_model: the source's name on the hub, or None. revision: of the source,
     or None. num_experts: experts per layer of the source. experts_text: number of experts kept, in words. source_parameters,
     source_bytes: of the source's weights. router: rule that combines router rows in a stock export. method, method_source:
-    title of the method and where it was published. calibration, clustering, merging, refit: descriptions; empty if there are
+    title of the method and where it was published. num_neurons: of an expert of the source, and of this model's, where these
+    have fewer. calibration, clustering, merging, refit: descriptions; empty if there are
     no such settings. settings: a run file that makes only this checkpoint.
     """
 
@@ -40,11 +42,12 @@ class CardFacts:
     merging: str
     refit: str
     settings: dict[str, JsonValue]
+    num_neurons: tuple[int, int] | None = None
 
 
 def card_facts(run: Run, target: Target) -> CardFacts:
     """Facts for the model card of a target."""
-    config, variant, model = run.config, target.variant, run.model
+    config, variant, model, narrow = run.config, target.variant, run.model, narrowed_to(run, target)
     base_model = hub_name(str(model))
     data = config.calibration
     sampled = f"; un-routed means from {data.sampling.fraction:.0%} of the tokens" if data.sampling else ""
@@ -57,7 +60,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         base_model=base_model,
         revision=model.name if model.parent.name == "snapshots" else config.revision,
         num_experts=run.survey.num_experts,
-        experts_text=str(target.num_experts),
+        experts_text=str(target.kept_experts(run.survey.num_experts)),
         source_parameters=run.survey.num_parameters,
         source_bytes=run.survey.total_bytes,
         router=variant.export.router,
@@ -69,6 +72,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         merging=_merging_text(variant.merging) if variant.method.reads_merging else "",
         refit=_refit_text(variant.refit),
         settings={**_settings(config, target, texts), "model": base_model or config.name},
+        num_neurons=None if narrow is None else (num_neurons_of(run.tensors), narrow),
     )
 
 
@@ -79,8 +83,9 @@ def _merging_text(merging: Merging) -> str:
 def _refit_text(refit: Refit) -> str:
     if refit.mode == "none":
         return ""
-    chosen = "whole neurons of each cluster's experts are kept; " if refit.neurons == "choose" else ""
-    return f"{chosen}the down projections are solved anew in closed form, layer after layer (ridge {refit.ridge})"
+    chosen = "whole neurons of each expert, or cluster of experts, are kept; " if refit.neurons == "choose" else ""
+    how = "layer after layer" if refit.mode == "sequential" else "every layer on the source's own hidden states"
+    return f"{chosen}the down projections are solved anew in closed form, {how} (ridge {refit.ridge})"
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def _settings(config: RunConfig, target: Target, texts: Sequence[_Published]) ->
     clustering, export = settings["clustering"], settings["export"]
     assert isinstance(clustering, dict) and isinstance(export, dict)
     counts = target.num_experts
-    clustering["num_experts"] = [counts if isinstance(counts, int) else list(counts)]
+    asked: JsonValue = list(counts) if isinstance(counts, tuple) else counts
+    clustering["num_experts"] = [asked if target.width == 1 else {"experts": asked, "width": target.width}]
     export["formats"] = [target.format]
     return settings

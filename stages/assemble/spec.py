@@ -7,7 +7,7 @@ from pathlib import Path
 from stages.assemble.facts import CardFacts, card_facts
 from stages.contracts.keys import Part
 from stages.contracts.paths import CHECKPOINT_DIR
-from stages.contracts.spec import Publication, Run, StagePlan, StageSpec
+from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, narrowed_to
 from stages.contracts.targets import Target
 from stages.contracts.units import Unit, UnitCall
 
@@ -18,7 +18,8 @@ class AssembleArgs:
 
     model: source folder. merge_dir: folder of the weight files, relative to the run directory. files: SHA-256 of the weight
     files by name. num_merged: experts that each MoE layer keeps. architecture: transformers class of the source. format: "tied"
-    or "stock". value_dtype: of `export.dtype`. merges_mtp: whether `export.mtp` is merge.
+    or "stock". value_dtype: of `export.dtype`. merges_mtp: whether `export.mtp` is merge. num_neurons: of an expert, where it
+    has fewer than the source's.
     """
 
     model: str
@@ -30,6 +31,7 @@ class AssembleArgs:
     value_dtype: str
     merges_mtp: bool
     card: CardFacts
+    num_neurons: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,13 @@ def _unit(run: Run, target: Target, files: Mapping[str, str]) -> Unit:
         model=str(run.model),
         merge_dir=run.part("merge", target.part).dir,
         files=files,
-        num_merged=target.counts(run.survey.moe_layers),
+        num_merged=target.counts(run.survey),
         architecture=run.survey.architecture,
         format=target.format,
         value_dtype=target.variant.export.dtype,
         merges_mtp=target.variant.export.mtp == "merge",
         card=card_facts(run, target),
+        num_neurons=narrowed_to(run, target),
     )
     return run.unit(run.part("assemble", target.part), "checkpoint", ASSEMBLE.on(args), target.name)
 

@@ -62,6 +62,7 @@ def _write_config(source: Checkpoint, folder: Path, args: AssembleArgs, names: s
         source.raw_tensors,
         names,
         args.merges_mtp,
+        args.num_neurons,
     )
     written = write_json(folder / CONFIG_FILE, writable(config))
     if args.format != "tied":

@@ -38,6 +38,15 @@ def paired(importance_EF: Array, num_slots: int) -> Array:
     return canonical(labels_E)
 
 
+def paired_in_groups(importance_EF: Array, num_slots: int, num_groups: int) -> Array:
+    """Labels [E] as `paired` gives them, within num_groups runs of equally many experts, each with as many slots."""
+    parts = np.split(importance_EF, num_groups)
+    labels = [
+        paired(part_EF, num_slots // num_groups) + number * (num_slots // num_groups) for number, part_EF in enumerate(parts)
+    ]
+    return np.concatenate(labels)
+
+
 def _pairs(importance_EF: Array, groups: list[list[int]], num_pairs: int) -> list[tuple[int, int]]:
     """So many disjoint pairs of groups with the least total cost: what is lost by joining them."""
     own = [lost(importance_EF, group) for group in groups]

@@ -12,10 +12,12 @@ MODULES = (
     "stages.cluster.methods.dominant",
     "stages.cluster.methods.ream",
     "stages.cluster.methods.pairs",
+    "stages.cluster.methods.slim",
     "stages.cluster.methods.random",
     "stages.cluster.methods.f_prune",
     "stages.cluster.methods.s_prune",
     "stages.cluster.methods.reap",
+    "stages.cluster.methods.adopt",
     "stages.cluster.methods.ean",
     "stages.cluster.methods.random_prune",
 )

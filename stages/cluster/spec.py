@@ -59,8 +59,8 @@ class PlanArgs:
 
     calibrate_dir: relative to the run directory. mix: of its domains; None if there are none. num_slots: experts that the layer
     keeps. method: module that holds it. clustering: its settings. router: how a stock router's rows are combined; None for a
-    tied export. model, survey_dir: where the weights of neurons are read, if merging aligns by them. max_bytes: of the
-    similarities of neurons.
+    tied export. model, survey_dir: the checkpoint folder, whose config says the groups of the router, and where the weights of
+    neurons are read, if merging aligns by them. max_bytes: of the similarities of neurons.
     """
 
     calibrate_dir: str
@@ -101,7 +101,8 @@ class Cluster(StageSpec):
         return registry.methods()
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
-        """Raise InputError for a target with more experts than there are, and for weights of domains where there are none."""
+        """Raise InputError for a target with more experts than there are, or with a number a layer where all are kept, and for
+        weights of domains where there are none."""
         for target in targets:
             if target.variant.clustering.domain_weights != "uniform" and not config.calibration.domains:
                 raise InputError(
@@ -111,6 +112,11 @@ class Cluster(StageSpec):
         num_experts = num_experts_in(checkpoint.config, str(checkpoint.folder))
         for target in targets:
             counts = (target.num_experts,) if isinstance(target.num_experts, int) else target.num_experts
+            if target.variant.method.keeps_all and not isinstance(target.num_experts, int):
+                raise InputError(
+                    f"clustering.num_experts has a number for each layer, but method {target.variant.method.name} keeps all "
+                    f"experts, equally wide in all layers; give one number"
+                )
             if max(counts) > num_experts:
                 raise InputError(
                     f"clustering.num_experts is {max(counts)} but {config.model} has {num_experts} experts a layer; "
@@ -151,7 +157,9 @@ class Cluster(StageSpec):
             if target.variant.method.reads_merging:
                 settings["merging"] = target.variant.merging.model_dump(mode="json")
             if target.format == "stock":
-                settings["router"] = target.variant.export.router
+                settings["router"] = target.variant.export.planned_router
+                if target.variant.method.reads_groups:
+                    settings["groups"] = "of the router"
             yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
@@ -170,12 +178,12 @@ class Cluster(StageSpec):
                 yield run.unit(part, f"layer-{layer:04d}", DENDROGRAM.on(drawn), f"{label}layer {layer}")
         for target in run.targets:
             clustering, export = target.variant.clustering, target.variant.export
-            for layer, count in target.counts(run.survey.moe_layers).items():
+            for layer, count in target.counts(run.survey).items():
                 planned = PlanArgs(
                     calibrate_dir, _mix(run, target.variant), layer, count, modules[target.variant.method.name],
                     clustering.model_dump(mode="json"), target.variant.merging,
-                    export.router if target.format == "stock" else None, str(run.model), run.part("prepare", "model").dir,
-                    run.config.resources.worker_memory,
+                    export.planned_router if target.format == "stock" else None, str(run.model),
+                    run.part("prepare", "model").dir, run.config.resources.worker_memory,
                 )  # fmt: skip
                 part = run.part(self.name, target.part)
                 yield run.unit(part, f"layer-{layer:04d}", PLAN.on(planned), f"{target.part}, layer {layer}")

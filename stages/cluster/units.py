@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from stages.checkpoint.folder import Checkpoint
 from stages.cluster.certainty import relative_standard_errors, stability
 from stages.cluster.domains import read_mixed
 from stages.cluster.linkage import all_cuts
@@ -15,6 +16,7 @@ from stages.contracts.method import PlanSettings
 from stages.contracts.paths import TENSORS_FILE, dendrogram_file, errors_file, labels_file, plan_file, stability_file
 from stages.contracts.settings import Merging
 from stages.contracts.units import Job, UnitResult
+from stages.model.families import groups_in
 
 
 def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
@@ -44,13 +46,15 @@ def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
     calibrate_dir, required = job.run_dir / args.calibrate_dir, method.requires(clustering) | merging.requires
     num_kept = None if method.linkage else args.num_slots  # a dendrogram serves all targets
     evidence = read_mixed(calibrate_dir, args.layer, required, args.mix, num_kept)
-    plan = method.plan(evidence, args.num_slots, PlanSettings(clustering, args.merging, args.router))
+    groups = groups_in(Checkpoint(args.model).config, args.model) if method.reads_groups and args.router is not None else None
+    settings = PlanSettings(clustering, args.merging, args.router, 1 if groups is None else groups.num_groups)
+    plan = method.plan(evidence, args.num_slots, settings)
     if len(plan.slots) != args.num_slots:
         raise ValueError(
             f"layer {args.layer}: method {method.name} planned {len(plan.slots)} slots instead of {args.num_slots}"
         )
     if merging.align == "weight":
-        from stages.cluster.neuron_weights import NeuronWeights  # torch, which no other unit of this stage needs
+        from stages.checkpoint.neuron_weights import NeuronWeights  # reads by torch, which no other unit here needs
 
         with NeuronWeights(args.model, job.run_dir / args.survey_dir / TENSORS_FILE, args.layer) as weights:
             plan = with_neurons(plan, evidence, merging, weights.between, args.max_bytes)

@@ -27,12 +27,14 @@ class PlanSettings(Generic[S]):
     """What a method is asked for, beside the number of slots.
 
     clustering: its own settings. merging: how weights are made of evidence. router: how a stock router's rows are combined;
-    None for a tied export, whose router stays as it is.
+    None for a tied export, whose router stays as it is. num_groups: groups of equally many experts, in order, that the router
+    first chooses from, where slots have to stay in them: of a stock export, for a method with `reads_groups`.
     """
 
     clustering: S
     merging: Merging
     router: str | None
+    num_groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,11 @@ class Method(Generic[S]):
     settings: its section `clustering`. plan: given the evidence of a layer and the number of slots; a pure function.
     requires: given its settings, columns of evidence that it reads beyond those of every run. formats: that can express its
     plans.
-    reads_merging: whether it reads the section `merging`. linkage: the dendrogram that its plans are cuts of, as scipy's matrix
-    [E-1, 4], where there is one. presets: named settings for variants.
+    reads_merging: whether it reads the section `merging`. reads_groups: whether it keeps slots within groups of a stock
+    router. keeps_all: every expert is a slot, and a target's number of experts says how wide they are: as many parameters as so
+    many experts have. needs_choice: its slots only list whose neurons are to be chosen from (`refit.neurons: choose`). linkage:
+    the dendrogram that its plans are cuts of, as scipy's matrix [E-1, 4], where there is one. presets: named settings for
+    variants.
     """
 
     name: str
@@ -57,6 +62,9 @@ class Method(Generic[S]):
     requires: Callable[[S], frozenset[str]] = lambda settings: frozenset()
     formats: tuple[str, ...] = ("tied", "stock")
     reads_merging: bool = True
+    reads_groups: bool = False
+    keeps_all: bool = False
+    needs_choice: bool = False
     linkage: Callable[[LayerEvidence, S], Array] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
 

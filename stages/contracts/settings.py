@@ -209,19 +209,59 @@ class Evaluation(TextData):
     metrics: Annotated[tuple[Literal["perplexity"], ...], BeforeValidator(_as_tuple)] = ("perplexity",)
 
 
-Target = Count | Annotated[tuple[Count, ...], Field(min_length=1)]
+class WidthTarget(Section):
+    """A target whose experts have fewer neurons than the source's."""
+
+    experts: Count
+    """Experts that each layer keeps."""
+    width: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Neurons that each of them keeps, as a share of an expert's, rounded to `refit.width_multiple`."""
+
+
+def _short(target: Any) -> Any:
+    """A target of whole experts as its number."""
+    return target.experts if isinstance(target, WidthTarget) and target.width == 1 else target
+
+
+_NUMBER, _BY_LAYER, _WIDTH = "union-number", "union-layers", "union-width"
+"""Tags of the three forms of a target, as those of `data`."""
+
+
+def _kind_of_target(value: Any) -> str:
+    if isinstance(value, Mapping | WidthTarget):
+        return _WIDTH
+    return _BY_LAYER if isinstance(value, list | tuple) else _NUMBER
+
+
+Target = Annotated[
+    Annotated[Count, Tag(_NUMBER)]
+    | Annotated[tuple[Count, ...], Field(min_length=1), Tag(_BY_LAYER)]
+    | Annotated[WidthTarget, Tag(_WIDTH)],
+    Discriminator(_kind_of_target),
+    AfterValidator(_short),
+]
 
 
 class Clustering(Section):
     """Which experts are merged, or which are kept. The settings of each method are a subclass of this section."""
 
     num_experts: Annotated[tuple[Target, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-    """One target per element: the number of experts kept in each layer, or a list with one number per MoE layer (tied only)."""
+    """One target per element: the number of experts kept in each layer, or a list with one number per MoE layer (tied only).
+    `targets` is the same setting, where an element is `{experts: 8, width: 0.5}`: so many experts, of half their neurons."""
     method: str = "hierarchical"
     """Name of the method."""
     domain_weights: Literal["uniform", "given", "max_min"] = "uniform"
     """How much each domain of `calibration.data` counts: all the same, as their `weight` says, or so that the domain that loses
     most keeps as much saliency as it can. Changing it calibrates nothing anew."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _long_form(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "targets" not in values:
+            return values
+        if "num_experts" in values:
+            raise ValueError("targets and num_experts are the same setting; leave one of them out")
+        return {"num_experts": values["targets"], **{name: value for name, value in values.items() if name != "targets"}}
 
 
 NEURON_COLUMN = "neuron_activations"
@@ -269,13 +309,16 @@ class Merging(Section):
 class Refit(Section):
     """Whether W_down of every merged or kept expert is solved anew, so that each layer's output stays what it was."""
 
-    mode: Literal["none", "sequential"] = "none"
-    """sequential: layer after layer, each also making good what the layers before it lost."""
+    mode: Literal["none", "sequential", "one_shot"] = "none"
+    """sequential: layer after layer, each also making good what the layers before it lost. one_shot: every layer on what the
+    source gives it, so that all are solved at once, on many workers."""
     neurons: Literal["keep", "choose"] = "keep"
     """choose: instead of averaging the experts of a cluster, keep whole neurons of theirs, those that are missed most."""
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of six strengths
-    the one with the least error on the last eighth of the calibration tokens."""
+    """Strength of the pull towards the unsolved values, as a share of the mean diagonal of the moments. auto: of eight
+    strengths the one with the least error on every eighth calibration sequence, which nothing else has seen."""
+    width_multiple: Count = 64
+    """The neurons of a narrower expert are a multiple of this, as kernels, tensor parallelism and quantisation blocks need."""
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:
@@ -292,8 +335,10 @@ class Export(Section):
         "tied",
         "stock",
     )
-    router: Literal["frequency", "average", "saliency", "dominant"] = "frequency"
-    """How `stock` combines the router rows of a cluster."""
+    router: Literal["frequency", "average", "saliency", "dominant", "fitted"] = "frequency"
+    """How `stock` combines the router rows of a cluster. fitted: rows by ridge regression that choose a cluster as its members
+    were, where they leave a lesser error of the layer on every eighth calibration sequence than those of frequency;
+    only with a refit."""
     max_file_bytes: Bytes = 5 * 10**9
     """Maximum size of a weight file. Larger ones are split."""
     dtype: Literal["source", "bfloat16", "float16", "float32"] = "source"
@@ -303,6 +348,11 @@ class Export(Section):
     """Treatment of layers that predict further tokens (MTP), whose experts calibration cannot reach: leave them out of the
     checkpoint; in stock exports make of their experts and router what the plan of the last MoE layer makes of its own, so that
     engines which draft with them find one number of experts (how well they draft is not measured); or refuse the model."""
+
+    @property
+    def planned_router(self) -> str:
+        """The rule that methods plan with, which a fit starts from."""
+        return "frequency" if self.router == "fitted" else self.router
 
 
 class Resources(Section):
@@ -355,10 +405,11 @@ class VariantEntry(Section):
         return value
 
 
-def check_target_formats(targets: Sequence[int | tuple[int, ...]], formats: Sequence[str]) -> None:
+def check_target_formats(targets: Sequence[int | tuple[int, ...] | WidthTarget], formats: Sequence[str]) -> None:
     """Raise ValueError for a target that is listed twice, or that a stock checkpoint cannot express."""
     if len(set(targets)) != len(targets):
-        raise ValueError(f"clustering.num_experts lists a target twice: {list(targets)}")
+        listed = [target.model_dump() if isinstance(target, WidthTarget) else target for target in targets]
+        raise ValueError(f"clustering.num_experts lists a target twice: {listed}")
     if "stock" in formats and any(isinstance(t, tuple) and len(set(t)) > 1 for t in targets):
         raise ValueError(
             "clustering.num_experts has a target with a different number in each layer, which only the tied format can "

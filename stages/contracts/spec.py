@@ -19,6 +19,7 @@ from stages.contracts.survey import Survey
 from stages.contracts.targets import NumExperts, Target, Variant
 from stages.contracts.tensors import TensorRow
 from stages.contracts.units import Call, Facts, Hold, Unit
+from stages.contracts.widths import kept_neurons, num_neurons_of
 
 S = TypeVar("S", bound=Section)
 
@@ -46,10 +47,11 @@ class Publication:
 
 @dataclass(frozen=True)
 class PlannedCheckpoint:
-    """A checkpoint that a run would write."""
+    """A checkpoint that a run would write. num_experts: a layer. num_neurons: of an expert, where it has fewer than before."""
 
     name: str
     num_experts: NumExperts
+    num_neurons: int | None
     num_files: int
     num_bytes: int
 
@@ -149,6 +151,14 @@ def plans_of(run: Run, target: Target) -> Part:
     """The part that holds a target's layer plans: what its refit has made of them, or its method's own."""
     refitted = [part for part in run.parts("recombine") if part.name == target.part]
     return refitted[0] if refitted else run.part("cluster", target.part)
+
+
+def narrowed_to(run: Run, target: Target) -> int | None:
+    """Neurons that each expert of a target keeps; None for all. Raises InputError as `kept_neurons` does."""
+    share = target.share(run.survey.num_experts)
+    if share == 1:
+        return None
+    return kept_neurons(num_neurons_of(run.tensors), share, target.variant.refit.width_multiple)
 
 
 class StageSpec(ABC):

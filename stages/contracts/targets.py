@@ -6,7 +6,8 @@ from typing import Any
 
 from stages.contracts.keys import key_of
 from stages.contracts.method import Method
-from stages.contracts.settings import Clustering, Export, Merging, Refit
+from stages.contracts.settings import Clustering, Export, Merging, Refit, WidthTarget
+from stages.contracts.survey import Survey
 
 NumExperts = int | tuple[int, ...]
 """Experts that each MoE layer keeps: one number for all layers, or one per layer."""
@@ -32,46 +33,70 @@ class Variant:
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint to be made. name: name of its folder under `models/`. format: "tied" or "stock"."""
+    """A checkpoint to be made.
+
+    num_experts, width: as the run file asks for them. A method that keeps all experts takes num_experts as the parameters that
+    it may keep: those of so many experts. name: name of its folder under `models/`. format: "tied" or "stock".
+    """
 
     variant: Variant
     num_experts: NumExperts
     format: str
     name: str
+    width: float = 1.0
 
     @property
     def label(self) -> str:
         """Name of the variant and number of experts: equal for both formats."""
-        return _joined(self.variant.name, _count_label(self.num_experts))
+        return _joined(self.variant.name, _target_label(self.num_experts, self.width))
 
     @property
     def part(self) -> str:
         """Name of the target's part in a stage."""
         return f"{self.label}-{self.format}"
 
-    def counts(self, moe_layers: Sequence[int]) -> dict[int, int]:
+    def kept_experts(self, num_experts: int) -> NumExperts:
+        """Experts that layers of num_experts keep."""
+        return num_experts if self.variant.method.keeps_all else self.num_experts
+
+    def counts(self, survey: Survey) -> dict[int, int]:
         """Experts that each MoE layer keeps, by layer."""
-        if isinstance(self.num_experts, int):
-            return dict.fromkeys(moe_layers, self.num_experts)
-        return dict(zip(moe_layers, self.num_experts, strict=True))
+        kept = self.kept_experts(survey.num_experts)
+        if isinstance(kept, int):
+            return dict.fromkeys(survey.moe_layers, kept)
+        return dict(zip(survey.moe_layers, kept, strict=True))
+
+    def share(self, num_experts: int) -> float:
+        """Neurons that each expert keeps, as a share of those of an expert of the source, whose layers have num_experts."""
+        if not self.variant.method.keeps_all:
+            return self.width
+        assert isinstance(self.num_experts, int), "cluster has refused a number for each layer"
+        return self.width * self.num_experts / num_experts
 
 
 def targets_of(name: str, variants: Sequence[Variant]) -> tuple[Target, ...]:
     """Every target of some variants, in order. name: model name with which the names of exports begin."""
+    asked = [(variant, *_asked(entry)) for variant in variants for entry in variant.clustering.num_experts]
     return tuple(
-        Target(variant, count, export_format, f"{name}-{_joined(variant.name, _count_label(count))}-{export_format}")
-        for variant in variants
-        for count in variant.clustering.num_experts
+        Target(
+            variant, count, export_format, f"{name}-{_joined(variant.name, _target_label(count, width))}-{export_format}", width
+        )
+        for variant, count, width in asked
         for export_format in variant.export.formats
     )
+
+
+def _asked(entry: NumExperts | WidthTarget) -> tuple[NumExperts, float]:
+    """Experts and width of an element of `clustering.num_experts`."""
+    return (entry.experts, entry.width) if isinstance(entry, WidthTarget) else (entry, 1.0)
 
 
 def _joined(variant: str, label: str) -> str:
     return f"{variant}-{label}" if variant else label
 
 
-def _count_label(num_experts: NumExperts) -> str:
-    """`6e`; or for one number per layer its mean and a short hash, `5.25e-1f3a`."""
+def _target_label(num_experts: NumExperts, width: float) -> str:
+    """`6e`; `8e-0.5w` for a width; or for one number per layer its mean and a short hash, `5.25e-1f3a`."""
     if isinstance(num_experts, int):
-        return f"{num_experts}e"
+        return f"{num_experts}e" if width == 1 else f"{num_experts}e-{width:g}w"
     return f"{sum(num_experts) / len(num_experts):.2f}e-{key_of({'num_experts': list(num_experts)})[:4]}"

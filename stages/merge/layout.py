@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from stages.checkpoint.folder import SINGLE_FILE
 from stages.checkpoint.headers import DTYPE_BITS
 from stages.checkpoint.quantised import SOURCE_DTYPE, VALUE_DTYPES
-from stages.checkpoint.schemes import WEIGHT
+from stages.checkpoint.schemes import SCALES, WEIGHT, ZERO_POINTS
+from stages.contracts.errors import InputError
 from stages.contracts.tensors import TensorRow
 
 
@@ -22,7 +23,7 @@ class OutputTensor:
 
     rule: "copy" | "expert" (one slot) | "fused_expert" | "router" (rows combined) | "expert_map".
     slot: for "expert", the slot that it is of. source: row of the source tensor in `tensors.arrow`; that of its values where a
-    packed tensor is written as plain numbers.
+    packed tensor is written as plain numbers. written: shape of one expert's values, for experts.
     """
 
     name: str
@@ -32,6 +33,7 @@ class OutputTensor:
     layer: int | None
     source: TensorRow
     slot: int | None = None
+    written: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -54,13 +56,20 @@ class OutputFile:
 
 
 def _output_tensors(
-    row: TensorRow, num_merged: Mapping[int, int], export_format: str, value_dtype: str, mtp: str
+    row: TensorRow,
+    num_merged: Mapping[int, int],
+    export_format: str,
+    value_dtype: str,
+    mtp: str,
+    num_neurons: int | None,
 ) -> list[OutputTensor]:
     if row.scheme and value_dtype != SOURCE_DTYPE:
         if row.part != WEIGHT:
             return []
         row = row.of_values(VALUE_DTYPES[value_dtype])
-    name, shape, layer, role, dtype = row.name, row.shape, row.layer, row.role, row.dtype
+    values = _narrowed(row, num_neurons)
+    shape = _part_shape(row, values) if row.part else values
+    name, layer, role, dtype = row.name, row.layer, row.role, row.dtype
     if role == "mtp":
         if mtp == "drop":
             return []
@@ -72,11 +81,42 @@ def _output_tensors(
         assert row.expert is not None, name
         if row.expert >= num_merged[layer]:
             return []
-        return [OutputTensor(name, dtype, shape, "expert", layer, row, slot=row.expert)]
+        return [OutputTensor(name, dtype, shape, "expert", layer, row, slot=row.expert, written=values)]
     axis = row.expert_axis
     assert axis is not None, name
     shorter = (*shape[:axis], num_merged[layer], *shape[axis + 1 :])
-    return [OutputTensor(name, dtype, shorter, role, layer, row)]
+    return [OutputTensor(name, dtype, shorter, role, layer, row, written=values[:axis] + values[axis + 1 :])]
+
+
+def _narrowed(row: TensorRow, num_neurons: int | None) -> tuple[int, ...]:
+    """The shape of values whose experts have so many neurons; None: as it is."""
+    axis, shape = row.neuron_axis, row.values_shape
+    if num_neurons is None or axis is None:
+        return shape
+    axis += row.role == "fused_expert"  # the experts come first; merge refuses any other order
+    places = num_neurons if row.neuron_order == "single" else 2 * num_neurons
+    return (*shape[:axis], places, *shape[axis + 1 :])
+
+
+def _part_shape(row: TensorRow, values: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a part of a packed tensor whose values have another shape: its rows and columns shrink with those of the
+    values."""
+    shape, first = list(row.shape), len(values) - 2
+    if row.part not in (WEIGHT, SCALES, ZERO_POINTS):
+        return row.shape
+    axes = (first + 1, first) if row.scheme == "mxfp4" else (first, first + 1)  # stored transposed
+    for axis, values_axis in enumerate(axes, first):
+        old, new = row.values_shape[values_axis], values[values_axis]
+        is_shared = axis >= len(shape) or (shape[axis] == 1 and row.scheme == "fp8")  # one scale, however many values it has
+        if old == new or is_shared:
+            continue
+        if shape[axis] * new % old:
+            raise InputError(
+                f"tensor {row.name}: {new} of {old} neurons do not divide into the blocks of {row.scheme}; set "
+                f"refit.width_multiple to a multiple of them, or export.dtype to bfloat16"
+            )
+        shape[axis] = shape[axis] * new // old
+    return tuple(shape)
 
 
 def _expert_map(row: TensorRow, num_experts: int) -> OutputTensor:
@@ -92,20 +132,26 @@ def output_files(
     max_file_bytes: int,
     value_dtype: str = SOURCE_DTYPE,
     merges_mtp: bool = False,
+    num_neurons: int | None = None,
 ) -> list[OutputFile]:
     """The target's files, none empty, in the order of the source's.
 
     num_merged: merged experts r of each MoE layer. value_dtype: how the values of a quantised tensor are written, a value of
-    `export.dtype`. MTP layers are kept where every layer keeps all of its experts, and with merges_mtp in stock exports, where
-    they follow the last MoE layer. Tensors of wider dtypes come first in a file, so that all are aligned.
+    `export.dtype`. num_neurons: of an expert, where it keeps fewer than it has. MTP layers are kept where every layer keeps all
+    of its experts, and these all of their neurons; and with merges_mtp in stock exports, where they follow the last MoE layer,
+    if its experts keep all of their neurons. Tensors of wider dtypes come first in a file, so that all are aligned.
+
+    Raises InputError where fewer neurons do not divide into the blocks of a scheme.
     """
     groups: dict[str, list[OutputTensor]] = {}
     mapped: set[int | None] = set()
     is_whole = all(count == num_experts for count in num_merged.values())
     mtp = "copy" if is_whole else "merge" if merges_mtp and export_format == "stock" else "drop"
+    if num_neurons is not None:
+        mtp = "drop"
     for row in rows:
         group = groups.setdefault(row.file, [])
-        group.extend(_output_tensors(row, num_merged, export_format, value_dtype, mtp))
+        group.extend(_output_tensors(row, num_merged, export_format, value_dtype, mtp, num_neurons))
         if export_format == "tied" and row.role in ("expert", "fused_expert") and row.layer not in mapped:
             mapped.add(row.layer)
             group.append(_expert_map(row, num_experts))

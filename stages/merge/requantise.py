@@ -16,6 +16,7 @@ from stages.checkpoint.reader import STORED_DTYPES, TensorReader
 from stages.checkpoint.schemes import WEIGHT, Scheme
 from stages.contracts.errors import InputError
 from stages.contracts.layer_plan import LayerPlan, Slot
+from stages.contracts.tensors import TensorRow
 from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch
 from stages.merge.layout import OutputTensor
 from stages.merge.planned_layer import PlannedLayer, slots_of
@@ -50,7 +51,7 @@ class PackedSlots:
         row, plan = tensor.source, layer.plan
         dtype, place = STORED_DTYPES[tensor.dtype], self.source.place(row.name)
         for number, slot in zip(_numbers(tensor, plan), slots_of(tensor, plan), strict=True):
-            if is_whole(slot) and row.parameter not in plan.replaced:
+            if is_whole(slot) and row.parameter not in plan.replaced and tensor.written == self._expert_shape(row):
                 stretch = self._stretch(tensor, slot.members[0].expert)
                 yield PlainMean([(stretch, 1.0)], dtype, place)
             else:
@@ -88,9 +89,9 @@ class PackedSlots:
                 f"{place} is packed by {scheme.name}, in which new experts cannot be written; choose a method that prunes, "
                 f"without refit, or set export.dtype to bfloat16"
             )
-        experts = ExpertTensors(row.of_values("F32"), self.source, torch.float32, place)
+        experts = ExpertTensors(row.of_values("F32"), self.source, torch.float32, place, tensor.written)
         if row.parameter in layer.plan.replaced:
-            values = layer.replaced(row.parameter, number, experts.shape).float()
+            values = layer.replaced(row.parameter, number, tensor.written).float()
         else:
             values = experts.slot_values(slot)
         packing = self.source.checkpoint.tensors[row.values].packing
@@ -107,6 +108,10 @@ class PackedSlots:
             expert = None if row.expert_axis is None else member.expert
             found.append(self.source.parts(name, expert, without=(WEIGHT,)))
         return found
+
+    def _expert_shape(self, row: TensorRow) -> tuple[int, ...]:
+        """Shape of one expert's values in the source."""
+        return row.values_shape if row.expert_axis is None else row.values_shape[1:]
 
     def _scheme(self, values: str) -> Scheme:
         packing = self.source.checkpoint.tensors[values].packing

@@ -23,13 +23,14 @@ class ExpertTensors:
     """One of the matrices (or biases) that every expert has.
 
     row: of its tensor on disk: one expert's, or that of all, with the experts along its first axis. dtype: of what is written.
-    place: for messages.
+    place: for messages. written: shape of one expert's part in what is written, where neurons may be fewer.
     """
 
     row: TensorRow
     source: TensorReader
     dtype: torch.dtype
     place: str
+    written: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,14 +74,15 @@ class ExpertTensors:
         if axis is not None and slot.members[0].places is not None:
             yield self._pooled(slot, axis)
             return
-        if axis is None or not (slot.is_joined or any(member.neurons is not None for member in slot.members)):
+        is_chosen = slot.is_joined or any(member.neurons is not None for member in slot.members)
+        if axis is None or (not is_chosen and self.written == self.shape):
             yield self._whole(slot.members)
             return
         pieces = _pieces(slot, [self.indices(member) for member in slot.members])
         for bound in (min, max):  # the parts of a piece are added up, so they must be equally long
             num_chosen = sum(bound(len(part.index) for part in piece) for piece in pieces)
-            if num_chosen != self.shape[axis]:
-                raise ValueError(f"{self.place}: the layer plan fills {num_chosen} of {self.shape[axis]} places of neurons")
+            if num_chosen != self.written[axis]:
+                raise ValueError(f"{self.place}: the layer plan fills {num_chosen} of {self.written[axis]} places of neurons")
         experts = [member.expert for member in slot.members]
         if any(self.stretch(expert) is None for expert in experts) or is_remote(self.source.checkpoint.folder):
             yield self._in_memory(pieces, axis)

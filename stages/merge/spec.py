@@ -11,11 +11,11 @@ from stages.checkpoint.schemes import FITTED
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.settings import RunConfig
-from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec, plans_of
+from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec, narrowed_to, plans_of
 from stages.contracts.targets import Target
 from stages.contracts.units import Unit, UnitCall
 from stages.merge.layout import OutputFile, output_files
-from stages.model.families import stock_targets, top_k_in
+from stages.model.families import num_experts_in, stock_targets, top_k_in
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class MergeArgs:
 
     model: source folder. survey_dir, plan_dir: relative to the run directory. num_merged: experts that each MoE layer keeps.
     value_dtype: of `export.dtype`. merges_mtp: whether `export.mtp` is merge. max_file_bytes: a larger file is split. file: its
-    position.
+    position. num_neurons: of an expert, where it keeps fewer than it has.
     """
 
     model: str
@@ -38,6 +38,7 @@ class MergeArgs:
     max_file_bytes: int
     num_threads: int
     file: int
+    num_neurons: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Merge(StageSpec):
         for target in targets:
             if target.format != "stock":
                 continue
-            fewest = target.num_experts if isinstance(target.num_experts, int) else min(target.num_experts)
+            kept = target.kept_experts(num_experts_in(checkpoint.config, place))
+            fewest = kept if isinstance(kept, int) else min(kept)
             if fewest < top_k:
                 raise InputError(
                     f"clustering.num_experts is {fewest} but the router picks top_k={top_k} experts per token, so a stock "
@@ -115,7 +117,7 @@ class Merge(StageSpec):
     def _check_schemes(self, run: Run) -> None:
         fitted = sorted({row.scheme for row in run.tensors if row.scheme in FITTED and row.role in ("expert", "fused_expert")})
         for target in run.targets if fitted else ():
-            variant, counts = target.variant, target.counts(run.survey.moe_layers)
+            variant, counts = target.variant, target.counts(run.survey)
             makes_new = variant.refit.mode != "none" or (
                 variant.method.reads_merging and min(counts.values()) < run.survey.num_experts
             )
@@ -145,13 +147,14 @@ class Merge(StageSpec):
                     survey_dir=run.part("prepare", "model").dir,
                     plan_dir=plans_of(run, target).dir,
                     num_experts=run.survey.num_experts,
-                    num_merged=target.counts(run.survey.moe_layers),
+                    num_merged=target.counts(run.survey),
                     format=target.format,
                     value_dtype=export.dtype,
                     merges_mtp=export.mtp == "merge",
                     max_file_bytes=export.max_file_bytes,
                     num_threads=run.config.resources.num_cpus,
                     file=number,
+                    num_neurons=narrowed_to(run, target),
                 )
                 label = f"{target.name}/{file.name}, {file.num_bytes:,} bytes"
                 yield run.unit(part, file.name, MERGE.on(args), label, on_worker=True)
@@ -162,15 +165,17 @@ class Merge(StageSpec):
         for target in run.targets:
             files = _files(run, target)
             num_bytes = sum(file.num_bytes for file in files)
-            checkpoints.append(PlannedCheckpoint(target.name, target.num_experts, len(files), num_bytes))
+            kept = target.kept_experts(run.survey.num_experts)
+            checkpoints.append(PlannedCheckpoint(target.name, kept, narrowed_to(run, target), len(files), num_bytes))
         return StagePlan(f"{sum(one.num_files for one in checkpoints)} files", "workers", checkpoints=checkpoints)
 
 
 def _files(run: Run, target: Target) -> list[OutputFile]:
-    counts, export = target.counts(run.survey.moe_layers), target.variant.export
+    counts, export = target.counts(run.survey), target.variant.export
     return output_files(
-        run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype, export.mtp == "merge"
-    )
+        run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype, export.mtp == "merge",
+        narrowed_to(run, target),
+    )  # fmt: skip
 
 
 SPEC = Merge()

@@ -59,7 +59,7 @@ def _means(tensor: OutputTensor, packed: PackedSlots, layers: Mapping[int, Plann
         solved = (layer.replaced(one, tensor.slot, tensor.shape).to(dtype) for one in (row.parameter,))
         yield ComputedMean(((values, 1.0) for values in solved), 1, dtype, place)
     elif tensor.rule != "router" and row.expert_axis in (None, 0):
-        experts = ExpertTensors(row, source, dtype, place)
+        experts = ExpertTensors(row, source, dtype, place, tensor.written)
         for slot in slots_of(tensor, plan):
             yield from experts.means(slot)
     else:
@@ -118,13 +118,16 @@ def _laid_out(
     max_file_bytes: int,
     value_dtype: str,
     merges_mtp: bool,
+    num_neurons: int | None,
 ) -> tuple[Checkpoint, list[OutputFile]]:
     """The checkpoint and a target's files, kept for the target's next file.
 
     One target is kept: the driver hands out the files of one after those of another.
     """
     checkpoint, rows = _surveyed(model, survey_dir)
-    files = output_files(rows, num_experts, dict(num_merged), export_format, max_file_bytes, value_dtype, merges_mtp)
+    files = output_files(
+        rows, num_experts, dict(num_merged), export_format, max_file_bytes, value_dtype, merges_mtp, num_neurons
+    )
     return checkpoint, files
 
 
@@ -134,7 +137,7 @@ def merge_unit(job: Job[MergeArgs]) -> UnitResult[MergeFacts]:
     torch.set_num_threads(args.num_threads)
     checkpoint, files = _laid_out(
         args.model, job.run_dir / args.survey_dir, args.num_experts, tuple(args.num_merged.items()), args.format,
-        args.max_file_bytes, args.value_dtype, args.merges_mtp,
+        args.max_file_bytes, args.value_dtype, args.merges_mtp, args.num_neurons,
     )  # fmt: skip
     file = files[args.file]
     layers = {layer: PlannedLayer(job.run_dir / args.plan_dir, layer) for layer in args.num_merged}

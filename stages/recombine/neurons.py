@@ -1,6 +1,7 @@
 """Which neurons a slot keeps, of all that its members have: those whose loss a new W_down makes good least.
 
-Dimensions: R tokens that are routed to a slot, D hidden size, F neurons of an expert, N neurons of all members, S slots.
+Dimensions: R tokens that are routed to a slot, D hidden size, F neurons of an expert, K neurons that a slot keeps, N neurons of
+all members, S slots.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,22 +11,25 @@ import torch
 from torch import Tensor
 
 from stages.contracts.layer_plan import LayerPlan, Member, Slot
-from stages.recombine.solve import Moments, Problem, SlotTokens, factor_of, held_out_from
+from stages.recombine.solve import Moments, Problem, factor_of, slot_moments
 
 RIDGE = 1e-2
 """Of the mean diagonal of the moments, while neurons are eliminated."""
 SHARE = 0.15
 """Of the neurons that are left, so many go at a time."""
-_BLOCK = 2048
+_REMEDY = "neurons are chosen at this fixed ridge: calibrate with more tokens, or set refit.neurons to keep"
+
+Activations = Callable[[int, Tensor], Tensor]
+"""Of an expert of the source on some tokens, [R, F]."""
 
 
 def chosen_plan(
-    plan: LayerPlan, problem: Problem, solved: Sequence[Tensor], activations: Callable[[int, Tensor], Tensor]
+    plan: LayerPlan, problem: Problem, solved: Sequence[Tensor], activations: Activations, num_kept: int
 ) -> tuple[LayerPlan, list[Tensor]]:
-    """A plan whose slots of several members hold whole neurons of theirs, as many as an expert has; and W_down [D, F] of each.
+    """A plan whose slots hold num_kept whole neurons of their members; and W_down [D, K] of each.
 
-    Slot after slot: what the others leave of the target is what a slot's neurons have to give. problem, solved: of the plan as
-    it is, and W_down that solves it. activations: of an expert of the source on some tokens [R, F].
+    Slot after slot: what the others leave of the target is what a slot's neurons have to give. A single member that keeps all
+    its neurons stays as it is. problem, solved: of the plan as it is, and W_down [D, F] that solves it.
     """
     left_TD = problem.target_TD.double() * problem.weight_T.double()[:, None]
     weights = [weight.double() for weight in solved]
@@ -33,18 +37,34 @@ def chosen_plan(
         problem.add(left_TD, number, tokens, -weights[number])
     slots = list(plan.slots)
     for number, slot in enumerate(plan.slots):
-        is_seen = bool((problem.slots[number].tokens_R < held_out_from(len(left_TD))).any())
-        if len(slot.members) == 1 or not is_seen:  # no token says which neurons matter: the average stays
+        tokens, size = problem.slots[number], weights[number].shape[1]
+        seen, _ = tokens.split(problem.held_T)
+        if len(slot.members) == 1 and num_kept == size:
             continue
-        problem.add(left_TD, number, problem.slots[number], weights[number])
-        size = weights[number].shape[1]
+        problem.add(left_TD, number, tokens, weights[number])
+        if not len(seen.tokens_R):  # no token says which neurons matter: the average stays, or its largest neurons
+            slots[number], kept = _largest(slot, weights[number], num_kept)
+            stays = torch.zeros_like(weights[number]).index_copy(1, kept, weights[number][:, kept])
+            problem.add(left_TD, number, tokens, -stays)
+            weights[number] = weights[number][:, kept]
+            continue
         experts = [member.expert for member in slot.members]
-        columns = _Columns(problem, problem.slots[number], experts, activations)
-        kept, weight_DF = eliminate(columns.moments(left_TD), size, f"{problem.place}, slot {number}")
+        columns = _columns(problem, experts, activations)
+        moments = slot_moments(columns, len(experts) * size, seen, left_TD)
+        kept, weights[number] = eliminate(moments, num_kept, f"{problem.place}, slot {number}")
         slots[number] = _joined(slot, kept.tolist(), size)
-        columns.add(left_TD, kept, -weight_DF)
-        weights[number] = weight_DF
+        for tokens_R, gates_R in tokens.blocks():
+            left_TD.index_add_(0, tokens_R, -(columns(tokens_R, gates_R)[:, kept] @ weights[number].T))
     return replace(plan, slots=tuple(slots)), [weight.float() for weight in weights]
+
+
+def _largest(slot: Slot, weight_DF: Tensor, num_kept: int) -> tuple[Slot, Tensor]:
+    """The slot with the neurons that have the largest columns of W_down, still averaged; and their indices [K], ascending."""
+    if num_kept == weight_DF.shape[1]:
+        return slot, torch.arange(num_kept, device=weight_DF.device)
+    kept = torch.argsort(-weight_DF.square().sum(0), stable=True)[:num_kept].sort().values
+    neurons = tuple(kept.tolist())
+    return replace(slot, members=tuple(replace(member, neurons=neurons) for member in slot.members)), kept
 
 
 def _joined(slot: Slot, kept: Sequence[int], size: int) -> Slot:
@@ -68,7 +88,7 @@ def eliminate(moments: Moments, num_kept: int, place: str) -> tuple[Tensor, Tens
     kept = torch.arange(len(moments.gram_NN), device=moments.gram_NN.device)
     while True:
         some = Moments(moments.gram_NN[kept][:, kept], moments.cross_ND[kept], moments.total)
-        factor = factor_of(some.gram_NN, RIDGE, place)
+        factor = factor_of(some.gram_NN, RIDGE, place, _REMEDY)
         weight_ND = torch.cholesky_solve(some.cross_ND, factor)
         if len(kept) == num_kept:
             return kept, weight_ND.T.contiguous()
@@ -80,35 +100,11 @@ def eliminate(moments: Moments, num_kept: int, place: str) -> tuple[Tensor, Tens
         kept = kept[stays]
 
 
-def _blocks(slot: SlotTokens) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(slot.tokens_R.split(_BLOCK), slot.gates_R.split(_BLOCK), strict=True))
+def _columns(problem: Problem, experts: Sequence[int], activations: Activations) -> Callable[[Tensor, Tensor], Tensor]:
+    """What makes the weighted columns, float64 [R, N], of all members' neurons on a slot's tokens with these gates."""
 
+    def of(tokens_R: Tensor, gates_R: Tensor) -> Tensor:
+        a_RN = torch.cat([activations(expert, tokens_R) for expert in experts], dim=1)
+        return a_RN.double() * (gates_R.double() * problem.weight_T[tokens_R].double())[:, None]
 
-class _Columns:
-    """Weighted columns of all members' neurons on a slot's tokens, made anew where they are needed."""
-
-    def __init__(
-        self, problem: Problem, slot: SlotTokens, experts: Sequence[int], activations: Callable[[int, Tensor], Tensor]
-    ) -> None:
-        self._problem, self._slot, self._experts, self._activations = problem, slot, experts, activations
-
-    def _of(self, tokens_R: Tensor, gates_R: Tensor) -> Tensor:
-        a_RN = torch.cat([self._activations(expert, tokens_R) for expert in self._experts], dim=1)
-        return a_RN.double() * (gates_R.double() * self._problem.weight_T[tokens_R].double())[:, None]
-
-    def moments(self, left_TD: Tensor) -> Moments:
-        """Moments of the columns with what is left of the target, on the tokens that do not choose the ridge afterwards."""
-        found: Moments | None = None
-        seen_R = self._slot.tokens_R < held_out_from(len(left_TD))
-        seen = SlotTokens(self._slot.tokens_R[seen_R], self._slot.gates_R[seen_R])
-        for tokens_R, gates_R in _blocks(seen):
-            columns_RN, target_RD = self._of(tokens_R, gates_R), left_TD[tokens_R]
-            part = Moments(columns_RN.T @ columns_RN, columns_RN.T @ target_RD, float(target_RD.square().sum()))
-            found = part if found is None else found + part
-        assert found is not None
-        return found
-
-    def add(self, left_TD: Tensor, kept: Tensor, weight_DF: Tensor) -> None:
-        """Add what some neurons give with these weights."""
-        for tokens_R, gates_R in _blocks(self._slot):
-            left_TD.index_add_(0, tokens_R, self._of(tokens_R, gates_R)[:, kept] @ weight_DF.T)
+    return of

@@ -3,21 +3,20 @@
 Dimensions: T tokens, R tokens that are routed to a slot, D hidden size, F neurons of a slot, S slots, N = S F.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from stages.contracts.errors import InputError
+from stages.recombine.spec import JOINT_COLUMNS
 
-RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Shares of the mean diagonal of the moments, of which the held-out tokens choose."""
 HELD_OUT = 8
-"""One token of so many, the last ones, chooses."""
-JOINT_COLUMNS = 4096
-"""Up to so many columns N all slots are solved together; else one after another (Gauss-Seidel), each on what the others leave.
-A fixed number, because results depend on it."""
+"""One sequence of so many chooses, and nothing else may have seen it."""
 SWEEPS = 2
 _BLOCK = 2048
 """Tokens whose columns are made at a time."""
@@ -30,13 +29,27 @@ class SlotTokens:
     tokens_R: Tensor
     gates_R: Tensor
 
+    def of(self, chosen_R: Tensor) -> "SlotTokens":
+        """Those for which chosen_R is true."""
+        return SlotTokens(self.tokens_R[chosen_R], self.gates_R[chosen_R])
+
+    def split(self, held_T: Tensor) -> tuple["SlotTokens", "SlotTokens"]:
+        """Those of the tokens that are not held out, and those that are."""
+        held_R = held_T[self.tokens_R]
+        return self.of(~held_R), self.of(held_R)
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and gates, so many at a time as columns are made for."""
+        return zip(self.tokens_R.split(_BLOCK), self.gates_R.split(_BLOCK), strict=True)
+
 
 @dataclass(frozen=True)
 class Problem:
     """What is to be solved.
 
     slots: routing to each slot. activations: of a slot on some tokens [R, F]. target_TD: what the slots' outputs, less their
-    biases, have to add up to. weight_T: of each token. start: W_down [D, F] of each slot as it is.
+    biases, have to add up to. weight_T: of each token. start: W_down [D, F] of each slot as it is. sequence_length: tokens of a
+    sequence; they stand in order.
     """
 
     slots: Sequence[SlotTokens]
@@ -45,6 +58,16 @@ class Problem:
     weight_T: Tensor
     start: Sequence[Tensor]
     place: str
+    sequence_length: int
+
+    @property
+    def held_T(self) -> Tensor:
+        """Which tokens choose the ridge: every eighth sequence, so that no domain is left out on either side, whatever their
+        order; of fewer than eight sequences, shorter pieces."""
+        num_tokens = len(self.target_TD)
+        length = max(1, min(self.sequence_length, num_tokens // HELD_OUT))
+        piece_T = torch.arange(num_tokens, device=self.target_TD.device) // length
+        return piece_T % HELD_OUT == HELD_OUT - 1
 
     def columns(self, slot: int, tokens_R: Tensor, gates_R: Tensor) -> Tensor:
         """Weighted columns of a slot on some of its tokens, float64 [R, F]."""
@@ -53,33 +76,30 @@ class Problem:
 
     def add(self, left_TD: Tensor, number: int, slot: SlotTokens, weight_DF: Tensor) -> None:
         """Add what a slot gives with these weights, weighted as the target is."""
-        for tokens_R, gates_R in zip(slot.tokens_R.split(_BLOCK), slot.gates_R.split(_BLOCK), strict=True):
+        for tokens_R, gates_R in slot.blocks():
             left_TD.index_add_(0, tokens_R, self.columns(number, tokens_R, gates_R) @ weight_DF.T)
 
 
 @dataclass(frozen=True)
 class Solution:
     """weights: W_down float32 [D, F] of each slot. ridge: the strength that was used. error_before, error_after: weighted
-    squared error over that of giving nothing, on all tokens."""
+    squared error over that of giving nothing, on all tokens. error_unseen: on the held-out tokens, of a solution from the
+    others; where slots are solved one after another, error_after."""
 
     weights: tuple[Tensor, ...]
     ridge: float
     error_before: float
     error_after: float
+    error_unseen: float
 
 
 def solve(problem: Problem, ridge: float | None) -> Solution:
     """Minimise sum_t weight_t^2 |target_t - sum_s gate_ts W_s a_s(x_t)|^2 + ridge * mean(diag A) * |W - start|^2.
 
-    ridge: None for the one of RIDGES with the least error on the last tokens, from a solution on the others.
+    ridge: None for the one of RIDGES with the least error on the held-out tokens, from a solution on the others.
     """
     num_columns = sum(weight.shape[1] for weight in problem.start)
     return _joint(problem, ridge) if num_columns <= JOINT_COLUMNS else _one_by_one(problem, ridge)
-
-
-def held_out_from(num_tokens: int) -> int:
-    """The first of the tokens that choose the ridge, and that nothing else may have seen."""
-    return num_tokens - num_tokens // HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,18 @@ class Moments:
     cross_ND: Tensor
     total: float
 
+    @classmethod
+    def zeros(cls, num_columns: int, hidden_size: int, device: torch.device) -> "Moments":
+        """Of no tokens."""
+        gram_NN = torch.zeros(num_columns, num_columns, dtype=torch.float64, device=device)
+        return cls(gram_NN, torch.zeros(num_columns, hidden_size, dtype=torch.float64, device=device), 0.0)
+
+    def with_rows(self, columns_RN: Tensor, target_RD: Tensor) -> "Moments":
+        """With some tokens added, in place."""
+        self.gram_NN.addmm_(columns_RN.T, columns_RN)
+        self.cross_ND.addmm_(columns_RN.T, target_RD)
+        return Moments(self.gram_NN, self.cross_ND, self.total + float(target_RD.square().sum()))
+
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.gram_NN + other.gram_NN, self.cross_ND + other.cross_ND, self.total + other.total)
 
@@ -99,15 +131,26 @@ class Moments:
         return self.total - 2 * linear + float((weight_ND * (self.gram_NN @ weight_ND)).sum())
 
 
-def factor_of(gram_NN: Tensor, ridge: float, place: str) -> Tensor:
-    """Cholesky factor [N, N] of moments and a ridge. Raises InputError where they are not positive definite in spite of it."""
+def slot_moments(columns: Callable[[Tensor, Tensor], Tensor], num_columns: int, slot: SlotTokens, left_TD: Tensor) -> Moments:
+    """Moments of a slot's columns with what is left of the target. columns: float64 [R, N] of some tokens and gates."""
+    found = Moments.zeros(num_columns, left_TD.shape[1], left_TD.device)
+    for tokens_R, gates_R in slot.blocks():
+        found = found.with_rows(columns(tokens_R, gates_R), left_TD[tokens_R])
+    return found
+
+
+def factor_of(gram_NN: Tensor, ridge: float, place: str, remedy: str) -> Tensor:
+    """Cholesky factor [N, N] of moments and a ridge. Raises InputError where they are not positive definite in spite of it.
+
+    remedy: what the user may do then, an imperative.
+    """
     gram_NN = gram_NN.clone()
     gram_NN.diagonal().add_(ridge * float(gram_NN.diagonal().mean()))
     factor, info = torch.linalg.cholesky_ex(gram_NN)
     if int(info):
         raise InputError(
             f"{place}: the moments of {len(gram_NN)} columns are not positive definite at ridge {ridge:g} (column "
-            f"{int(info)}); set refit.ridge to a larger number"
+            f"{int(info)}); {remedy}"
         )
     return factor  # type: ignore[no-any-return]
 
@@ -116,7 +159,7 @@ def _ridge_solution(moments: Moments, start_ND: Tensor, ridge: float, place: str
     """W [N, D], pulled towards the start."""
     if not moments.gram_NN.any():  # no token is routed here: nothing to go by
         return start_ND
-    factor = factor_of(moments.gram_NN, ridge, place)
+    factor = factor_of(moments.gram_NN, ridge, place, "set refit.ridge to a larger number")
     return start_ND + torch.cholesky_solve(moments.cross_ND - moments.gram_NN @ start_ND, factor)
 
 
@@ -128,9 +171,7 @@ def _chosen(train: Moments, held: Moments, start_ND: Tensor, ridge: float | None
 
 
 def _joint(problem: Problem, ridge: float | None) -> Solution:
-    num_tokens = len(problem.target_TD)
-    split = held_out_from(num_tokens)
-    train, held = (_joint_moments(problem, low, high) for low, high in ((0, split), (split, num_tokens)))
+    train, held = _joint_moments(problem)
     start_ND = torch.cat([weight.double().T for weight in problem.start])
     chosen = _chosen(train, held, start_ND, ridge, problem.place)
     both = train + held
@@ -141,29 +182,29 @@ def _joint(problem: Problem, ridge: float | None) -> Solution:
         chosen,
         both.error(start_ND) / both.total,
         both.error(weight_ND) / both.total,
+        held.error(_ridge_solution(train, start_ND, chosen, problem.place)) / held.total,
     )
 
 
-def _joint_moments(problem: Problem, low: int, high: int) -> Moments:
+def _joint_moments(problem: Problem) -> tuple[Moments, Moments]:
+    """Moments of all slots' columns on the tokens that are solved for, and on those that are held out."""
     device, hidden_size = problem.target_TD.device, problem.target_TD.shape[1]
-    sizes = [weight.shape[1] for weight in problem.start]
-    gram_NN = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=device)
-    cross_ND = torch.zeros(sum(sizes), hidden_size, dtype=torch.float64, device=device)
-    total = 0.0
-    for first in range(low, high, _BLOCK):
-        stop = min(first + _BLOCK, high)
+    sizes, held_T = [weight.shape[1] for weight in problem.start], problem.held_T
+    found = [Moments.zeros(sum(sizes), hidden_size, device) for _ in range(2)]
+    for first in range(0, len(held_T), _BLOCK):
+        stop = min(first + _BLOCK, len(held_T))
         columns_BN = torch.zeros(stop - first, sum(sizes), dtype=torch.float64, device=device)
         begin = 0
         for number, (slot, size) in enumerate(zip(problem.slots, sizes, strict=True)):
-            inside_R = (slot.tokens_R >= first) & (slot.tokens_R < stop)
-            tokens_R = slot.tokens_R[inside_R]
-            columns_BN[tokens_R - first, begin : begin + size] = problem.columns(number, tokens_R, slot.gates_R[inside_R])
+            inside = slot.of((slot.tokens_R >= first) & (slot.tokens_R < stop))
+            columns_R = problem.columns(number, inside.tokens_R, inside.gates_R)
+            columns_BN[inside.tokens_R - first, begin : begin + size] = columns_R
             begin += size
         target_BD = problem.target_TD[first:stop].double() * problem.weight_T[first:stop].double()[:, None]
-        gram_NN.addmm_(columns_BN.T, columns_BN)
-        cross_ND.addmm_(columns_BN.T, target_BD)
-        total += float(target_BD.square().sum())
-    return Moments(gram_NN, cross_ND, total)
+        for number, moments in enumerate(found):
+            chosen_B = held_T[first:stop] == bool(number)
+            found[number] = moments.with_rows(columns_BN[chosen_B], target_BD[chosen_B])
+    return found[0], found[1]
 
 
 def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
@@ -176,32 +217,18 @@ def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
         problem.add(left_TD, number, slot, -weights[number])
     before = float(left_TD.square().sum())
     chosen = ridge
-    split = held_out_from(len(left_TD))
+    held_T = problem.held_T
     for _ in range(SWEEPS):
         for number, slot in enumerate(problem.slots):
             problem.add(left_TD, number, slot, weights[number])
-            train, held = _slot_moments(problem, left_TD, number, slot, split)
+            train, held = (
+                slot_moments(partial(problem.columns, number), weights[number].shape[1], part, left_TD)
+                for part in slot.split(held_T)
+            )
             start_ND = problem.start[number].double().T
             chosen = _chosen(train, held, start_ND, ridge if ridge is not None else chosen, problem.place)
             weights[number] = _ridge_solution(train + held, start_ND, chosen, problem.place).T
             problem.add(left_TD, number, slot, -weights[number])
     assert chosen is not None
-    after = float(left_TD.square().sum())
-    return Solution(tuple(weight.float().contiguous() for weight in weights), chosen, before / total, after / total)
-
-
-def _slot_moments(problem: Problem, left_TD: Tensor, number: int, slot: SlotTokens, split: int) -> tuple[Moments, Moments]:
-    """Moments of one slot on the tokens before `split`, and from there on."""
-    size, hidden_size = problem.start[number].shape[1], left_TD.shape[1]
-    found = []
-    for inside_R in (slot.tokens_R < split, slot.tokens_R >= split):
-        gram_FF = torch.zeros(size, size, dtype=torch.float64, device=left_TD.device)
-        cross_FD = torch.zeros(size, hidden_size, dtype=torch.float64, device=left_TD.device)
-        total = 0.0
-        for tokens_R, gates_R in zip(slot.tokens_R[inside_R].split(_BLOCK), slot.gates_R[inside_R].split(_BLOCK), strict=True):
-            columns_RF = problem.columns(number, tokens_R, gates_R)
-            gram_FF.addmm_(columns_RF.T, columns_RF)
-            cross_FD.addmm_(columns_RF.T, left_TD[tokens_R])
-            total += float(left_TD[tokens_R].square().sum())
-        found.append(Moments(gram_FF, cross_FD, total))
-    return found[0], found[1]
+    after = float(left_TD.square().sum()) / total
+    return Solution(tuple(weight.float().contiguous() for weight in weights), chosen, before / total, after, after)

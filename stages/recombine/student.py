@@ -6,6 +6,7 @@ Dimensions: T tokens, D hidden size, k experts a token, E experts of the source,
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from stages.model.layer_shard import LayerShard
 from stages.model.packed import PackedStack
 from stages.model.roles import Neurons, neuron_axes
 from stages.model.stream import replaced_forward
+from stages.recombine.router import Router
 
 Seen = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Given the input [T, D] of the experts, slots [T, k] and their gates [T, k], what takes the place of their output [T, D]."""
@@ -35,9 +37,12 @@ class Student:
     """A MoE layer of a loaded layer shard with the experts of a plan.
 
     Attributes: `weights` and `forward` of the slots; `down_name`, the parameter that holds W_down of all of them.
+    replaced: values of further parameters, by name.
     """
 
-    def __init__(self, shard: LayerShard, layer: int, plan: LayerPlan) -> None:
+    def __init__(
+        self, shard: LayerShard, layer: int, plan: LayerPlan, replaced: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
         self._shard, self._layer = shard, layer
         adapted = shard.adapted
         prefix = f"{adapted.layers_prefix}{layer}."
@@ -60,12 +65,50 @@ class Student:
                 _put(small, name, merge_rows(tensor, axis, rows, place))
             else:
                 _put(small, name, tensor)
+        for name, value in replaced.items():
+            own = _get(small, name.removeprefix(prefix))
+            _put(small, name.removeprefix(prefix), value.to(own.dtype).to(shard.device))
         self._module = small if is_stock else source
         self._replaced = experts if is_stock else source_experts
         self._slot_E = None if is_stock else torch.from_numpy(plan.slot_E).long().to(shard.device)
         self.down_name = f"{prefix}{inside}.down_proj"
         self.weights = ExpertWeights(experts)
         self.forward = ExpertsForward(self.weights)
+        self._routers = [name for name, axis in _router_names(axes, prefix, inside) if axis == 0] if is_stock else []
+
+    def routers(self) -> tuple[Router, Router, nn.Module] | None:
+        """The router's linear part in the source and here, with the module here; None for one that is not one matrix."""
+        prefix = f"{self._shard.adapted.layers_prefix}{self._layer}."
+        source = self._shard.adapted.layers[self._layer]
+        matrices = [name for name in self._routers if _get(source, name).ndim == 2]
+        if len(matrices) != 1:
+            return None
+        owner = matrices[0].rpartition(".")[0]
+        names = [matrices[0], *(name for name in self._routers if name == f"{owner}.bias")]
+        both = []
+        for module in (source, self._module):
+            weight, *bias = (_get(module, name) for name in names)
+            both.append(Router(tuple(prefix + name for name in names), weight, bias[0] if bias else None))
+        return both[0], both[1], self._module.get_submodule(owner)
+
+    @contextmanager
+    def watched_router(self, x: list[Tensor], logits: list[Tensor]) -> Iterator[None]:
+        """Append the inputs [T, D] and logits [T, S] of a stock layer's router, where `routers` finds it."""
+        routers = self.routers()
+        if routers is None:
+            yield
+            return
+
+        def see(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            found = output[0] if isinstance(output, tuple) else output
+            x.append(given[0].reshape(-1, given[0].shape[-1]))
+            logits.append(found.reshape(-1, found.shape[-1]))
+
+        handle = routers[2].register_forward_hook(see)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def run(self, hidden_BTD: Tensor, see: Seen) -> Tensor:
         """Hidden states [B, T, D] after the layer, with `see` in the place of its experts."""
@@ -120,6 +163,20 @@ def _slot(experts: Tensor | PackedStack, slot: Slot, neurons: Neurons | None, pl
         return torch.cat([parts[half] for half in range(len(chosen[0])) for parts in chosen], dim=axis)
     whole = [torch.cat(parts, dim=axis) for parts in chosen]
     return combined([(part, member.weight) for part, member in zip(whole, slot.members, strict=True)], experts.dtype, place)
+
+
+def _router_names(axes: Mapping[str, int], prefix: str, inside: str) -> Iterator[tuple[str, int]]:
+    """Parameters of a layer, outside of its experts, that have an axis of experts; and that axis."""
+    for name, axis in axes.items():
+        if name.startswith(prefix) and not name.startswith(f"{prefix}{inside}."):
+            yield name.removeprefix(prefix), axis
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a module by its name."""
+    owner_name, _, own = name.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(owner_name), own)
+    return value
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

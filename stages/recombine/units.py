@@ -3,7 +3,8 @@
 Dimensions: B sequences of a micro-batch, T tokens of all token shards, D hidden size, k experts a token, S slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from stages.checkpoint.folder import Checkpoint
 from stages.contracts.layer_plan import LayerPlan, read_plan, write_plan
 from stages.contracts.paths import hidden_file, plan_file, replaced_file, student_file, tokens_file
 from stages.contracts.stream_units import LayerShardArgs
-from stages.contracts.units import HeldJob, NoFacts, UnitResult
+from stages.contracts.units import HeldJob, Job, NoFacts, UnitResult
 from stages.io.files import WrittenFile, write_bytes
 from stages.io.storage import is_remote
 from stages.model.experts_forward import ExpertsForward
 from stages.model.layer_shard import LayerShard
 from stages.model.stream import read_hidden, read_token_ids, write_hidden
 from stages.recombine.neurons import chosen_plan
+from stages.recombine.router import fitted
 from stages.recombine.solve import Problem, SlotTokens, solve
-from stages.recombine.spec import AdvanceArgs, SolveArgs, SolveFacts
+from stages.recombine.spec import AdvanceArgs, KeepArgs, SolveArgs, SolveFacts
 from stages.recombine.student import Student, output_scale
 
 
@@ -41,8 +43,9 @@ class HeldLayer(LayerShard):
         """The layer with the solved W_down of the part for which it is held."""
         if self._student is None:
             path = replaced_file(part_dir, self.first)
-            student = Student(self, self.first, read_plan(plan_file(part_dir, self.first)))
             values = load(path.read_bytes()) if is_remote(path) else load_file(path)
+            rows = {name: value for name, value in values.items() if not name.endswith(".down_proj")}
+            student = Student(self, self.first, read_plan(plan_file(part_dir, self.first)), rows)
             student.set_down(values[student.down_name])
             self._student = student
         return self._student
@@ -56,13 +59,17 @@ def open_layer(args: LayerShardArgs) -> HeldLayer:
 @dataclass(frozen=True)
 class _Gathered:
     """What the experts of a layer are given, and have to give: input x_TD, slots and gates of every token, the target with the
-    outputs' biases, float32 [T, D], and the weight of each token."""
+    outputs' biases, float32 [T, D], and the weight of each token. router_x, router_logits: what the router of a stock plan is
+    given and gives, in pieces."""
 
     x_TD: Tensor
     slots: list[SlotTokens]
     target_TD: Tensor
     weight_T: Tensor
     place: str
+    sequence_length: int
+    router_x: list[Tensor]
+    router_logits: list[Tensor]
 
     def problem(self, student: Student, start: Sequence[Tensor] | None = None) -> Problem:
         """To be solved for a student's slots. start: W_down of each, instead of what they have."""
@@ -78,6 +85,7 @@ class _Gathered:
             self.weight_T,
             start or [student.down(number) for number in range(student.weights.num_experts)],
             self.place,
+            self.sequence_length,
         )
 
 
@@ -92,21 +100,58 @@ def solve_unit(job: HeldJob[SolveArgs, HeldLayer]) -> UnitResult[SolveFacts]:
         student = Student(shard, layer, plan)
         gathered = _gathered(job, student)
         solution = solve(problem := gathered.problem(student), args.ridge)
-        if args.chooses_neurons and any(len(slot.members) > 1 for slot in plan.slots):
+        rows: dict[str, Tensor] = {}
+        if args.score is not None and (found := _fitted_rows(args.score, student, plan, gathered)):
+            other = Student(shard, layer, plan, found)
+            again = _gathered(job, other)
+            better = solve(other_problem := again.problem(other), args.ridge)
+            if better.error_unseen < solution.error_unseen:
+                rows, gathered, problem = found, again, other_problem
+                solution = replace(better, error_before=solution.error_before)
+        if args.num_neurons is not None and _has_to_choose(plan, student, args.num_neurons):
             source = ExpertsForward(shard.expert_weights(layer))
-            plan, start = chosen_plan(
-                plan, problem, solution.weights, lambda expert, tokens: source.activations_of(gathered.x_TD, tokens, expert)
-            )
+
+            def activations(expert: int, tokens_R: Tensor) -> Tensor:
+                return source.activations_of(gathered.x_TD, tokens_R, expert)
+
+            plan, start = chosen_plan(plan, problem, solution.weights, activations, args.num_neurons)
             before = solution.error_before
-            student = Student(shard, layer, plan)
+            student = Student(shard, layer, plan, rows)
             solution = replace(solve(gathered.problem(student, start), args.ridge), error_before=before)
-        files = _write(job.part_dir, plan, student.down_name, student.stacked(solution.weights))
-    return UnitResult(SolveFacts(layer, solution.ridge, solution.error_before, solution.error_after), files)
+        files = _write(job.part_dir, plan, {student.down_name: student.stacked(solution.weights), **rows})
+    facts = SolveFacts(layer, solution.ridge, solution.error_before, solution.error_after, bool(rows))
+    return UnitResult(facts, files)
 
 
-def _write(part_dir: Path, plan: LayerPlan, name: str, values: Tensor) -> list[WrittenFile]:
-    solved = write_bytes(replaced_file(part_dir, plan.layer), save({name: values.float().cpu().contiguous()}))
-    return [solved, write_plan(plan_file(part_dir, plan.layer), replace(plan, replaced=(*plan.replaced, name)))]
+def keep_unit(job: Job[KeepArgs]) -> UnitResult[NoFacts]:
+    """Write the plan of a layer that loses nothing as it is: the source's bytes are kept."""
+    layer = job.args.layer
+    plan = read_plan(plan_file(job.run_dir / job.args.plan_dir, layer))
+    return UnitResult(NoFacts(), [write_plan(plan_file(job.part_dir, layer), plan)])
+
+
+def _has_to_choose(plan: LayerPlan, student: Student, num_neurons: int) -> bool:
+    """Whether a slot has more candidates than it keeps."""
+    return num_neurons < student.weights.intermediate or any(len(slot.members) > 1 for slot in plan.slots)
+
+
+def _fitted_rows(score: str, student: Student, plan: LayerPlan, gathered: _Gathered) -> dict[str, Tensor]:
+    """Router rows for the slots of a stock plan, by parameter; none where there is nothing to fit: every slot gets the tokens
+    of one expert, or the family's router is more than a matrix."""
+    routers = student.routers() if any(len(slot.experts) > 1 for slot in plan.slots) else None
+    if routers is None or not gathered.router_x:
+        return {}
+    source, start, _ = routers
+    x_TD, logits_TS = torch.cat(gathered.router_x), torch.cat(gathered.router_logits)
+    if not start.gives(x_TD, logits_TS):
+        return {}
+    return fitted(score, source, start, x_TD, [slot.experts for slot in plan.slots])
+
+
+def _write(part_dir: Path, plan: LayerPlan, values: Mapping[str, Tensor]) -> list[WrittenFile]:
+    held = {name: value.float().cpu().contiguous() for name, value in values.items()}
+    solved = write_bytes(replaced_file(part_dir, plan.layer), save(held))
+    return [solved, write_plan(plan_file(part_dir, plan.layer), replace(plan, replaced=(*plan.replaced, *held)))]
 
 
 def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered:
@@ -114,9 +159,10 @@ def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered
     args, shard, place = job.args, job.held, f"layer {job.args.layer}"
     xs, routed, targets, norms = list[Tensor](), list[tuple[Tensor, Tensor]](), list[Tensor](), list[Tensor]()
     scale: float | None = None
+    router_x, router_logits = list[Tensor](), list[Tensor]()
     for number in range(args.num_shards):
         ids = list(read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number)).split(args.micro_batch))
-        source, ours = _streams(job.part_dir, shard, args.layer, number, ids)
+        source, ours = _streams(job.part_dir, shard, args.layer, number, ids, args.is_one_shot)
         for source_BTD, ours_BTD in zip(source, ours, strict=True):
             after_BTD = shard.run_layer(args.layer, source_BTD)
 
@@ -125,7 +171,8 @@ def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered
                 routed.append((slots_Tk, gates_Tk))
                 return torch.zeros_like(x_TD)
 
-            bare_BTD = student.run(ours_BTD, see)
+            with student.watched_router(router_x, router_logits) if args.score is not None else nullcontext():
+                bare_BTD = student.run(ours_BTD, see)
             if scale is None:
                 output_TD = student.outputs(xs[0], *routed[0])
                 whole_BTD = student.run(ours_BTD, lambda *routed, given=output_TD: given)
@@ -135,7 +182,10 @@ def _gathered(job: HeldJob[SolveArgs, HeldLayer], student: Student) -> _Gathered
     weight_T = 1 / torch.cat(norms).clamp(min=1e-12)
     slots_Tk, gates_Tk = (torch.cat(parts) for parts in zip(*routed, strict=True))
     slots = _slot_tokens(slots_Tk, gates_Tk.float(), student.weights.num_experts)
-    return _Gathered(torch.cat(xs), slots, torch.cat(targets), weight_T / weight_T.mean(), place)
+    length = ids[0].shape[1]
+    return _Gathered(
+        torch.cat(xs), slots, torch.cat(targets), weight_T / weight_T.mean(), place, length, router_x, router_logits
+    )
 
 
 def _slot_tokens(slots_Tk: Tensor, gates_Tk: Tensor, num_slots: int) -> list[SlotTokens]:
@@ -146,31 +196,29 @@ def _slot_tokens(slots_Tk: Tensor, gates_Tk: Tensor, num_slots: int) -> list[Slo
 
 
 def _streams(
-    part_dir: Path, shard: LayerShard, layer: int, number: int, ids: list[Tensor]
+    part_dir: Path, shard: LayerShard, layer: int, number: int, ids: list[Tensor], is_one_shot: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Hidden states of the source and of the student as they enter a layer, by micro-batch."""
-    if layer == 0:
-        source = read_hidden(shard, ids, None)
+    """Hidden states of the source and of the student as they enter a layer, by micro-batch; the source's twice in one shot."""
+    source = read_hidden(shard, ids, hidden_file(part_dir, layer, number) if layer else None)
+    if layer == 0 or is_one_shot:
         return source, source
-    return read_hidden(shard, ids, hidden_file(part_dir, layer, number)), read_hidden(
-        shard, ids, student_file(part_dir, layer, number)
-    )
+    return source, read_hidden(shard, ids, student_file(part_dir, layer, number))
 
 
 def advance_unit(job: HeldJob[AdvanceArgs, HeldLayer]) -> UnitResult[NoFacts]:
     """Send a token shard through a layer: the source's, and the student's as it is solved. All that it writes is transient."""
     args, shard = job.args, job.held
     ids = list(read_token_ids(job.run_dir / args.tokens_dir / tokens_file(args.shard)).split(args.micro_batch))
-    source, ours = _streams(job.part_dir, shard, args.layer, args.shard, ids)
+    source, ours = _streams(job.part_dir, shard, args.layer, args.shard, ids, args.is_one_shot)
     after = [shard.run_layer(args.layer, hidden) for hidden in source]
+    written = write_hidden(hidden_file(job.part_dir, args.layer + 1, args.shard), after)
+    if args.is_one_shot:
+        return UnitResult(NoFacts(), transient=(written,))
     if args.has_plan:
         with torch.inference_mode():
             student = shard.solved(job.part_dir)
             behind = [student.run(hidden, student.outputs) for hidden in ours]
     else:
         behind = [shard.run_layer(args.layer, hidden) for hidden in ours]
-    files = (
-        write_hidden(hidden_file(job.part_dir, args.layer + 1, args.shard), after),
-        write_hidden(student_file(job.part_dir, args.layer + 1, args.shard), behind),
-    )
-    return UnitResult(NoFacts(), transient=files)
+    student_written = write_hidden(student_file(job.part_dir, args.layer + 1, args.shard), behind)
+    return UnitResult(NoFacts(), transient=(written, student_written))

@@ -8,7 +8,7 @@ from pydantic import JsonValue, TypeAdapter
 
 from stages.contracts.keys import Part
 from stages.contracts.paths import REPORT_FILE
-from stages.contracts.spec import Publication, Run, StagePlan, StageSpec
+from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, narrowed_to
 from stages.contracts.targets import NumExperts
 from stages.contracts.units import Facts, Unit, UnitCall
 
@@ -23,6 +23,8 @@ class ReportedTarget:
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
     unweighted_clusters: by layer, merged experts whose members got no token. packing_errors: by layer, root of the squared
     change of new experts by packing them in the source's scheme, relative to their values; empty where nothing is packed.
+    num_neurons: of an expert, where it has fewer than the source's; then asked_experts and asked_width are what the run file
+    asks for.
     """
 
     name: str
@@ -38,6 +40,9 @@ class ReportedTarget:
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
     packing_errors: Mapping[int, float]
+    num_neurons: int | None
+    asked_experts: NumExperts
+    asked_width: float
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,8 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             target=target.label,
             variant=target.variant.name,
             format=target.format,
-            num_experts=target.num_experts,
-            num_merged=target.counts(run.survey.moe_layers),
+            num_experts=target.kept_experts(run.survey.num_experts),
+            num_merged=target.counts(run.survey),
             path=f"models/{target.name}",
             assembled=sealed.facts,
             plan_dir=run.part("cluster", target.part).dir,
@@ -165,6 +170,9 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
             packing_errors=_packing_errors(run, run.part("merge", target.part).dir),
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
+            num_neurons=narrowed_to(run, target),
+            asked_experts=target.num_experts,
+            asked_width=target.width,
         )
 
 

@@ -58,12 +58,23 @@ def _target(job: Job[ReportArgs], target: ReportedTarget, shares: Shares) -> Val
         **({"variant": target.variant} if target.variant else {}),
         "format": target.format,
         "num_experts": target.num_experts,
+        **_narrower(target),
         **target.assembled,
         "path": target.path,
         "unweighted_clusters": target.unweighted_clusters,
         **({"packing_errors": target.packing_errors} if target.packing_errors else {}),
         **({"coverage": coverage(job.args.domains, shares, job.run_dir / target.plan_dir)} if shares else {}),
         **_scores(job, target.evaluate_dir),
+    }
+
+
+def _narrower(target: ReportedTarget) -> Values:
+    """Neurons of an expert and the target that was asked for, where experts are narrower than the source's."""
+    if target.num_neurons is None:
+        return {}
+    return {
+        "num_neurons": target.num_neurons,
+        "asked": {"experts": target.asked_experts, "width": target.asked_width},
     }
 
 

@@ -66,3 +66,12 @@ def test_names_stay_on_their_line_and_in_their_block() -> None:
     assert f"not copied: `a\N{REPLACEMENT CHARACTER}b`, {listed}, 11 more\n" in text
     block = text.partition("`````yaml\n")[2].partition("\n`````\n")[0]
     assert yaml.safe_load(block) == {**settings, "run_dir": "runs/tiny-4e-stock"}
+
+
+def test_a_card_says_how_wide_experts_are_and_that_router_rows_are_kept() -> None:
+    text = model_card(replace(FACTS, merging="", experts_text="8", num_neurons=(256, 1024)), "stock", WRITTEN, "")
+    assert "with 8 experts a layer of 256 neurons pruned to 8 of 1024, without" in text
+    assert "\n| experts a layer | 8 | 8 |\n| neurons of an expert | 256 | 1,024 |\n| parameters |" in text
+    assert "The router keeps the rows of these experts; any engine" in text
+    assert "neurons of an expert" not in model_card(FACTS, "stock", WRITTEN, "")
+    assert "one row for each merged expert (rule `frequency`)" in model_card(FACTS, "stock", WRITTEN, "")

@@ -12,6 +12,7 @@ import pytest
 
 from stages.cluster import linkage, matching
 from stages.cluster.features import Feature
+from stages.cluster.matching import lost
 from stages.cluster.registry import methods
 from stages.contracts.evidence import LayerEvidence
 from stages.contracts.layer_plan import LayerPlan, Member
@@ -68,6 +69,34 @@ def renumbered(evidence: LayerEvidence, order: list[int]) -> LayerEvidence:
     return LayerEvidence(evidence.layer, evidence.num_tokens, evidence.num_output_tokens, len(order), columns)
 
 
+def test_an_expert_of_zeros_costs_nothing() -> None:
+    """Its partner keeps all of its neurons, whichever expert that is; two of them go before anything is lost."""
+    evidence = evidence_of(6)
+    importance_EF = evidence["neuron_importance_sum"]
+    importance_EF[[2, 7]] = 0
+    for num_slots, num_zero in ((NUM_EXPERTS - 1, 1), (NUM_EXPERTS - 2, 2)):
+        pairs = [sorted(slot.experts) for slot in plan_of("pairs", evidence, num_slots).slots if len(slot.experts) > 1]
+        assert len(pairs) == num_zero and all({2, 7} & set(pair) for pair in pairs)
+        assert sum(lost(importance_EF, pair) for pair in pairs) == 0
+
+
+def test_pairs_of_a_grouped_router_stay_in_their_groups() -> None:
+    evidence = evidence_of(3)
+    settings = PlanSettings(methods()["pairs"].settings.model_validate({"num_experts": [6]}), Merging(), "frequency", 3)
+    found = methods()["pairs"].plan(evidence, 6, settings)
+    size = NUM_EXPERTS // 3
+    owners = [{expert // size for expert in slot.experts} for slot in found.slots]
+    assert owners == [{0}, {0}, {1}, {1}, {2}, {2}], "in the order of the groups"
+    for group in range(3):
+        part = evidence_of(3)
+        columns = {"neuron_importance_sum": part["neuron_importance_sum"][group * size : (group + 1) * size],
+                   "num_routed_tokens": part["num_routed_tokens"][group * size : (group + 1) * size]}  # fmt: skip
+        alone = plan_of("pairs", LayerEvidence(3, TOKENS, TOKENS, size, columns), 2)
+        assert groups(alone) == {
+            frozenset(expert - group * size for expert in slot.experts) for slot in found.slots[2 * group : 2 * group + 2]
+        }
+
+
 def plan_of(name: str, evidence: LayerEvidence, num_slots: int, settings: dict[str, Any] | None = None) -> LayerPlan:
     method = methods()[name]
     chosen = method.settings.model_validate({"num_experts": [num_slots], "method": name, **(settings or {})})
@@ -102,7 +131,7 @@ def test_with_all_experts_every_one_stays_as_it_is(name: str, settings: dict[str
 
 @pytest.mark.parametrize("name", METHODS)
 def test_as_many_slots_as_were_asked_for_and_every_expert_in_one_or_dropped(name: str) -> None:
-    for num_slots in range(1, NUM_EXPERTS + 1):
+    for num_slots in range(NUM_EXPERTS if methods()[name].keeps_all else 1, NUM_EXPERTS + 1):
         plan = plan_of(name, evidence_of(7), num_slots)
         assert len(plan.slots) == num_slots
         placed = sorted(expert for slot in plan.slots for expert in slot.experts)
@@ -139,6 +168,27 @@ SCORES: dict[str, Callable[[LayerEvidence, int], float]] = {
     "reap": lambda e, i: e["gated_output_norm_sum"][i] / e["num_routed_tokens"][i],
     "ean": lambda e, i: e["output_norm_sum"][i] / e["num_routed_tokens"][i],
 }
+
+
+@pytest.mark.parametrize("num_slots", [9, 6, 4])
+def test_survivors_adopt_dropped_experts_in_equal_shares(num_slots: int) -> None:
+    """The survivors and rows are REAP's; of the dropped ones, each survivor in turn takes those most like it."""
+    evidence = evidence_of(5)
+    found, reap = plan_of("adopt", evidence, num_slots), plan_of("reap", evidence, num_slots)
+    assert [(slot.experts, slot.row, slot.members[0]) for slot in found.slots] == [
+        (slot.experts, slot.row, slot.members[0]) for slot in reap.slots
+    ]
+    gram_EE = evidence["router_logit_gram"]
+    saliency = [SCORES["reap"](evidence, expert) for expert in range(NUM_EXPERTS)]
+    survivors = sorted((slot.experts[0] for slot in reap.slots), key=lambda expert: -saliency[expert])
+    free = set(range(NUM_EXPERTS)) - set(survivors)
+    due: dict[int, set[int]] = {}
+    for one in survivors:
+        by_likeness = sorted(free, key=lambda other: -gram_EE[one, other] / gram_EE[other, other] ** 0.5)
+        due[one] = set(by_likeness[: -(-(NUM_EXPERTS - num_slots) // num_slots)])
+        free -= due[one]
+    assert {slot.experts[0]: {member.expert for member in slot.members[1:]} for slot in found.slots} == due
+    assert all(member.weight == 0 for slot in found.slots for member in slot.members[1:])
 
 
 @pytest.mark.parametrize("name", SCORES)

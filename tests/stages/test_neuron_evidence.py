@@ -18,7 +18,7 @@ from stages.calibrate.spec import CalibrationShardArgs
 from stages.calibrate.sums import evidence_of
 from stages.calibrate.units import CalibrationShard, open_shard
 from stages.calibrate.watcher import Watcher
-from stages.cluster.neuron_weights import NeuronWeights
+from stages.checkpoint.neuron_weights import NeuronWeights
 from stages.cluster.neurons import permutation, with_neurons
 from stages.cluster.plans import merged as merged_plan
 from stages.contracts.evidence import LayerEvidence

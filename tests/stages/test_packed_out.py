@@ -184,6 +184,32 @@ def test_transformers_computes_with_the_values_that_we_read(
     assert torch.equal(theirs, logits(load(reference, trust_remote_code=True, dtype=torch.bfloat16), ids))
 
 
+@pytest.mark.parametrize("scheme", [*WRITTEN, "mxfp4"])
+def test_experts_with_fewer_neurons_are_packed_too(scheme: str, tmp_path: Path) -> None:
+    path, _ = token_ids(tmp_path)
+    slim: dict[str, Any] = {"preset": "slim", "name": "slim", "refit": {"width_multiple": 16}}
+    if scheme == "mxfp4":
+        packed, _ = mxfp4_checkpoint(tmp_path, intermediate_size=64)
+    else:
+        packed, _ = checkpoint(scheme, tmp_path, moe_intermediate_size=64)
+    if scheme == "fp8-ragged":  # 64 rows in three blocks
+        with pytest.raises(
+            InputError, match=r"32 of 64 neurons do not divide into the blocks of fp8; set refit.width_multiple"
+        ):
+            run_all(packed, tmp_path / "run", path, [4], ["stock"], variants=[slim])
+        return
+    folder = run_all(packed, tmp_path / "run", path, [4], ["stock"], variants=[slim])["slim-4e-stock"]
+    exact = run_all(packed, tmp_path / "exact", path, [4], ["stock"], variants=[slim], export={"dtype": "float32"})[
+        "slim-4e-stock"
+    ]
+    found, due = values(folder), read_tensors(exact)
+    assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in due.items()}
+    for name in (name for name in due if ".experts." in name):
+        assert float((found[name] - due[name]).norm()) <= 0.2 * float(due[name].norm()), name
+    sizes = [sum(one.nbytes for name, one in read_tensors(one).items() if ".experts." in name) for one in (folder, packed)]
+    assert sizes[0] <= 0.6 * sizes[1]
+
+
 def test_lists_of_modules_name_only_what_is_there() -> None:
     section = {
         "quant_method": "fp8",

@@ -11,15 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.checks import check
+from pipeline.commands.plan import describe_plan
+from pipeline.run.view import RunView
 from stages.contracts.errors import InputError
-from stages.contracts.layer_plan import LayerPlan, Member, Slot
+from stages.contracts.layer_plan import LayerPlan, Member, Slot, read_plan
+from stages.contracts.units import Unit
 from stages.model.families import SUPPORTED
 from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
 from stages.recombine.solve import Problem, SlotTokens, solve
-from tests.runs import read_tensors, run_all, tensor_bytes, token_ids
+from tests.runs import read_tensors, run_all, run_config, tensor_bytes, token_ids
 from tests.tiny import build, load, logits, save
 
 NUM_TOKENS, HIDDEN, NEURONS, SLOTS = 400, 6, 5, 3
@@ -36,13 +41,14 @@ def problem_of(seed: int = 0, noise: float = 0.3) -> tuple[Problem, Tensor]:
     tokens = [gate_TS[:, slot].nonzero().flatten() for slot in range(SLOTS)]
     slots = [SlotTokens(tokens_R, gate_TS[tokens_R, slot]) for slot, tokens_R in enumerate(tokens)]
     start = [torch.randn(HIDDEN, NEURONS) for _ in range(SLOTS)]
-    problem = Problem(slots, lambda slot, tokens_R: a_STF[slot, tokens_R], target_TD, weight_T, start, "layer 0")
+    problem = Problem(slots, lambda slot, tokens_R: a_STF[slot, tokens_R], target_TD, weight_T, start, "layer 0", 10)
     dense = (gate_TS * weight_T[:, None]).T[:, :, None] * a_STF
     return problem, dense.permute(1, 0, 2).flatten(1).double()
 
 
-def reference(problem: Problem, dense: Tensor, ridge: float, tokens: slice = slice(None)) -> np.ndarray:
-    """The ridge solution [S F, D] by least squares over stacked rows, not by moments."""
+def reference(problem: Problem, dense: Tensor, ridge: float, tokens: np.ndarray | None = None) -> np.ndarray:
+    """The ridge solution [S F, D] by least squares over stacked rows, not by moments. tokens: all by default."""
+    tokens = np.arange(NUM_TOKENS) if tokens is None else tokens
     columns = dense[tokens].numpy()
     target = (problem.target_TD * problem.weight_T[:, None]).double()[tokens].numpy()
     start = torch.cat([weight.double().T for weight in problem.start]).numpy()
@@ -67,17 +73,20 @@ def test_all_slots_together_are_the_ridge_solution(ridge: float) -> None:
         assert error == pytest.approx(np.square(target - dense.numpy() @ weights).sum() / np.square(target).sum(), rel=1e-5)
 
 
-def test_the_ridge_is_the_one_with_the_least_error_on_the_last_tokens() -> None:
+def test_the_ridge_is_the_one_with_the_least_error_on_every_eighth_sequence() -> None:
     """With few tokens and much noise a strong pull towards a good start is best; with many, a weak one."""
     for noise, is_strong in ((0.01, False), (40.0, True)):
         problem, dense = problem_of(noise=noise)
-        split = NUM_TOKENS - NUM_TOKENS // solving.HELD_OUT
-        target = (problem.target_TD * problem.weight_T[:, None]).double()[split:].numpy()
+        held = np.array([token for token in range(NUM_TOKENS) if token // 10 % 8 == 7])
+        others = np.setdiff1d(np.arange(NUM_TOKENS), held)
+        target = (problem.target_TD * problem.weight_T[:, None]).double()[held].numpy()
         errors = {
-            ridge: np.square(target - dense[split:].numpy() @ reference(problem, dense, ridge, slice(0, split))).sum()
+            ridge: np.square(target - dense[held].numpy() @ reference(problem, dense, ridge, others)).sum()
             for ridge in solving.RIDGES
         }
-        chosen = solve(problem, None).ridge
+        found = solve(problem, None)
+        chosen = found.ridge
+        assert found.error_unseen == pytest.approx(errors[chosen] / np.square(target).sum(), rel=1e-5)
         assert chosen == min(errors, key=lambda ridge: errors[ridge])
         assert (chosen >= 1e-2) == is_strong
 
@@ -97,7 +106,7 @@ def test_where_nothing_is_lost_nothing_changes() -> None:
     problem, _ = problem_of(noise=0)
     exact = solve(problem, 1e-6)
     again = Problem(
-        problem.slots, problem.activations, problem.target_TD, problem.weight_T, exact.weights, problem.place
+        problem.slots, problem.activations, problem.target_TD, problem.weight_T, exact.weights, problem.place, 10
     )  # fmt: skip
     found = solve(again, None)
     np.testing.assert_allclose(stacked(found.weights), stacked(exact.weights), atol=1e-5)
@@ -129,13 +138,17 @@ def test_the_neuron_that_goes_is_the_one_whose_loss_costs_least(monkeypatch: pyt
     np.testing.assert_allclose(weight_DF.T, np.linalg.lstsq(dense[:, left].numpy(), target.numpy(), rcond=None)[0], rtol=1e-5)
 
 
+def no_activations(expert: int, tokens_R: Tensor) -> Tensor:
+    return torch.zeros(len(tokens_R), NEURONS)
+
+
 def test_a_cluster_that_no_token_reaches_keeps_its_average() -> None:
     """Nothing says which of its neurons matter, and no ridge would help."""
     problem, _ = problem_of()
     nothing = SlotTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     unseen = Problem([nothing] * SLOTS, *list(vars(problem).values())[1:])
     plan = LayerPlan(0, 2 * SLOTS, tuple(Slot((n, n + 3), (Member(n, 0.5), Member(n + 3, 0.5))) for n in range(SLOTS)))
-    found, weights = choosing.chosen_plan(plan, unseen, problem.start, lambda expert, tokens: torch.zeros(len(tokens), NEURONS))
+    found, weights = choosing.chosen_plan(plan, unseen, problem.start, no_activations, NEURONS)
     assert found == plan
     assert all(torch.equal(*pair) for pair in zip(weights, problem.start, strict=True))
 
@@ -235,11 +248,13 @@ def test_the_same_bytes_again_and_after_a_lost_layer(tmp_path: Path) -> None:
     assert tensor_bytes(run_all(source, tmp_path / "other", path, [4], ["stock"], **changes)["4e-stock"]) == first
 
 
-def test_with_all_experts_the_source_stays_what_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("refit", [{"mode": "sequential"}, {"mode": "sequential", "neurons": "choose"}])
+def test_with_all_experts_the_source_stays_what_it_is_byte_for_byte(refit: dict[str, str], tmp_path: Path) -> None:
     source = save(build("mixtral", torch.float32), tmp_path / "source")
-    path, ids = token_ids(tmp_path)
-    export = run_all(source, tmp_path / "run", path, [8], ["stock"], refit={"mode": "sequential"})["8e-stock"]
-    torch.testing.assert_close(logits(load(export), ids), logits(load(source), ids), rtol=1e-4, atol=1e-4)
+    path, _ = token_ids(tmp_path)
+    for target, export in run_all(source, tmp_path / "run", path, [8], ["tied", "stock"], refit=refit).items():
+        found = tensor_bytes(export)
+        assert {name: found[name] for name in found if "expert_map" not in name} == tensor_bytes(source), target
 
 
 @pytest.mark.parametrize("family", [*NORMALISED, "llama4_text"])
@@ -249,3 +264,79 @@ def test_a_family_whose_layers_do_more_than_add_is_refused_before_anything_runs(
     with pytest.raises(InputError, match=r"refit\.mode is sequential, but this family's .*; set it to none"):
         run_all(source, tmp_path / "run", path, [4], ["stock"], refit={"mode": "sequential"})
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_pairs_of_a_stock_export_stay_in_the_groups_of_its_router(tmp_path: Path) -> None:
+    """Two groups of four experts; a tied export, whose router stays as it is, has no such bound."""
+    source = save(build("deepseek_v3", torch.float32), tmp_path / "source")
+    path, ids = token_ids(tmp_path)
+    export = run_all(source, tmp_path / "run", path, [4], ["tied", "stock"], variants=["recombine"])["recombine-4e-stock"]
+    (folder,) = (tmp_path / "run").glob("recombine-recombine-4e-stock-*")
+    plans = [read_plan(found) for found in sorted(folder.glob("*.plan.arrow"))]
+    assert len(plans) == 2
+    for plan in plans:
+        assert [{expert // 4 for expert in slot.experts} for slot in plan.slots] == [{0}, {0}, {1}, {1}]
+    assert torch.isfinite(logits(load(export), ids)).all()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_survivors_with_adopted_neurons_start_from_the_pruned_model_and_leave_less(family: str, tmp_path: Path) -> None:
+    source = save(build(family, torch.float32), tmp_path / "source")
+    path, ids = token_ids(tmp_path)
+    variants = [{"name": preset, "preset": preset, "refit": {"ridge": 1e-3}} for preset in ("reap-refit", "reap-recombine")]
+    exports = run_all(source, tmp_path / "run", path, [4], ["stock"], variants=variants)
+    refit, adopted = (next(facts(tmp_path / "run", f"{preset}-4e-stock")) for preset in ("reap-refit", "reap-recombine"))
+    assert adopted["error_before"] == pytest.approx(refit["error_before"], rel=1e-6)
+    assert adopted["error_after"] < refit["error_after"]
+    assert torch.isfinite(logits(load(exports["reap-recombine-4e-stock"]), ids)).all()
+
+
+def test_plan_warns_of_little_text_and_of_little_memory(tmp_path: Path) -> None:
+    """64 tokens, two of eight experts each: a third of a token for each of 48 neurons."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+    refit, small = {"mode": "sequential", "neurons": "choose"}, {"worker_memory": "100 kB"}
+    lines = [str(line) for line in describe_plan(run_config(source, tmp_path / "run", path, [4], ["tied"], refit=refit))]
+    (few,) = (line for line in lines if line.startswith("few tokens"))
+    assert few.startswith("few tokens   0.3 calibration tokens for each neuron") and "num_sequences to 240 for 20" in few
+    assert not [line for line in lines if line.startswith("memory  ")]
+    for changes in ({"refit": {"mode": "sequential"}, "resources": small}, {"refit": refit, "resources": small}):
+        lines = [str(line) for line in describe_plan(run_config(source, tmp_path / "run", path, [4], ["tied"], **changes))]
+        (memory,) = (line for line in lines if line.startswith("memory  "))
+        assert "4e-tied: solving a layer takes about" in memory and "more than resources.worker_memory, 100.0 kB" in memory
+        assert len([line for line in lines if line.startswith("few tokens")]) == ("neurons" in changes["refit"])
+    whole = run_config(source, tmp_path / "run", path, [8], ["tied"], refit=refit, resources=small)
+    assert not [line for line in map(str, describe_plan(whole)) if line.startswith(("few tokens", "memory  "))]
+
+
+def test_in_one_shot_every_layer_is_solved_on_the_sources_own_hidden_states(tmp_path: Path) -> None:
+    """The first layer is that of the sequential mode; later ones do not depend on it, whatever becomes of it."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+
+    def run(name: str, mode: str, ridge: float = 1e-3, model: Path = source) -> dict[int, dict[str, Tensor]]:
+        refit = {"mode": mode, "neurons": "choose", "ridge": ridge}
+        run_all(model, tmp_path / name, path, [4], ["tied"], refit=refit)
+        (folder,) = (tmp_path / name).glob("recombine-4e-tied-*")
+        assert not [*folder.glob("hidden/**/*.safetensors")]
+        return {layer: load_file(folder / f"layer-{layer:04d}.replaced.safetensors") for layer in range(3)}
+
+    sequential, one_shot = run("sequential", "sequential"), run("one-shot", "one_shot")
+    equal = [all(torch.equal(sequential[n][name], one_shot[n][name]) for name in one_shot[n]) for n in range(3)]
+    assert equal == [True, False, False]
+    for layer in facts(tmp_path / "one-shot", "4e-tied"):
+        assert layer["error_after"] < layer["error_before"]
+    (folder,) = (tmp_path / "one-shot").glob("recombine-4e-tied-*")
+    waits = {unit.name: unit.after for unit in units_of(tmp_path / "one-shot", source, path)}
+    assert all(not after for after in waits.values()), waits
+    (folder / "manifests" / "layer-0002.json").unlink()
+    (folder / "layer-0000.replaced.safetensors").touch()
+    again = run("one-shot", "one_shot")
+    assert all(torch.equal(again[2][name], one_shot[2][name]) for name in again[2])
+
+
+def units_of(run_dir: Path, source: Path, ids: Path) -> list[Unit]:
+    refit = {"mode": "one_shot", "neurons": "choose", "ridge": 1e-3}
+    config = run_config(source, run_dir, ids, [4], ["tied"], refit=refit)
+    view = RunView(config, check(config).inputs)
+    return list(view.units("recombine"))

@@ -68,6 +68,10 @@ METHOD = Method(
         "fix-dom": {"merging": {"method": "fix_dominant"}},
         "zipit": {"merging": {"method": "zipit"}},
         "hc-refit": {"merging": {"method": "frequency"}, "refit": {"mode": "sequential"}},
-        "hc-recombine": {"merging": {"method": "frequency"}, "refit": {"mode": "sequential", "neurons": "choose"}},
+        "hc-recombine": {
+            "merging": {"method": "frequency"},
+            "refit": {"mode": "sequential", "neurons": "choose"},
+            "export": {"router": "fitted"},
+        },
     },
 )

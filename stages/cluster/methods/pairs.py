@@ -15,11 +15,14 @@ class Pairs(Clustering):
 
 
 def plan(evidence: LayerEvidence, num_slots: int, settings: PlanSettings[Pairs]) -> LayerPlan:
-    """Disjoint pairs with the least total loss of neurons; pairs of pairs where fewer than half of the experts are left."""
-    from stages.cluster.matching import paired
+    """Disjoint pairs with the least total loss of neurons; pairs of pairs where fewer than half of the experts are left.
+
+    Where a stock router first picks groups of experts, each group has pairs and slots of its own, equally many.
+    """
+    from stages.cluster.matching import paired_in_groups
     from stages.cluster.plans import merged
 
-    return merged(evidence, paired(evidence["neuron_importance_sum"], num_slots), settings)
+    return merged(evidence, paired_in_groups(evidence["neuron_importance_sum"], num_slots, settings.num_groups), settings)
 
 
 METHOD = Method(
@@ -29,6 +32,7 @@ METHOD = Method(
     limits="Without refit.neurons: choose, the pairs are averaged, which they are not chosen for.",
     settings=Pairs,
     plan=plan,
+    reads_groups=True,
     requires=lambda settings: frozenset({"neuron_importance_sum"}),
-    presets={"recombine": {"refit": {"mode": "sequential", "neurons": "choose"}}},
+    presets={"recombine": {"refit": {"mode": "sequential", "neurons": "choose"}, "export": {"router": "fitted"}}},
 )
