@@ -87,6 +87,6 @@ def _check_variant_sections(values: Mapping[str, Any]) -> None:
     if values.get("variants") is None:
         return
     beside = [f"clustering.{name}" for name in values["clustering"] if name not in ("num_experts", "targets")]
-    beside += [name for name in ("merging", "refit") if name in values]
+    beside += [name for name in ("budget", "merging", "refit") if name in values]
     if beside:
         raise InputError(f"{beside[0]} is set beside variants, which have their own; move it into a variant")

@@ -11,6 +11,7 @@ from rich import filesize
 from rich.table import Table
 
 from pipeline.display.printing import add_row, printable
+from pipeline.display.tables import super_expert_lines
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,15 @@ class Comparison:
     """Perplexities of a run's checkpoints.
 
     measure: what they are over. source: perplexity of the source, or None. columns: most experts first. rows: cells by variant,
-    in the order of the report; variants that differ in nothing but their seed are one row.
+    in the order of the report; variants that differ in nothing but their seed are one row. super_lines: name the experts that
+    checkpoints keep as they are.
     """
 
     measure: str
     source: float | None
     columns: tuple[Column, ...]
     rows: Mapping[str, Mapping[Column, Cell]]
+    super_lines: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, report: Mapping[str, Any], measure: Measure = ALL_TOKENS) -> "Comparison":
@@ -92,7 +95,8 @@ class Comparison:
         columns = {column for row in rows.values() for column in row}
         ordered = sorted(columns, key=lambda column: (-counts[column[0]], column[0], column[1] != "tied", column[1]))
         cells = {label: {column: _cell(found, measure) for column, found in row.items()} for label, row in rows.items()}
-        return cls(measure.name, measure.value(source), tuple(ordered), cells)
+        supers = tuple(super_expert_lines(report)) if measure is ALL_TOKENS else ()
+        return cls(measure.name, measure.value(source), tuple(ordered), cells, supers)
 
     @classmethod
     def all_of(cls, report: Mapping[str, Any]) -> "list[Comparison]":
@@ -149,6 +153,7 @@ class Comparison:
         return {
             "perplexity_over": self.measure,
             "source_perplexity": self.source,
+            **({"super_experts": list(self.super_lines)} if self.super_lines else {}),
             "variants": [
                 {
                     "variant": label,

@@ -32,9 +32,23 @@ def result_table(report: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for model in report["models"]:
         count = model["num_experts"]
-        experts = experts_text(count if isinstance(count, int) else f"{min(count)}-{max(count)}", model.get("num_neurons"))
+        by_layer = [*model["experts_by_layer"].values()] if "experts_by_layer" in model else count
+        kept = by_layer if isinstance(by_layer, int) else f"{min(by_layer)}-{max(by_layer)}"
+        experts = experts_text(kept, model.get("num_neurons"))
         add_row(table, (model["name"], experts, f"{model['parameters']:,}", f"{model['bytes']:,}", perplexity_text(model)))
     return table
+
+
+def super_expert_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """Lines that name the super experts of a report, once for all models that keep them as they are."""
+    by_text: dict[str, list[str]] = {}
+    for model in report["models"]:
+        if "super_experts" in model:
+            layers = model["super_experts"].items()
+            text = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in layers)
+            by_text.setdefault(text or "none found", []).append(model["name"])
+    for text, names in by_text.items():
+        yield f"super        {text} (kept as they are in {', '.join(names)})"
 
 
 def certainty_lines(report: Mapping[str, Any]) -> Iterator[str]:

@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from pipeline.display.problems import problems
+from stages.contracts.budget import BudgetKind, BudgetKinds
 from stages.contracts.errors import InputError
 from stages.contracts.method import Method, Methods, Preset
 from stages.contracts.settings import (
+    Budget,
     Clustering,
     Export,
     Merging,
@@ -29,6 +31,11 @@ S = TypeVar("S", bound=Section)
 def methods() -> Methods:
     """All methods of all stages, by name."""
     return {name: method for spec in stage_specs() for name, method in spec.methods().items()}
+
+
+def budgets() -> BudgetKinds:
+    """All kinds of budgets of all stages, by name."""
+    return {name: kind for spec in stage_specs() for name, kind in spec.budgets().items()}
 
 
 def presets() -> dict[str, Preset]:
@@ -57,7 +64,8 @@ def variants_of(config: RunConfig) -> tuple[Variant, ...]:
     """
     if config.variants is None:
         method = methods()[config.clustering.method]
-        variant = Variant("", method, config.clustering, config.merging, config.refit, config.export)
+        kind = _kind_of(config.budget, method, config.clustering, config.export, "")
+        variant = Variant("", method, config.clustering, kind, config.budget, config.merging, config.refit, config.export)
         _check_fits(variant, "merging" in config.model_fields_set, "")
         return (variant,)
     (name, count), *_ = Counter(entry.name for entry in config.variants).most_common(1)
@@ -84,13 +92,55 @@ def _resolved(config: RunConfig, entry: VariantEntry) -> Variant:
     refit = _section(Refit, {**preset.get("refit", {}), **entry.refit}, f"{place}: refit")
     exported = {**config.export.model_dump(), **preset.get("export", {}), **entry.export}
     export = _section(Export, exported, f"{place}: export")
-    variant = Variant(entry.name, method, clustering, merging, refit, export)
+    budget = _section(Budget, {**preset.get("budget", {}), **entry.budget}, f"{place}: budget")
+    kind = _kind_of(budget, method, clustering, export, f"{place}: ")
+    variant = Variant(entry.name, method, clustering, kind, budget, merging, refit, export)
     _check_fits(variant, bool(given), f"{place}: ")
     try:
         check_target_formats(clustering.num_experts, export.formats)
     except ValueError as e:
         raise InputError(f"{place}: {e}") from e
     return variant
+
+
+def _kind_of(budget: Budget, method: Method[Any], clustering: Clustering, export: Export, at: str) -> BudgetKind:
+    """The kind of a budget. Raises InputError for an unknown one, and for a method, targets or formats that do not go with it.
+
+    at: names the variant in the message, if there is one.
+    """
+    known = budgets()
+    if budget.kind not in known:
+        raise InputError(f"{at}budget.kind: there is no budget named {budget.kind!r}; known: {', '.join(sorted(known))}")
+    kind = known[budget.kind]
+    if kind.costs is None:
+        return kind
+    asked = (entry.experts if isinstance(entry, WidthTarget) else entry for entry in clustering.num_experts)
+    if any(not isinstance(count, int) for count in asked):
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, but clustering.num_experts lists a number for each layer; give their mean alone, "
+            "or set budget.kind to uniform"
+        )
+    if method.keeps_all:
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, but method {method.name} keeps all experts; set budget.kind to uniform"
+        )
+    if "tied" not in method.formats:
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, which gives layers different numbers of experts, but what method {method.name} "
+            "drops only a stock export can express, which has one number for all layers; set budget.kind to uniform"
+        )
+    if "stock" in export.formats:
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, which gives layers different numbers of experts, but a stock export is the "
+            "source's own architecture, whose config has one number for all layers; set export.formats to [tied]"
+        )
+    if kind.needs_linkage and method.linkage is None:
+        having = sorted(name for name, one in methods().items() if one.linkage is not None)
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, but method {method.name} has no dendrogram; choose {', '.join(having)}, or "
+            "another budget"
+        )
+    return kind
 
 
 def _check_fits(variant: Variant, has_merging: bool, at: str) -> None:

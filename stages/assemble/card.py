@@ -74,6 +74,7 @@ def _body(facts: CardFacts, export_format: str, written: AssembleFacts) -> str:
     how = {
         "Calibration": _inline(facts.calibration),
         "Clustering": facts.clustering,
+        "Budget": facts.budget,
         "Merging": facts.merging,
         "Refit": facts.refit,
     }

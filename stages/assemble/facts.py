@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from stages.contracts.naming import hub_name
-from stages.contracts.settings import Merging, Refit, RunConfig, Section, TextData
-from stages.contracts.spec import Run, narrowed_to
+from stages.contracts.settings import Budget, Merging, Refit, RunConfig, Section, TextData
+from stages.contracts.spec import Run, counts_of, narrowed_to
 from stages.contracts.targets import Target
 from stages.contracts.texts import Text, texts_in
 from stages.contracts.widths import num_neurons_of
@@ -22,8 +22,8 @@ class CardFacts:
     or None. num_experts: experts per layer of the source. experts_text: number of experts kept, in words. source_parameters,
     source_bytes: of the source's weights. router: rule that combines router rows in a stock export. method, method_source:
     title of the method and where it was published. num_neurons: of an expert of the source, and of this model's, where these
-    have fewer. calibration, clustering, merging, refit: descriptions; empty if there are
-    no such settings. settings: a run file that makes only this checkpoint.
+    have fewer. calibration, clustering, budget, merging, refit: descriptions; empty if there are no such settings. settings: a
+    run file that makes only this checkpoint.
     """
 
     name: str
@@ -39,6 +39,7 @@ class CardFacts:
     method_source: str
     calibration: str
     clustering: str
+    budget: str
     merging: str
     refit: str
     settings: dict[str, JsonValue]
@@ -50,6 +51,8 @@ def card_facts(run: Run, target: Target) -> CardFacts:
     config, variant, model, narrow = run.config, target.variant, run.model, narrowed_to(run, target)
     base_model = hub_name(str(model))
     data = config.calibration
+    compares, counts = variant.kind.costs is not None, counts_of(run, target).values()
+    kept = target.kept_experts(run.survey.num_experts)
     sampled = f"; un-routed means from {data.sampling.fraction:.0%} of the tokens" if data.sampling else ""
     unread = set() if data.domains else {"domain_weights"}
     clustering = variant.clustering.model_dump(exclude={"num_experts", "method", *unread})
@@ -60,7 +63,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         base_model=base_model,
         revision=model.name if model.parent.name == "snapshots" else config.revision,
         num_experts=run.survey.num_experts,
-        experts_text=str(target.kept_experts(run.survey.num_experts)),
+        experts_text=f"{kept}{f' on average ({min(counts)} to {max(counts)})' if compares else ''}",
         source_parameters=run.survey.num_parameters,
         source_bytes=run.survey.total_bytes,
         router=variant.export.router,
@@ -69,6 +72,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         calibration=f"{data.num_sequences} sequences of {data.sequence_length} tokens of "
         f"{', '.join(text.described for text in texts)}, seed {data.seed}{sampled}",
         clustering=", ".join(f"{key} {value}" for key, value in clustering.items()),
+        budget=f"{variant.kind.title} ({variant.kind.source})" if compares else "",
         merging=_merging_text(variant.merging) if variant.method.reads_merging else "",
         refit=_refit_text(variant.refit),
         settings={**_settings(config, target, texts), "model": base_model or config.name},
@@ -120,13 +124,17 @@ def _published_data(data: TextData, texts: Sequence[_Published]) -> dict[str, ob
 
 def _settings(config: RunConfig, target: Target, texts: Sequence[_Published]) -> dict[str, JsonValue]:
     """A run file for one target alone. With the same input files, the same command makes the same checkpoint from it."""
-    exclude = {"run_dir", "cache_dir", "resources", "evaluation", "variants", "clustering", "merging", "refit", "export"}
+    exclude = {
+        "run_dir", "cache_dir", "resources", "evaluation", "variants", "clustering", "budget", "merging", "refit", "export",
+    }  # fmt: skip
     settings: dict[str, JsonValue] = config.model_dump(mode="json", exclude=exclude, exclude_none=True)
     variant = target.variant
     calibration = config.calibration.model_copy(update=_published_data(config.calibration, texts))
     sections: dict[str, Section] = {
         "calibration": calibration, "clustering": variant.clustering, "export": variant.export,
     }  # fmt: skip
+    if variant.budget != Budget():
+        sections["budget"] = variant.budget
     if variant.refit.mode != "none":
         sections["refit"] = variant.refit
     if variant.method.reads_merging:

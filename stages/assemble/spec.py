@@ -7,7 +7,7 @@ from pathlib import Path
 from stages.assemble.facts import CardFacts, card_facts
 from stages.contracts.keys import Part
 from stages.contracts.paths import CHECKPOINT_DIR
-from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, narrowed_to
+from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, counts_of, narrowed_to
 from stages.contracts.targets import Target
 from stages.contracts.units import Unit, UnitCall
 
@@ -85,7 +85,7 @@ def _unit(run: Run, target: Target, files: Mapping[str, str]) -> Unit:
         model=str(run.model),
         merge_dir=run.part("merge", target.part).dir,
         files=files,
-        num_merged=target.counts(run.survey),
+        num_merged=counts_of(run, target),
         architecture=run.survey.architecture,
         format=target.format,
         value_dtype=target.variant.export.dtype,

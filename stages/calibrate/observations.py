@@ -1,6 +1,7 @@
 """Data that the watcher of a MoE layer passes to collectors for each micro-batch.
 
-Dimensions: T tokens, F intermediate size, E experts, S experts of a stack, R routed pairs of a token and an expert, C cells.
+Dimensions: T tokens, D hidden size, F intermediate size, E experts, S experts of a stack, R routed pairs of a token and an
+expert, C cells, N sampled tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,6 +42,22 @@ class InputView:
         assert self.even is not None, "the watcher was not told where its tokens are in the calibration set"
         row, tokens = self.even.chosen(self.num_seen, len(self.hidden_TD))
         return row, torch.tensor(tokens, dtype=torch.int64, device=self.hidden_TD.device)
+
+
+@dataclass(frozen=True)
+class SampledView:
+    """A block of sampled tokens.
+
+    first: how many of the token shard's sampled tokens come before. choice_bias_E: added to scores where the router picks
+    experts; zeros for a router without. gates_NE: the weights that the model gave the experts, 0 where it did not pick them.
+    output_END: outputs of all experts, picked or not, not gated.
+    """
+
+    first: int
+    choice_bias_E: Tensor
+    logits_NE: Tensor
+    gates_NE: Tensor
+    output_END: Tensor
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import JsonValue
 from rich import filesize
 
-from stages.calibrate.collectors.registry import gathering
+from stages.calibrate.collectors.registry import FURTHER, gathering
 from stages.calibrate.even_tokens import step_of
 from stages.contracts import paths
 from stages.contracts.keys import Part
@@ -43,6 +43,31 @@ class SampleArgs:
     seed: int
 
 
+MAX_SAMPLED = 1024
+"""Tokens that are kept one by one, at most."""
+MAX_SAMPLED_VALUES = 1 << 22
+"""Inner products of experts that are kept for them in one layer, at most: 32 MB."""
+
+
+def sampled_tokens(num_experts: int, num_tokens: int) -> int:
+    """Number of tokens whose experts' inner products are kept: 1,024 up to 64 experts, 256 of 128, 64 of 256."""
+    return max(1, min(num_tokens, MAX_SAMPLED, MAX_SAMPLED_VALUES // num_experts**2))
+
+
+@dataclass(frozen=True)
+class TokenSampleArgs:
+    """Tokens of a token shard that are kept one by one.
+
+    num_sampled: of the num_tokens tokens of the calibration set, or of its domain. first_token: of the token shard among them.
+    """
+
+    num_sampled: int
+    num_tokens: int
+    first_token: int
+    tokens_per_shard: int
+    seed: int
+
+
 @dataclass(frozen=True)
 class DomainTokens:
     """Where a token shard is in its domain. num_tokens: of the domain. first: index in it of the shard's first token."""
@@ -55,12 +80,13 @@ class DomainTokens:
 @dataclass(frozen=True)
 class CalibrateArgs:
     """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones. domain: None if
-    the token shard is the whole calibration set."""
+    the token shard is the whole calibration set. token_sample: None unless one of the collectors keeps tokens."""
 
     stream: StreamArgs
     sample: SampleArgs | None
     collectors: tuple[str, ...]
     domain: DomainTokens | None = None
+    token_sample: TokenSampleArgs | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +158,13 @@ class Calibrate(StageSpec):
             part, run.part("prepare", "calibration"), data, str(run.model), "",
             lambda args: OPEN.on(CalibrationShardArgs(**vars(args), routers=run.survey.routers)),
             lambda args: CALIBRATE.on(
-                CalibrateArgs(args, _sample(data, args.shard), collectors, _domain_tokens(data, args.shard))
+                CalibrateArgs(
+                    args,
+                    _sample(data, args.shard),
+                    collectors,
+                    _domain_tokens(data, args.shard),
+                    _token_sample(run, args.shard),
+                )
             ),
             makes,
         )  # fmt: skip
@@ -169,6 +201,9 @@ class Calibrate(StageSpec):
             lines.append(
                 "  that is more, since a worker holds at least one layer; lower tokens_per_shard or use a larger worker"
             )
+        if _token_sample(run, 0) is not None:
+            num_bytes = filesize.decimal(8 * _num_sampled(run) * survey.num_experts**2)
+            lines.append(f"inner products of experts on {_num_sampled(run):,} tokens: {num_bytes} a layer of evidence")
         lines += _work_lines(survey, data)
         lines += _collector_lines(run)
         hidden = data.num_sequences * data.sequence_length * survey.hidden_size * survey.itemsize * (len(shards) > 1)
@@ -233,6 +268,25 @@ def _domain_tokens(data: Calibration, shard: int) -> DomainTokens:
     domain, first = _domain_of(data, shard)
     sizes = data.sequences_by_domain
     return DomainTokens(sizes[domain] * data.sequence_length, first * data.sequence_length, len(sizes))
+
+
+def _token_sample(run: Run, shard: int) -> TokenSampleArgs | None:
+    if not any(FURTHER[name].keeps_tokens for name in required_collectors(run)):
+        return None
+    data = run.config.calibration
+    domain, first = _domain_of(data, shard)
+    return TokenSampleArgs(
+        num_sampled=max(1, _num_sampled(run) * data.sequences_by_domain[domain] // data.num_sequences),
+        num_tokens=data.sequences_by_domain[domain] * data.sequence_length,
+        first_token=first * data.sequence_length,
+        tokens_per_shard=data.sequences_per_shard * data.sequence_length,
+        seed=data.seed,
+    )
+
+
+def _num_sampled(run: Run) -> int:
+    data = run.config.calibration
+    return sampled_tokens(run.survey.num_experts, data.num_sequences * data.sequence_length)
 
 
 def _sample(data: Calibration, shard: int) -> SampleArgs | None:

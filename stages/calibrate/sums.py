@@ -50,7 +50,7 @@ def write_partial_sums(path: Path, part: PartialSums) -> WrittenFile:
     flat = {name: values.reshape(num_experts, -1) for name, values in arrays.items() if values.size}  # Arrow has no empty lists
     columns = {
         "num_unrouted_tokens": list_column(np.tile(part.num_unrouted_C, (num_experts, 1)), pa.int64()),
-        **{name: list_column(values, pa.from_numpy_dtype(values.dtype)) for name, values in flat.items()},
+        **{name: list_column(values, pa.from_numpy_dtype(values.dtype)) for name, values in flat.items() if values.size},
     }
     metadata = {
         "table": "sums of one MoE layer over one token shard, one expert a row; columns are named collector.sum",

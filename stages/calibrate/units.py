@@ -21,6 +21,7 @@ from stages.calibrate.spec import (
     ReduceFacts,
 )
 from stages.calibrate.sums import add_up, evidence_of, read_partial_sums, write_partial_sums
+from stages.calibrate.token_sample import NO_SAMPLE, TokenSample
 from stages.calibrate.watcher import Watcher
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.evidence import LayerEvidence, write_column, write_groups, write_statistics
@@ -30,6 +31,7 @@ from stages.contracts.units import HeldJob, UnitResult
 from stages.io.files import WrittenFile
 from stages.model.families import Family, family_of
 from stages.model.layer_shard import LayerShard
+from stages.model.routing import choice_bias
 from stages.model.stream import Stream, hidden_files, pass_through, read_token_ids
 
 
@@ -61,6 +63,7 @@ class CalibrationShard:
         cells: Cells = ALL_TOKENS,
         gathered: Sequence[Collector] = DEFAULT,
         even: Callable[[int], EvenTokens] | None = None,
+        sample: TokenSample = NO_SAMPLE,
     ) -> AbstractContextManager[object]:
         """Watch a layer while it runs. Does nothing for a dense layer. even: evenly spaced tokens, given the number of values
         that are kept of each."""
@@ -69,7 +72,8 @@ class CalibrationShard:
         router = self.shard.adapted.model.get_submodule(self.routers[layer])
         weights = self.shard.expert_weights(layer)
         chosen = even(weights.num_experts * weights.intermediate) if even is not None else None
-        into[layer] = Watcher(layer, weights, router, self.family, cells, gathered, chosen)
+        bias_E = choice_bias(self.shard.adapted.layers[layer], weights.num_experts)
+        into[layer] = Watcher(layer, weights, router, self.family, cells, gathered, chosen, sample, bias_E)
         return into[layer]
 
 
@@ -87,6 +91,7 @@ def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[
     token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number))
     cells = Sample.of(job.args.sample) if job.args.sample else ALL_TOKENS
     gathered = collectors(job.args.collectors)
+    sample = TokenSample.of(job.args.token_sample) if job.args.token_sample else NO_SAMPLE
     watched: dict[int, Watcher] = {}
     domain = job.args.domain or DomainTokens(token_ids_ST.numel(), 0, 1)
 
@@ -95,7 +100,8 @@ def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[
         return EvenTokens(step, domain.first, token_ids_ST.numel())
 
     stream = Stream(
-        *hidden_files(job.part_dir, args, held.shard), around=lambda layer: held.watch(layer, watched, cells, gathered, even)
+        *hidden_files(job.part_dir, args, held.shard),
+        around=lambda layer: held.watch(layer, watched, cells, gathered, even, sample),
     )
     passed = pass_through(held.shard, token_ids_ST, args.micro_batch, {"source": stream})
     sums = [

@@ -55,8 +55,10 @@ def mixed(parts: Sequence[LayerEvidence], weight_D: Array) -> LayerEvidence:
                 return reduce(np.maximum, (part[name] for part in parts))
             case "same":
                 return first[name]
-            case "rows":
+            case "tokens":
                 return np.concatenate([part[name] for part in parts], axis=1)
+            case "weighted_tokens":
+                return np.concatenate([factor * part[name] for factor, part in zip(factors, parts, strict=True)], axis=1)
             case _:
                 return weighted(lambda part: part[name])  # type: ignore[no-any-return]
 

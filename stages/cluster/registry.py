@@ -19,6 +19,7 @@ MODULES = (
     "stages.cluster.methods.reap",
     "stages.cluster.methods.adopt",
     "stages.cluster.methods.ean",
+    "stages.cluster.methods.o_prune",
     "stages.cluster.methods.random_prune",
 )
 """Each holds a METHOD."""

@@ -1,21 +1,48 @@
-"""Units of cluster: the dendrogram of one layer, and the plan of one layer of a target."""
+"""Units of cluster: the dendrogram of one layer; protected experts, budget and plans of a target."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from stages.checkpoint.folder import Checkpoint
+from stages.cluster.allocation import allocate
+from stages.cluster.budgets.registry import budgets
 from stages.cluster.certainty import relative_standard_errors, stability
 from stages.cluster.domains import read_mixed
 from stages.cluster.linkage import all_cuts
 from stages.cluster.neurons import with_neurons
+from stages.cluster.protection import least_slots, planned, super_experts
 from stages.cluster.registry import method_at
-from stages.cluster.spec import DendrogramArgs, DendrogramFacts, PlanArgs, PlanFacts
+from stages.cluster.spec import (
+    BudgetArgs,
+    CostArgs,
+    DendrogramArgs,
+    DendrogramFacts,
+    PlanArgs,
+    PlanFacts,
+    Planning,
+    ProtectArgs,
+)
+from stages.contracts.budget import BudgetFacts, LayerCosts, Planner, read_budget, read_costs, write_budget, write_costs
 from stages.contracts.certainty import write_errors, write_stability
 from stages.contracts.dendrogram import write_dendrogram, write_labels
 from stages.contracts.layer_plan import write_plan
-from stages.contracts.method import PlanSettings
-from stages.contracts.paths import TENSORS_FILE, dendrogram_file, errors_file, labels_file, plan_file, stability_file
+from stages.contracts.method import Method, PlanSettings
+from stages.contracts.paths import (
+    TENSORS_FILE,
+    budget_file,
+    costs_file,
+    dendrogram_file,
+    errors_file,
+    labels_file,
+    plan_file,
+    protected_file,
+    stability_file,
+)
+from stages.contracts.protection import LARGEST, ProtectFacts, read_protected, write_protected
 from stages.contracts.settings import Merging
-from stages.contracts.units import Job, UnitResult
+from stages.contracts.units import Job, NoFacts, UnitResult
 from stages.model.families import groups_in
 
 
@@ -40,24 +67,75 @@ def dendrogram_unit(job: Job[DendrogramArgs]) -> UnitResult[DendrogramFacts]:
 
 def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
     """Write the plan of one layer of a target."""
-    args, method = job.args, method_at(job.args.method)
-    clustering = method.settings.model_validate(args.clustering)
-    merging = args.merging if method.reads_merging else Merging()
-    calibrate_dir, required = job.run_dir / args.calibrate_dir, method.requires(clustering) | merging.requires
-    num_kept = None if method.linkage else args.num_slots  # a dendrogram serves all targets
-    evidence = read_mixed(calibrate_dir, args.layer, required, args.mix, num_kept)
-    groups = groups_in(Checkpoint(args.model).config, args.model) if method.reads_groups and args.router is not None else None
-    settings = PlanSettings(clustering, args.merging, args.router, 1 if groups is None else groups.num_groups)
-    plan = method.plan(evidence, args.num_slots, settings)
-    if len(plan.slots) != args.num_slots:
+    args = job.args
+    planner = _planner(job, args.planning, args.layer, num_slots=args.num_slots)
+    num_slots = args.num_slots if args.num_slots is not None else read_budget(budget_file(job.part_dir))[args.layer]
+    plan = planner.plan(num_slots)
+    if len(plan.slots) != num_slots:
         raise ValueError(
-            f"layer {args.layer}: method {method.name} planned {len(plan.slots)} slots instead of {args.num_slots}"
+            f"layer {args.layer}: method {planner.method.name} planned {len(plan.slots)} slots instead of {num_slots}"
         )
+    merging = _merging(args.planning, planner.method)
     if merging.align == "weight":
         from stages.checkpoint.neuron_weights import NeuronWeights  # reads by torch, which no other unit here needs
 
-        with NeuronWeights(args.model, job.run_dir / args.survey_dir / TENSORS_FILE, args.layer) as weights:
-            plan = with_neurons(plan, evidence, merging, weights.between, args.max_bytes)
+        tensors = job.run_dir / args.planning.survey_dir / TENSORS_FILE
+        with NeuronWeights(args.planning.model, tensors, args.layer) as weights:
+            plan = with_neurons(plan, planner.evidence, merging, weights.between, args.planning.max_bytes)
     else:
-        plan = with_neurons(plan, evidence, merging, None, args.max_bytes)
+        plan = with_neurons(plan, planner.evidence, merging, None, args.planning.max_bytes)
     return UnitResult(PlanFacts(args.layer, plan.unweighted_slots), [write_plan(plan_file(job.part_dir, args.layer), plan)])
+
+
+def _merging(planning: Planning, method: Method[Any]) -> Merging:
+    """How neurons are brought together; the default, which leaves them, where the method merges nothing."""
+    return planning.merging if method.reads_merging else Merging()
+
+
+def _planner(
+    job: Job[Any], planning: Planning, layer: int, columns: Iterable[str] = (), num_slots: int | None = None
+) -> Planner:
+    """A layer with its evidence, protected experts and method. columns: further ones that are read. num_slots: None where a
+    budget decides it, which must see the same evidence as the plan does then."""
+    method = method_at(planning.method)
+    clustering = method.settings.model_validate(planning.clustering)
+    protected = read_protected(protected_file(job.part_dir)).get(layer, ()) if clustering.protect != "none" else ()
+    is_grouped = method.reads_groups and planning.router is not None
+    groups = groups_in(Checkpoint(planning.model).config, planning.model) if is_grouped else None
+    num_groups = 1 if groups is None else groups.num_groups
+    settings = PlanSettings(clustering, planning.merging, planning.router, num_groups, protected)
+    num_kept = None if method.linkage else num_slots  # a dendrogram serves all targets
+    required = {*method.requires(clustering), *_merging(planning, method).requires, *columns}
+    evidence = read_mixed(job.run_dir / planning.calibrate_dir, layer, required, planning.mix, num_kept)
+    return Planner(evidence, method, settings, lambda num_slots: planned(method, evidence, num_slots, settings))
+
+
+def protect_unit(job: Job[ProtectArgs]) -> UnitResult[ProtectFacts]:
+    """Find the super experts of all layers."""
+    args = job.args
+    folder = job.run_dir / args.calibrate_dir
+    largest_LE = np.stack([read_mixed(folder, layer, [LARGEST], args.mix, None)[LARGEST] for layer in args.layers])
+    is_super_LE = super_experts(largest_LE)
+    experts = {layer: tuple(np.flatnonzero(row).tolist()) for layer, row in zip(args.layers, is_super_LE, strict=True)}
+    facts = ProtectFacts(tuple((layer, expert) for layer, found in experts.items() for expert in found))
+    return UnitResult(facts, [write_protected(protected_file(job.part_dir), experts)])
+
+
+def cost_unit(job: Job[CostArgs]) -> UnitResult[NoFacts]:
+    """Write what each number of experts that a layer may keep costs it."""
+    args, kind = job.args, budgets()[job.args.kind]
+    assert kind.costs is not None, kind.name
+    planner = _planner(job, args.planning, args.layer, kind.requires)
+    num_experts = planner.evidence.num_experts
+    fewest = least_slots(planner.method, num_experts, len(planner.settings.protected))
+    counts = args.bounds.choices(num_experts, fewest)
+    costs = LayerCosts(tuple(counts), kind.costs(planner, counts))
+    return UnitResult(NoFacts(), [write_costs(costs_file(job.part_dir, args.layer), costs)])
+
+
+def budget_unit(job: Job[BudgetArgs]) -> UnitResult[BudgetFacts]:
+    """Decide how many experts each layer keeps."""
+    args = job.args
+    costs = [read_costs(costs_file(job.part_dir, layer)) for layer in args.layers]
+    facts = BudgetFacts(args.layers, tuple(allocate(costs, args.total, args.place)))
+    return UnitResult(facts, [write_budget(budget_file(job.part_dir), facts)])

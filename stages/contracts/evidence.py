@@ -20,7 +20,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.paths import column_file, groups_file, statistics_file
 from stages.io.files import WrittenFile
 
-OverDomains = Literal["sum", "max", "same", "rows"]
+OverDomains = Literal["sum", "max", "same", "tokens", "weighted_tokens"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Column:
 
     meaning: description for the file's metadata; "{tokens}" in it becomes "all T tokens", or "tokens" if tokens are sampled.
     shape: dimensions of an array, such as "[D]". dtype: float64, float32 or int64. over_domains: what its value over several
-    domains is: their weighted sum, their maximum, the value of each, for what does not depend on tokens, or the rows of all one
-    after another, whatever the domains' weights.
+    domains is: their weighted sum, their maximum, or the value of each, for what does not depend on tokens; for values token by
+    token the tokens of all domains, and whether they are multiplied by the domain's weight.
     """
 
     name: str
@@ -78,6 +78,9 @@ class LayerEvidence:
             )
         return self.columns[name]
 
+
+PAIRED_AXES = {"router_logit_gram": 1, "output_gram": 1, "weight_gram": 1, "sampled_output_gram": 2}
+"""Columns that have a second axis of experts, and which. The first axis is the experts in all columns."""
 
 _KEYS = ("layer", "expert", "num_tokens", "num_output_tokens")
 _LEADING = ("layer", "expert", "num_tokens", "num_routed_tokens", "gate_sum", "num_output_tokens", "output_sum")

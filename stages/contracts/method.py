@@ -19,7 +19,7 @@ from stages.contracts.settings import Clustering, Merging
 S = TypeVar("S", bound=Clustering)
 
 Preset = Mapping[str, Mapping[str, JsonValue]]
-"""Settings by section: clustering, merging, refit, export."""
+"""Settings by section: clustering, budget, merging, refit, export."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,15 @@ class PlanSettings(Generic[S]):
 
     clustering: its own settings. merging: how weights are made of evidence. router: how a stock router's rows are combined;
     None for a tied export, whose router stays as it is. num_groups: groups of equally many experts, in order, that the router
-    first chooses from, where slots have to stay in them: of a stock export, for a method with `reads_groups`.
+    first chooses from, where slots have to stay in them: of a stock export, for a method with `reads_groups`. protected:
+    experts that must stay as they are; always empty for a method that does not declare `keeps_protected`.
     """
 
     clustering: S
     merging: Merging
     router: str | None
     num_groups: int = 1
+    protected: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Method(Generic[S]):
     settings: its section `clustering`. plan: given the evidence of a layer and the number of slots; a pure function.
     requires: given its settings, columns of evidence that it reads beyond those of every run. formats: that can express its
     plans.
+    keeps_protected: whether it reads `PlanSettings.protected`; any other method is given the evidence of the other experts
+    alone. predicts_routing: whether it predicts what the router picks among fewer experts, which not all families allow.
     reads_merging: whether it reads the section `merging`. reads_groups: whether it keeps slots within groups of a stock
     router. keeps_all: every expert is a slot, and a target's number of experts says how wide they are: as many parameters as so
     many experts have. needs_choice: its slots only list whose neurons are to be chosen from (`refit.neurons: choose`). linkage:
@@ -65,6 +69,8 @@ class Method(Generic[S]):
     reads_groups: bool = False
     keeps_all: bool = False
     needs_choice: bool = False
+    keeps_protected: bool = False
+    predicts_routing: bool = False
     linkage: Callable[[LayerEvidence, S], Array] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
 

@@ -6,6 +6,8 @@ SURVEY_FILE = "plan.json"
 TENSORS_FILE = "tensors.arrow"
 CHECKPOINT_DIR = "checkpoint"
 SCORES_FILE = "scores.json"
+GENERATION_FILE = "generation.json"
+RESULTS_FILE = "results.json"
 REPORT_FILE = "report.json"
 TRANSIENT_DIRS = ("hidden", "partial")
 
@@ -13,6 +15,11 @@ TRANSIENT_DIRS = ("hidden", "partial")
 def tokens_file(shard: int) -> str:
     """File of a token shard."""
     return f"tokens-{shard:04d}.arrow"
+
+
+def documents_file(part_dir: Path, domain: str) -> Path:
+    """Fingerprints of the documents that a text's sequences come from. domain: empty if the section has none."""
+    return part_dir / (f"documents-{domain}.arrow" if domain else "documents.arrow")
 
 
 def hidden_file(part_dir: Path, layer: int, shard: int) -> Path:
@@ -48,6 +55,21 @@ def column_file(part_dir: Path, layer: int, column: str) -> Path:
 def plan_file(part_dir: Path, layer: int) -> Path:
     """The layer plan: which experts of one layer are kept or merged."""
     return part_dir / f"layer-{layer:04d}.plan.arrow"
+
+
+def costs_file(part_dir: Path, layer: int) -> Path:
+    """What each number of experts costs one layer of a target; only where a budget compares layers."""
+    return part_dir / f"layer-{layer:04d}.costs.arrow"
+
+
+def budget_file(part_dir: Path) -> Path:
+    """How many experts each layer of a target keeps; only where a budget compares layers."""
+    return part_dir / "budget.arrow"
+
+
+def protected_file(part_dir: Path) -> Path:
+    """Experts of all layers that a target keeps as they are; only under `clustering.protect`."""
+    return part_dir / "protected.arrow"
 
 
 def replaced_file(part_dir: Path, layer: int) -> Path:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
 from stages.checkpoint.folder import Checkpoint
+from stages.contracts.budget import BUDGET_UNIT, BudgetFacts, BudgetKinds
+from stages.contracts.errors import InputError
 from stages.contracts.keys import Identity, Part
 from stages.contracts.method import Methods
 from stages.contracts.settings import RunConfig, Section
@@ -161,6 +163,20 @@ def narrowed_to(run: Run, target: Target) -> int | None:
     return kept_neurons(num_neurons_of(run.tensors), share, target.variant.refit.width_multiple)
 
 
+def counts_of(run: Run, target: Target) -> dict[int, int]:
+    """Experts that each MoE layer of a target keeps, by layer: what the target's budget has decided from the evidence, or what
+    the run file says. Raises InputError before a budget has decided."""
+    if target.variant.kind.costs is None:
+        return target.counts(run.survey)
+    part = run.part("cluster", target.part)
+    (unit,) = (unit for unit in run.units("cluster") if unit.part_dir == part.dir and unit.name == BUDGET_UNIT)
+    sealed = run.sealed(unit)
+    if sealed is None:
+        raise InputError(f"{part.dir}: the budget of {target.part} is not decided yet; run again with --from cluster")
+    facts = TypeAdapter(BudgetFacts).validate_python(sealed.facts)
+    return dict(zip(facts.layers, facts.num_slots, strict=True))
+
+
 class StageSpec(ABC):
     """A stage.
 
@@ -196,6 +212,10 @@ class StageSpec(ABC):
 
     def methods(self) -> Methods:
         """Methods that a variant may choose, by name."""
+        return {}
+
+    def budgets(self) -> BudgetKinds:
+        """Kinds of budgets that a variant may choose, by name."""
         return {}
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stages.contracts.budget import BudgetKind
 from stages.contracts.keys import key_of
 from stages.contracts.method import Method
-from stages.contracts.settings import Clustering, Export, Merging, Refit, WidthTarget
+from stages.contracts.protection import REQUIRED
+from stages.contracts.settings import Budget, Clustering, Export, Merging, Refit, WidthTarget
 from stages.contracts.survey import Survey
 
 NumExperts = int | tuple[int, ...]
@@ -15,28 +17,33 @@ NumExperts = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way from evidence to a checkpoint. name: empty if the run file lists no variants."""
+    """One way from evidence to a checkpoint. name: empty if the run file lists no variants. kind: of its budget."""
 
     name: str
     method: Method[Any]
     clustering: Clustering
+    kind: BudgetKind
+    budget: Budget
     merging: Merging
     refit: Refit
     export: Export
 
     @property
     def requires(self) -> frozenset[str]:
-        """Columns of evidence that its method and its merging require beyond the default ones."""
+        """Columns of evidence that it requires beyond the default ones: for its method, its merging, its budget and its
+        protection."""
         own: frozenset[str] = self.method.requires(self.clustering)
-        return own | self.merging.requires if self.method.reads_merging else own
+        merging = self.merging.requires if self.method.reads_merging else frozenset[str]()
+        return own | merging | self.kind.requires | REQUIRED[self.clustering.protect]
 
 
 @dataclass(frozen=True)
 class Target:
     """A checkpoint to be made.
 
-    num_experts, width: as the run file asks for them. A method that keeps all experts takes num_experts as the parameters that
-    it may keep: those of so many experts. name: name of its folder under `models/`. format: "tied" or "stock".
+    num_experts, width: as the run file asks for them; num_experts is the mean a layer where the budget of the variant gives
+    layers different numbers. A method that keeps all experts takes num_experts as the parameters that it may keep: those of so
+    many experts. name: name of its folder under `models/`. format: "tied" or "stock".
     """
 
     variant: Variant
@@ -60,7 +67,8 @@ class Target:
         return num_experts if self.variant.method.keeps_all else self.num_experts
 
     def counts(self, survey: Survey) -> dict[int, int]:
-        """Experts that each MoE layer keeps, by layer."""
+        """Experts that each MoE layer keeps, by layer, as far as the run file says: `stages.contracts.spec.counts_of` knows
+        what a budget has decided."""
         kept = self.kept_experts(survey.num_experts)
         if isinstance(kept, int):
             return dict.fromkeys(survey.moe_layers, kept)

@@ -11,7 +11,7 @@ from stages.checkpoint.schemes import FITTED
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.settings import RunConfig
-from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec, narrowed_to, plans_of
+from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec, counts_of, narrowed_to, plans_of
 from stages.contracts.targets import Target
 from stages.contracts.units import Unit, UnitCall
 from stages.merge.layout import OutputFile, output_files
@@ -115,6 +115,9 @@ class Merge(StageSpec):
             yield "export.mtp is merge: layers for further tokens follow the last MoE layer; their drafts are not measured"
 
     def _check_schemes(self, run: Run) -> None:
+        for target in run.targets:
+            if narrowed_to(run, target) is not None:
+                _files(run, target, target.counts(run.survey))  # refuses widths that a scheme cannot have
         fitted = sorted({row.scheme for row in run.tensors if row.scheme in FITTED and row.role in ("expert", "fused_expert")})
         for target in run.targets if fitted else ():
             variant, counts = target.variant, target.counts(run.survey)
@@ -141,13 +144,14 @@ class Merge(StageSpec):
         """One for each output file."""
         for target in run.targets:
             part, export = run.part(self.name, target.part), target.variant.export
-            for number, file in enumerate(_files(run, target)):
+            counts = counts_of(run, target)
+            for number, file in enumerate(_files(run, target, counts)):
                 args = MergeArgs(
                     model=str(run.model),
                     survey_dir=run.part("prepare", "model").dir,
                     plan_dir=plans_of(run, target).dir,
                     num_experts=run.survey.num_experts,
-                    num_merged=target.counts(run.survey),
+                    num_merged=counts,
                     format=target.format,
                     value_dtype=export.dtype,
                     merges_mtp=export.mtp == "merge",
@@ -163,15 +167,15 @@ class Merge(StageSpec):
         """A unit for each output file."""
         checkpoints = []
         for target in run.targets:
-            files = _files(run, target)
+            files = _files(run, target, target.counts(run.survey))
             num_bytes = sum(file.num_bytes for file in files)
             kept = target.kept_experts(run.survey.num_experts)
             checkpoints.append(PlannedCheckpoint(target.name, kept, narrowed_to(run, target), len(files), num_bytes))
         return StagePlan(f"{sum(one.num_files for one in checkpoints)} files", "workers", checkpoints=checkpoints)
 
 
-def _files(run: Run, target: Target) -> list[OutputFile]:
-    counts, export = target.counts(run.survey), target.variant.export
+def _files(run: Run, target: Target, counts: Mapping[int, int]) -> list[OutputFile]:
+    export = target.variant.export
     return output_files(
         run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype, export.mtp == "merge",
         narrowed_to(run, target),

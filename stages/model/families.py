@@ -26,7 +26,8 @@ class Family:
     score: how the router turns logits into scores: "softmax" over the experts or "sigmoid" of each. group_scores: for a router
     that first picks groups of experts, number of best scores in a group that rank it; 0 without groups. gates_input: the gate
     multiplies the expert's input, and the experts get one block of rows each. normalises_outputs: a norm stands between the
-    experts' outputs and the residual stream, so that a refit cannot solve for them. refused_settings: settings of the config
+    experts' outputs and the residual stream, so that a refit cannot solve for them. rerouting: why its logits alone do not tell
+    which experts a token would use if there were fewer; empty where they do. refused_settings: settings of the config
     that must be absent, false or zero, with the reason.
     """
 
@@ -34,6 +35,7 @@ class Family:
     group_scores: int = 0
     gates_input: bool = False
     normalises_outputs: bool = False
+    rerouting: str = ""
     refused_settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -59,6 +61,7 @@ SUPPORTED: dict[str, Family] = {
     "flint": _SIGMOID,
     "gemma4_text": Family(
         normalises_outputs=True,
+        rerouting="each expert has a factor of its own in its gates",
         refused_settings={
             "num_kv_shared_layers": "its last layers reuse keys and values of earlier ones, which layer shards do not pass on",
             "hidden_size_per_layer_input": "every layer has its own embedding of the tokens, which layer shards do not pass on",
@@ -90,7 +93,7 @@ SUPPORTED: dict[str, Family] = {
     "mixtral": _SOFTMAX,
     "nemotron_h": _GROUPS,
     "olmoe": _SOFTMAX,
-    "phimoe": _SOFTMAX,
+    "phimoe": Family(rerouting="its second gate is made of what the first pick leaves"),
     "qwen2_moe": _SOFTMAX,
     "qwen3_5_moe_text": _SOFTMAX,
     "qwen3_moe": _SOFTMAX,

@@ -1,10 +1,24 @@
 """Assigns the tokens of a micro-batch to experts.
 
-Dimensions: T tokens, k experts a token, R = T k routed pairs of a token and an expert.
+Dimensions: T tokens, k experts a token, R = T k routed pairs of a token and an expert, E experts.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_CHOICE_BIASES = ("e_score_correction_bias", "expert_bias")
+"""Names of what routers add to scores where they pick experts, and not to gates (DeepSeek-V3, arXiv:2412.19437, eq. 16)."""
+
+
+def choice_bias(layer: nn.Module, num_experts: int) -> Tensor | None:
+    """What a decoder layer's router adds to scores where it picks experts, float64 [E]; None for a router without.
+
+    Whoever uses it checks that it explains what the model picks (`stages.cluster.rerouting.rule_of`).
+    """
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if name.rpartition(".")[2] in _CHOICE_BIASES and tensor.numel() == num_experts:
+            return tensor.detach().double().flatten()
+    return None
 
 
 class Routing:

@@ -249,15 +249,3 @@ def test_plan_states_what_matching_neurons_and_outputs_of_every_token_cost(tmp_p
     assert any(line.startswith("feature token_wise: every expert's output on every token") for line in lines["calibrate"])
     assert f"memory of a layer whose neurons are matched: {pair} for a pair of experts" in lines["cluster"]
     assert any(line.startswith("  zipit: grows with the square") for line in lines["cluster"])
-
-
-def test_whole_neurons_are_chosen_in_place_of_joined_ones(tmp_path: Path) -> None:
-    """`refit.neurons: choose` begins from a zipped plan, and replaces it: rows of gate are the members' own."""
-    source = save(build("mixtral", torch.float32), tmp_path / "source")
-    variants = [{"name": "both", "preset": "hc-recombine", "merging": {"method": "zipit"}}]
-    (folder,) = exports(source, tmp_path / "run", 3, ["stock"], variants).values()
-    before, after = read_tensors(source), read_tensors(folder)
-    for layer in range(3):
-        prefix = f"model.layers.{layer}.block_sparse_moe.experts"
-        known = {tuple(row.tolist()) for e in range(NUM_EXPERTS) for row in before[f"{prefix}.{e}.w1.weight"]}
-        assert {tuple(row.tolist()) for slot in range(3) for row in after[f"{prefix}.{slot}.w1.weight"]} <= known

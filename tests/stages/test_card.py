@@ -14,8 +14,8 @@ from stages.assemble.spec import AssembleFacts
 FACTS = CardFacts(
     name="tiny-4e-stock", source="org/tiny", base_model="org/tiny", revision="abc", num_experts=8, experts_text="4",
     source_parameters=2000, source_bytes=4000, router="frequency", method="HC-SMoE",
-    method_source="arXiv:2410.08589", calibration="4 sequences", clustering="linkage average", merging="frequency", refit="",
-    settings={"model": "org/tiny", "calibration": {"data": ["x.txt"]}},
+    method_source="arXiv:2410.08589", calibration="4 sequences", clustering="linkage average", budget="", merging="frequency",
+    refit="", settings={"model": "org/tiny", "calibration": {"data": ["x.txt"]}},
 )  # fmt: skip
 WRITTEN = AssembleFacts(parameters=1000, bytes=2000, left_behind=())
 OURS = {

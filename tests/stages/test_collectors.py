@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from stages.calibrate.collectors.base import Collector, Sums
 from stages.calibrate.collectors.registry import DEFAULT, FURTHER, collectors, gathering, register
 from stages.calibrate.even_tokens import MOST_TOKENS, MOST_VALUES, EvenTokens, step_of
 from stages.calibrate.observations import RoutedView
-from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs, ReduceArgs
+from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs, ReduceArgs, TokenSampleArgs, sampled_tokens
 from stages.calibrate.sums import PartialSums, add_up, evidence_of, read_partial_sums, write_partial_sums
+from stages.calibrate.token_sample import TokenSample
 from stages.calibrate.units import calibrate_unit, open_shard, reduce_unit
 from stages.calibrate.watcher import Watcher
 from stages.contracts.arrow import read_table
@@ -44,7 +46,8 @@ from tests.tiny import FAMILIES, logits, random_ids
 
 NUM_SEQUENCES, LENGTH = random_ids().shape
 GATHERED = (
-    "output_norms", "output_norm", "gated_output", "neuron_importance", "weight_gram", "output_gram", "neuron_activations",
+    "output_norms", "output_norm", "gated_output", "neuron_importance", "largest_down_output", "sampled_outputs", "weight_gram",
+    "output_gram", "neuron_activations",
 )  # fmt: skip
 STEP = 3
 
@@ -85,10 +88,17 @@ def layer(tiny_checkpoint: Callable[[str], Path]) -> Layer:
     return Layer(tiny_checkpoint("mixtral"), FAMILIES["mixtral"].moe_layers[-1], random_ids())
 
 
+PLACES = np.array([0, 7, 50, 95, 160, 201, 255])
+"""Of sampled tokens; none of them in sequences 3 and 4."""
+BIAS = torch.linspace(1, 2, FAMILIES["mixtral"].num_experts)
+
+
 def watched(layer: Layer, ids_ST: np.ndarray, cells: Cells, first: int = 0) -> PartialSums:
     """first: the sequence of the calibration set with which the token shard begins."""
     weights, even = ExpertWeights(layer.experts), EvenTokens(STEP, first * LENGTH, ids_ST.size)
-    with Watcher(layer.index, weights, layer.router, Family(), cells, collectors(GATHERED), even) as watcher:
+    places = np.array([p for p in PLACES - first * LENGTH if 0 <= p < ids_ST.size], dtype=np.int64)
+    parts = (weights, layer.router, Family(), cells, collectors(GATHERED), even, TokenSample(places), BIAS)
+    with Watcher(layer.index, *parts) as watcher:
         logits(layer.model, ids_ST)
     return watcher.result()
 
@@ -148,6 +158,12 @@ def test_further_sums_are_what_their_columns_say(layer: Layer) -> None:
         a_TF = silu(layer.x_TD @ gate_FD.T) * (layer.x_TD @ up_FD.T)
         norms_F = layer.experts.down_proj[expert].double().square().sum(0)
         close(evidence["neuron_importance_sum"][expert], (gates_T[:, None] * a_TF).square().sum(0) * norms_F)
+        close(evidence["largest_down_output"][expert], outputs_TD[gates_T > 0].abs().max())
+        close(evidence["sampled_gates"][expert], gates_T[PLACES])
+        close(evidence["sampled_logits"][expert], layer.router_logits_TE[PLACES, expert])
+        for other in range(layer.num_experts):
+            products = [float(outputs_TD[place] @ layer.outputs_of(other)[place]) for place in PLACES]
+            np.testing.assert_allclose(evidence["sampled_output_gram"][expert, :, other], products, rtol=1e-4, atol=1e-5)
         close(evidence["neuron_activations"][expert], a_TF[::STEP])
     assert evidence["neuron_activations"].dtype == np.float32
     outputs = [layer.outputs_of(expert).flatten() for expert in range(layer.num_experts)]
@@ -155,6 +171,7 @@ def test_further_sums_are_what_their_columns_say(layer: Layer) -> None:
                for expert in range(layer.num_experts)]  # fmt: skip
     for name, vectors in (("output_gram", outputs), ("weight_gram", weights)):
         close(evidence[name], [[float(one @ other) for other in vectors] for one in vectors])
+    assert evidence["router_choice_bias"].tolist() == BIAS.double().tolist()
 
 
 def test_the_outputs_of_a_sample_are_multiplied_on_its_tokens(layer: Layer) -> None:
@@ -209,6 +226,27 @@ def test_a_token_shard_without_a_chosen_token_is_stored(layer: Layer, tmp_path: 
     write_partial_sums(tmp_path / "empty", watcher.result())
     kept = read_partial_sums(tmp_path / "empty").sums["neuron_activations"]["a"]
     assert kept.shape == (layer.num_experts, 0, weights.intermediate)
+
+
+@pytest.mark.parametrize("num_sampled", [1, 50, 200, 256, 1000])
+@pytest.mark.parametrize("tokens_per_shard", [32, 96, 256])
+def test_the_sampled_tokens_do_not_depend_on_shards(num_sampled: int, tokens_per_shard: int) -> None:
+    """They are spread over the calibration set, and all of it where they are as many."""
+    args = TokenSampleArgs(num_sampled, 256, 0, tokens_per_shard, seed=3)
+    found = [TokenSample.of(replace(args, first_token=first)).places_N + first for first in range(0, 256, tokens_per_shard)]
+    whole = TokenSample.of(replace(args, tokens_per_shard=256)).places_N
+    assert np.concatenate(found).tolist() == whole.tolist()
+    assert len(set(whole.tolist())) == len(whole) and ((whole >= 0) & (whole < 256)).all()
+    if num_sampled <= 128:  # one of each stretch, which is at least two wide
+        assert len(whole) == num_sampled
+        assert (np.abs(whole - (np.arange(num_sampled) + 0.5) * 256 / num_sampled) <= 0.5 * 256 / num_sampled + 1).all()
+    if num_sampled >= 256:
+        assert whole.tolist() == list(range(256))
+
+
+def test_the_sample_shrinks_where_there_are_many_experts() -> None:
+    assert [sampled_tokens(experts, 10**6) for experts in (8, 64, 128, 256)] == [1024, 1024, 256, 64]
+    assert sampled_tokens(8, 500) == 500
 
 
 def test_output_sums_by_cell_run_over_the_sampled_tokens_of_each_cell(layer: Layer) -> None:

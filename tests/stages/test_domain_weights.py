@@ -72,7 +72,7 @@ def test_a_domain_that_reaches_no_expert_counts_nothing() -> None:
 
 
 def test_columns_that_are_no_sums_are_not_added() -> None:
-    rules = {"largest": "max", "distance": "same", "kept": "rows"}
+    rules = {"largest": "max", "distance": "same", "kept": "tokens"}
     columns = [{"sum": [1.0, 2.0], "largest": [5.0, 1.0], "distance": [7.0, 8.0], "kept": [[[1.0]], [[2.0]]]}]
     rows = [[[3.0], [4.0]], [[5.0], [6.0]]]
     columns.append({"sum": [10.0, 20.0], "largest": [3.0, 4.0], "distance": [7.0, 8.0], "kept": rows})

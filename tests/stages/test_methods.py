@@ -14,13 +14,13 @@ from stages.cluster import linkage, matching
 from stages.cluster.features import Feature
 from stages.cluster.matching import lost
 from stages.cluster.registry import methods
-from stages.contracts.evidence import LayerEvidence
+from stages.contracts.evidence import PAIRED_AXES, LayerEvidence
 from stages.contracts.layer_plan import LayerPlan, Member
 from stages.contracts.method import PlanSettings
 from stages.contracts.settings import Merging
 from tests.conftest import REPOSITORY
 
-NUM_EXPERTS, HIDDEN, NEURONS, TOKENS = 12, 5, 64, 300
+NUM_EXPERTS, HIDDEN, NEURONS, TOKENS, SAMPLED = 12, 5, 64, 300, 20
 METHODS = sorted(methods())
 PRUNING = sorted(name for name, method in methods().items() if not method.reads_merging)
 CLUSTERING = sorted(set(METHODS) - set(PRUNING))
@@ -32,6 +32,7 @@ VARIANTS = [
     *((name, {"feature": feature}) for name in ("kmeans", "ream") for feature in FEATURES),
     ("ean", {"statistic": "sum"}),
     ("ream", {"max_absorbed": 2}),
+    ("o_prune", {"max_subsets": 50}),
 ]
 
 
@@ -56,6 +57,10 @@ def evidence_of(seed: int = 0, num_experts: int = NUM_EXPERTS) -> LayerEvidence:
         "neuron_importance_sum": random.exponential(size=(num_experts, NEURONS)),
         "gated_output_sum": (gate_TE[..., None] * output_TED).sum(0),
         "output_gram": np.einsum("ted,tfd->ef", output_TED, output_TED),
+        "sampled_output_gram": np.einsum("ned,nfd->enf", output_TED[:SAMPLED], output_TED[:SAMPLED]),
+        "sampled_gates": gate_TE[:SAMPLED].T,
+        "sampled_logits": logits_TE[:SAMPLED].T,
+        "router_choice_bias": np.zeros(num_experts),
     }
     weight_EP = random.normal(size=(num_experts, 40)) * scale_E[:, None]
     columns["weight_gram"] = weight_EP @ weight_EP.T
@@ -65,7 +70,7 @@ def evidence_of(seed: int = 0, num_experts: int = NUM_EXPERTS) -> LayerEvidence:
 def renumbered(evidence: LayerEvidence, order: list[int]) -> LayerEvidence:
     """Expert i of the new numbering is expert order[i] of the old one."""
     columns = {name: values[order] for name, values in evidence.columns.items()}
-    columns |= {name: values[:, order] for name, values in columns.items() if name.endswith("_gram")}
+    columns |= {name: values.take(order, PAIRED_AXES[name]) for name, values in columns.items() if name in PAIRED_AXES}
     return LayerEvidence(evidence.layer, evidence.num_tokens, evidence.num_output_tokens, len(order), columns)
 
 
@@ -313,12 +318,17 @@ def test_a_method_says_where_it_is_from_and_what_it_cannot_do(name: str) -> None
     method = methods()[name]
     assert method.source and method.limits.endswith(".") and method.title
     assert method.presets and all(
-        preset.keys() <= {"clustering", "merging", "refit", "export"} for preset in method.presets.values()
+        preset.keys() <= {"clustering", "budget", "merging", "refit", "export"} for preset in method.presets.values()
     )
 
 
 def test_the_page_of_methods_lists_all_presets_with_their_methods_and_formats() -> None:
-    rows = [line.split("|") for line in (REPOSITORY / "docs" / "methods.md").read_text().splitlines() if line.startswith("| `")]
+    lines = (REPOSITORY / "docs" / "methods.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| `") and line.count("`") >= 4]
     listed = {preset.strip(" `"): (method.strip(" `"), formats.strip()) for _, preset, method, _, _, formats, _ in rows}
-    known = {name: (method.name, ", ".join(method.formats)) for method in methods().values() for name in method.presets}
+    known = {
+        name: (method.name, ", ".join(preset.get("export", {}).get("formats", method.formats)))  # type: ignore[arg-type]
+        for method in methods().values()
+        for name, preset in method.presets.items()
+    }
     assert listed == known

@@ -164,12 +164,13 @@ NORMALISED = sorted(name for name, family in SUPPORTED.items() if family.normali
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe", "nemotron_h", "granitemoe"])
 def test_a_refitted_checkpoint_is_nearer_to_the_source(family: str, tmp_path: Path) -> None:
-    """In every layer, and in its logits; every other tensor keeps its bytes."""
+    """In every layer, and in its logits; every other tensor keeps its bytes. The ridge is given: 8 held-out tokens are too few
+    to choose one."""
     source = save(build(family, torch.float32), tmp_path / "source")
     path, ids = token_ids(tmp_path)
     formats = ["tied", "stock"]
     plain = run_all(source, tmp_path / "run", path, [4], formats)
-    fitted = run_all(source, tmp_path / "refit", path, [4], formats, refit={"mode": "sequential"})
+    fitted = run_all(source, tmp_path / "refit", path, [4], formats, refit={"mode": "sequential", "ridge": 1e-3})
     due = logits(load(source), ids)
     for target in fitted:
         for layer in facts(tmp_path / "refit", target):

@@ -1,6 +1,6 @@
 """Base class of collectors. Neither this module nor a collector imports torch, because the driver reads their declarations.
 
-Dimensions: C cells, D hidden size, E experts, F intermediate size, N evenly spaced tokens of a token shard.
+Dimensions: C cells, D hidden size, E experts, F intermediate size; of a token shard M evenly spaced tokens and N sampled ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stages.contracts.evidence import Column
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.calibrate.observations import InputView, RoutedView, RouterView, UnroutedView
+    from stages.calibrate.observations import InputView, RoutedView, RouterView, SampledView, UnroutedView
     from stages.contracts.arrow import Array
 
 Sums = Mapping[str, "Tensor"]
@@ -26,7 +26,7 @@ class Sum:
     """A sum that a collector keeps for each expert. shape: axes of one expert's part, as letters of the legend above in
     brackets.
 
-    A sum with C in its shape is kept separately for each cell, any other in total.
+    A sum with C in its shape is kept separately for each cell, one with M or N for each of those tokens, any other in total.
     """
 
     name: str
@@ -57,11 +57,12 @@ class Summed(Protocol):
 class Collector:
     """One or several sums over tokens for every expert of a layer. A collector has no state: sums are passed in.
 
-    columns: the evidence columns that it computes, with their meaning.
+    columns: the evidence columns that it computes, with their meaning. keeps_tokens: whether it observes sampled tokens.
     """
 
     name: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
+    keeps_tokens: ClassVar[bool] = False
 
     @property
     def sums(self) -> tuple[Sum, ...]:
@@ -80,6 +81,9 @@ class Collector:
 
     def observe_routed(self, sums: Sums, routed: RoutedView) -> None:
         """Add routed pairs with their gates and outputs."""
+
+    def observe_sampled(self, sums: Sums, sampled: SampledView) -> None:
+        """Fill in sampled tokens, if the collector keeps them."""
 
     def add(self, one: Mapping[str, Array], other: Mapping[str, Array]) -> Mapping[str, Array]:
         """Combine sums over two successive token shards.

@@ -29,16 +29,16 @@ class NeuronActivations(Collector):
         Column(
             NEURON_COLUMN,
             "on evenly spaced tokens, in order: the input of W_down, not gated",
-            "[N F]",
+            "[M F]",
             dtype="float32",
-            over_domains="rows",
+            over_domains="tokens",
         ),
     )
 
     @property
     def sums(self) -> tuple[Sum, ...]:
         """One row for each chosen token of the shard."""
-        return (Sum("a", "[N F]"),)
+        return (Sum("a", "[M F]"),)
 
     def observe_input(self, sums: Sums, view: InputView) -> None:
         """Keep the activations of the chosen tokens among these."""

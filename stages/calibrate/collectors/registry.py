@@ -5,12 +5,14 @@ from collections.abc import Iterable
 from stages.calibrate.collectors.base import Collector
 from stages.calibrate.collectors.gated_output import GatedOutput
 from stages.calibrate.collectors.gated_output_norm import GatedOutputNorm
+from stages.calibrate.collectors.largest_down_output import LargestDownOutput
 from stages.calibrate.collectors.neuron_activations import NeuronActivations
 from stages.calibrate.collectors.neuron_importance import NeuronImportance
 from stages.calibrate.collectors.output_gram import OutputGram
 from stages.calibrate.collectors.output_norm import OutputNorm
 from stages.calibrate.collectors.output_sum import OutputSum
 from stages.calibrate.collectors.router_scores import RouterScores
+from stages.calibrate.collectors.sampled_outputs import SampledOutputs
 from stages.calibrate.collectors.usage import Usage
 from stages.calibrate.collectors.weight_gram import WeightGram
 from stages.contracts.errors import InputError
@@ -20,7 +22,16 @@ DEFAULT: tuple[Collector, ...] = (Usage(), GatedOutputNorm(), RouterScores(), Ou
 """Used by every run. Their columns share one file, in the order of this tuple."""
 FURTHER: dict[str, Collector] = {
     collector.name: collector
-    for collector in (OutputNorm(), GatedOutput(), NeuronImportance(), WeightGram(), OutputGram(), NeuronActivations())
+    for collector in (
+        OutputNorm(),
+        GatedOutput(),
+        NeuronImportance(),
+        LargestDownOutput(),
+        SampledOutputs(),
+        WeightGram(),
+        OutputGram(),
+        NeuronActivations(),
+    )
 }
 """Used only if a method requires one of their columns. Each column has a separate file."""
 

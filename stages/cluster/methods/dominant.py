@@ -31,8 +31,15 @@ METHOD = Method(
     name="dominant",
     title="M-SMoE",
     source="arXiv:2310.01334",
-    limits="The paper aligns neurons first (here: merging.align), and has one threshold of use for all layers.",
+    limits="Experts are merged as they are, unless merging.align brings their neurons into one order first, as the paper does.",
     settings=Dominant,
     plan=plan,
-    presets={"m-smoe": {"merging": {"method": "frequency"}}},
+    presets={
+        "m-smoe": {"merging": {"method": "frequency"}},
+        "m-smoe-global": {
+            "merging": {"method": "frequency"},
+            "budget": {"kind": "usage"},
+            "export": {"formats": ["tied"]},
+        },
+    },
 )

@@ -1,0 +1,1 @@
+"""Kinds of budgets, one file each. None imports scipy before it computes."""
