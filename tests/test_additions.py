@@ -144,6 +144,8 @@ def test_a_method_and_a_pruning_rule_of_ones_own_share_a_run_with_hc_smoe(
         "choose, but method reap keeps single experts",
         "variants=[{name: a, preset: recombine, merging: {align: weight}}]": "variants: a: merging aligns neurons, but "
         "refit.neurons is choose: whole neurons are kept as they are; leave one of them out",
+        "variants=[{name: a, preset: slim, budget: {kind: usage}, export: {formats: [tied]}}]": "variants: a: budget.kind is "
+        "usage, but method slim keeps all experts of every layer; set budget.kind to uniform",
         "variants=[{name: a, preset: slim, refit: {neurons: keep}}]": "variants: a: method slim keeps some of its experts' "
         "neurons; set refit to {mode: sequential, neurons: choose}",
         "refit={neurons: choose}": "refit: neurons is set, but nothing is refitted; set mode to sequential, or leave it out",

@@ -114,15 +114,15 @@ def _kind_of(budget: Budget, method: Method[Any], clustering: Clustering, export
     kind = known[budget.kind]
     if kind.costs is None:
         return kind
-    asked = (entry.experts if isinstance(entry, WidthTarget) else entry for entry in clustering.num_experts)
-    if any(not isinstance(count, int) for count in asked):
+    if method.keeps_all:
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, but method {method.name} keeps all experts of every layer; set budget.kind to "
+            "uniform"
+        )
+    if any(isinstance(count, tuple) for count in clustering.num_experts):
         raise InputError(
             f"{at}budget.kind is {kind.name}, but clustering.num_experts lists a number for each layer; give their mean alone, "
             "or set budget.kind to uniform"
-        )
-    if method.keeps_all:
-        raise InputError(
-            f"{at}budget.kind is {kind.name}, but method {method.name} keeps all experts; set budget.kind to uniform"
         )
     if "tied" not in method.formats:
         raise InputError(

@@ -316,17 +316,6 @@ class Clustering(Section):
         """All settings, but `protect` only where it is set: keys and model cards of runs without it stay as they are."""
         return {name: value for name, value in values(self).items() if name != "protect" or value != "none"}
 
-
-class Budget(Section):
-    """How the experts that are kept are distributed over the layers. `clustering.num_experts` is the mean a layer."""
-
-    kind: str = "uniform"
-    """Name of the kind; any other than uniform gives layers different numbers, which only the tied format can express."""
-    least: Count | None = None
-    """Experts that every layer keeps at least. Never fewer than the router picks for a token."""
-    multiple_of: Count = 1
-    """Every layer's number of experts is a multiple of this one, such as the number of devices of expert parallelism."""
-
     @model_validator(mode="before")
     @classmethod
     def _long_form(cls, values: Any) -> Any:
@@ -339,6 +328,17 @@ class Budget(Section):
 
 NEURON_COLUMN = "neuron_activations"
 """Column of evidence by which neurons are compared."""
+
+
+class Budget(Section):
+    """How the experts that are kept are distributed over the layers. `clustering.num_experts` is the mean a layer."""
+
+    kind: str = "uniform"
+    """Name of the kind; any other than uniform gives layers different numbers, which only the tied format can express."""
+    least: Count | None = None
+    """Experts that every layer keeps at least. Never fewer than the router picks for a token."""
+    multiple_of: Count = 1
+    """Every layer's number of experts is a multiple of this one, such as the number of devices of expert parallelism."""
 
 
 class Merging(Section):

@@ -37,9 +37,8 @@ def test_the_rule_of_a_familys_router_is_found_unless_it_is_refused(family: str,
     held = open_shard(CalibrationShardArgs(str(source), 0, survey.num_layers, 1, survey.routers))
     (tmp_path / "tokens").mkdir()
     write_tokens(tmp_path / "tokens" / tokens_file(0), np.random.default_rng(0).integers(3, 128, (4, 16)))
-    args = CalibrateArgs(
-        StreamArgs("tokens", 0, 4, is_last=True), None, ("sampled_outputs",), TokenSampleArgs(64, 64, 0, 64, 0)
-    )
+    sample = TokenSampleArgs(64, 64, 0, 64, 0)
+    args = CalibrateArgs(StreamArgs("tokens", 0, 4, is_last=True), None, ("sampled_outputs",), token_sample=sample)
     calibrate_unit(HeldJob(tmp_path, tmp_path / "calibrate", args, held))
     for layer in survey.moe_layers:
         sums = read_partial_sums(partial_evidence_file(tmp_path / "calibrate", layer, 0)).sums["sampled_outputs"]

@@ -233,3 +233,14 @@ def test_what_no_checkpoint_can_be_is_refused_before_anything_runs(
         run_all(source, tmp_path / "run", path, targets, ["stock"], **changes)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_layers_with_different_numbers_of_experts_may_be_narrower_too(tmp_path: Path) -> None:
+    """A budget gives the numbers, the target their mean and the width of all."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, ids = token_ids(tmp_path)
+    targets = [{"experts": 5, "width": 0.5}]
+    exports = run_all(source, tmp_path / "run", path, targets, ["tied"], refit=CHOOSE, budget={"kind": "usage"})
+    config = read_config(exports["5e-0.5w-tied"])
+    assert config["intermediate_size"] == 24 and sum(config["hcsmoe_num_experts"].values()) == 15
+    assert torch.isfinite(logits(load(exports["5e-0.5w-tied"], trust_remote_code=True), ids)).all()
