@@ -106,7 +106,8 @@ class Model:
             first_unloaded_tensor=None,
             ignored_files=(),
             outside_bytes=2 * VALUE_BYTES * self.vocab_size * self.hidden_size,
-            layer_bytes=tuple(VALUE_BYTES * self.layer_values(layer) for layer in range(self.num_layers)),
+            layer_bytes=(layer_bytes := tuple(VALUE_BYTES * self.layer_values(layer) for layer in range(self.num_layers))),
+            layer_held_bytes=layer_bytes,
             layer_expert_bytes=tuple(expert_bytes * self.is_moe(layer) for layer in range(self.num_layers)),
         )
 

@@ -18,8 +18,8 @@ class AssembleArgs:
 
     model: source folder. merge_dir: folder of the weight files, relative to the run directory. files: SHA-256 of the weight
     files by name. num_merged: experts that each MoE layer keeps. architecture: transformers class of the source. format: "tied"
-    or "stock". value_dtype: torch name of the dtype in which formerly quantised values were written. num_neurons: of an expert,
-    where it has fewer than the source's.
+    or "stock". value_dtype: of `export.dtype`. merges_mtp: whether `export.mtp` is merge. num_neurons: of an expert, where it
+    has fewer than the source's.
     """
 
     model: str
@@ -29,6 +29,7 @@ class AssembleArgs:
     architecture: str
     format: str
     value_dtype: str
+    merges_mtp: bool
     card: CardFacts
     num_neurons: int | None = None
 
@@ -49,7 +50,7 @@ class Assemble(StageSpec):
     """Makes a complete, loadable checkpoint folder for every target."""
 
     name = "assemble"
-    version = 5
+    version = 6
     libraries = ("transformers",)
     after = ("prepare", "merge")
 
@@ -88,6 +89,7 @@ def _unit(run: Run, target: Target, files: Mapping[str, str]) -> Unit:
         architecture=run.survey.architecture,
         format=target.format,
         value_dtype=target.variant.export.dtype,
+        merges_mtp=target.variant.export.mtp == "merge",
         card=card_facts(run, target),
         num_neurons=narrowed_to(run, target),
     )

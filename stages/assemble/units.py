@@ -36,24 +36,33 @@ def assemble_unit(job: Job[AssembleArgs]) -> UnitResult[AssembleFacts]:
         merged = job.run_dir / args.merge_dir / CHECKPOINT_DIR / name
         link_or_copy(merged, folder / name)
         written.append(WrittenFile(folder / name, merged.stat().st_size, digest))
-    written += _write_config(source, folder, args)
-    written += [_copy(source.folder, name, folder) for name in source.side_files.kept]
     tensors = [entry for name in args.files for entry in read_header(folder / name).entries]
+    written += _write_config(source, folder, args, {entry.name for entry in tensors})
+    written += [_copy(source.folder, name, folder) for name in source.side_files.kept]
     if list(args.files) != [SINGLE_FILE]:
         written.append(write_json(folder / INDEX_FILE, _index(source, tensors)))
     target = Checkpoint(folder)
     check_complete(AdaptedModel(target))
-    num_parameters = sum(entry.num_elements for entry in tensors if not entry.name.endswith(".expert_map"))
+    num_parameters = sum(one.num_elements for one in target.tensors.values() if not one.name.endswith(".expert_map"))
     facts = AssembleFacts(num_parameters, target.total_bytes, tuple(source.side_files.left))
     card = model_card(args.card, args.format, facts, _source_card(source))
     written.append(write_bytes(folder / CARD_FILE, card.encode()))
     return UnitResult(facts, written)
 
 
-def _write_config(source: Checkpoint, folder: Path, args: AssembleArgs) -> Sequence[WrittenFile]:
+def _write_config(source: Checkpoint, folder: Path, args: AssembleArgs, names: set[str]) -> Sequence[WrittenFile]:
     classes = auto_classes(source) if args.format == "tied" else {}
     config = target_config(
-        source.config, args.architecture, classes, args.num_merged, args.format, args.value_dtype, args.num_neurons
+        source.config,
+        args.architecture,
+        classes,
+        args.num_merged,
+        args.format,
+        args.value_dtype,
+        source.raw_tensors,
+        names,
+        args.merges_mtp,
+        args.num_neurons,
     )
     written = write_json(folder / CONFIG_FILE, writable(config))
     if args.format != "tied":

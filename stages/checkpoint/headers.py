@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.checkpoint.schemes import Scheme
 from stages.contracts.errors import InputError
 from stages.io.files import DigestingFile
 from stages.io.storage import read_range
@@ -49,8 +50,8 @@ class TensorEntry:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes on disk; for a quantised tensor, bytes of its packed numbers and scales."""
-        return self.packing.weight.num_bytes + self.packing.scales.num_bytes if self.packing else self.num_bytes
+        """Bytes on disk; for a quantised tensor, bytes of all its parts."""
+        return sum(part.num_bytes for part in self.packing.parts.values()) if self.packing else self.num_bytes
 
     @property
     def num_elements(self) -> int:
@@ -60,15 +61,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Packing:
-    """Storage of a quantised tensor's values: its packed numbers and its scales on disk.
+    """Storage of a quantised tensor's values. parts: what stands on disk, by its part in the scheme."""
 
-    scheme: "fp8" or "mxfp4". block: rows and columns that share a scale.
-    """
-
-    scheme: str
-    weight: TensorEntry
-    scales: TensorEntry
-    block: tuple[int, int]
+    scheme: Scheme
+    parts: Mapping[str, TensorEntry]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stages.checkpoint.folder import Checkpoint
 from stages.checkpoint.reader import TensorReader
+from stages.checkpoint.schemes import WEIGHT
 from stages.contracts.arrow import Array
 from stages.contracts.tensors import TensorRow, read_tensors
 
@@ -33,7 +34,9 @@ class NeuronWeights(AbstractContextManager["NeuronWeights"]):
     def __init__(self, model: str, tensors_file: Path, layer: int) -> None:
         self._source = TensorReader(Checkpoint(model))
         of_experts = [
-            row for row in read_tensors(tensors_file) if row.layer == layer and row.role in ("expert", "fused_expert")
+            row
+            for row in read_tensors(tensors_file)
+            if row.layer == layer and row.role in ("expert", "fused_expert") and row.part in ("", WEIGHT)
         ]
         self._rows: Sequence[TensorRow] = [row for row in of_experts if row.neuron_axis is not None and row.expert in (None, 0)]
         for row in self._rows:
@@ -58,10 +61,10 @@ class NeuronWeights(AbstractContextManager["NeuronWeights"]):
     def _parts(self, row: TensorRow, expert: int) -> Iterator[Tensor]:
         """The weights of an expert's neurons in one tensor, [F, R], some columns at a time; gates and ups in turn."""
         assert row.neuron_axis is not None
-        if row.template is not None:
-            values = self._source.read(row.template.format(expert))
+        if row.values_template is not None:
+            values = self._source.read(row.values_template.format(expert))
         else:
-            values = self._source.slices(row.name)[expert : expert + 1][0]
+            values = self._source.slices(row.values)[expert : expert + 1][0]
         values = values.movedim(row.neuron_axis, 0).flatten(1) if values.ndim > 1 else values[:, None]
         if row.neuron_order == "halves":
             halves: Sequence[Tensor] = values.chunk(2)

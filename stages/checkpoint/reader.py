@@ -1,5 +1,6 @@
 """Reads values of tensors: plain tensors as stored, quantised tensors dequantised on reading."""
 
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from stages.checkpoint.codec import dequantise
 from stages.checkpoint.folder import Checkpoint
-from stages.checkpoint.headers import Packing, TensorEntry
+from stages.checkpoint.headers import TensorEntry
+from stages.checkpoint.schemes import Scheme
 from stages.io.files import read_into
 from stages.io.storage import is_remote
 
@@ -20,42 +22,28 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
-
-def dequantise_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Values float32 [..., R, C] of FP8 numbers [..., R, C] with one scale per block of rows and columns."""
-    rows, columns = weight.shape[-2:]
-    scale = scales.float().repeat_interleave(min(block[1], columns), -1)[..., :columns]  # a block may be wider than the tensor
-    values = torch.empty(weight.shape)
-    for number, first in enumerate(range(0, rows, block[0])):  # a block of rows fits in the cache: 1.7 times as fast
-        some = values[..., first : first + block[0], :]
-        some.copy_(weight[..., first : first + block[0], :]).mul_(scale[..., number : number + 1, :])
-    return values
-
-
-def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Values float32 [E, 32 B, R] of packed four-bit numbers [E, R, B, 16] with one exponent per block [E, R, B]."""
-    return convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+STORED_DTYPES = TORCH_DTYPES | {"F8_E8M0": torch.float8_e8m0fnu}
+"""Dtypes of parts of packed tensors, too."""
 
 
 class PackedView:
     """A quantised tensor that dequantises on indexing: the whole tensor, or a range of experts of a fused tensor."""
 
-    def __init__(self, packing: Packing, weight: Any, scales: Any, ndim: int) -> None:
-        self._packing, self._weight, self._scales, self._ndim = packing, weight, scales, ndim
+    def __init__(self, scheme: Scheme, parts: Mapping[str, Any], ndim: int) -> None:
+        self._scheme, self._parts, self._ndim = scheme, parts, ndim
 
     def __getitem__(self, index: Any) -> Tensor:
         if index is Ellipsis:
             index = slice(None)
         assert isinstance(index, slice)
         assert self._ndim == 3 or index == slice(None), "rows of a matrix share scales"
-        weight, scales = self._weight[index], self._scales[index]
-        if self._packing.scheme == "mxfp4":
-            return dequantise_mxfp4(weight, scales)
-        return dequantise_fp8(weight, scales, self._packing.block)
+        # a part may be a single number, which has no axis to be cut along
+        parts = {part: view[index] if view.get_shape() else view[...] for part, view in self._parts.items()}
+        return dequantise(self._scheme, parts)
 
 
 class RangeView:
-    """A plain tensor in a remote file. Indexing reads byte ranges, as `safe_open`'s slices do locally."""
+    """A plain tensor in a file, which may be remote. Indexing reads byte ranges, as `safe_open`'s slices do locally."""
 
     def __init__(self, path: Path, entry: TensorEntry) -> None:
         self._path, self._entry = path, entry
@@ -76,7 +64,7 @@ class RangeView:
         row_bytes = self._entry.num_bytes // shape[0] if shape and shape[0] else self._entry.num_bytes
         out = torch.empty(max(0, stop - first) * row_bytes, dtype=torch.uint8)
         read_into(self._path, self._entry.begin + first * row_bytes, out.numpy().data)
-        values = out.view(TORCH_DTYPES[self._entry.dtype]).view((max(0, stop - first), *shape[1:]) if shape else ())
+        values = out.view(STORED_DTYPES[self._entry.dtype]).view((max(0, stop - first), *shape[1:]) if shape else ())
         return values if isinstance(index, slice) or index is Ellipsis else values[index]
 
 
@@ -96,7 +84,8 @@ class TensorReader:
 
     def place(self, name: str) -> str:
         """Name of a tensor for error messages, with its file."""
-        return f"{self.checkpoint.folder / self.checkpoint.tensors[name].file}: tensor {name}"
+        entry = self.checkpoint.raw_tensors.get(name) or self.checkpoint.tensors[name]
+        return f"{self.checkpoint.folder / entry.file}: tensor {name}"
 
     def _raw(self, file: str, name: str) -> Any:
         if is_remote(self.checkpoint.folder):
@@ -110,9 +99,20 @@ class TensorReader:
         entry = self.checkpoint.tensors[name]
         if entry.packing is None:
             return self._raw(entry.file, name)
-        weight, scales = entry.packing.weight, entry.packing.scales
-        views = self._raw(weight.file, weight.name), self._raw(scales.file, scales.name)
-        return PackedView(entry.packing, *views, ndim=len(entry.shape))
+        views = {part: self._raw(one.file, one.name) for part, one in entry.packing.parts.items()}
+        return PackedView(entry.packing.scheme, views, ndim=len(entry.shape))
+
+    def parts(self, name: str, expert: int | None = None, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """The parts of a quantised tensor as they are stored: of the whole, or of one expert of a fused tensor.
+
+        They are read into memory of their own. Those of an opened file would be its mapped pages, and count twice once copied.
+        """
+        packing, folder = self.checkpoint.tensors[name].packing, self.checkpoint.folder
+        assert packing is not None, name
+        views = {part: RangeView(folder / one.file, one) for part, one in packing.parts.items() if part not in without}
+        if expert is not None:
+            return {part: view[expert : expert + 1][0] for part, view in views.items()}
+        return {part: view[...] for part, view in views.items()}
 
     def read(self, name: str) -> Tensor:
         """The values of a whole tensor."""

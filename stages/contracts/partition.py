@@ -29,7 +29,16 @@ def weight_bytes(survey: Survey, layers: LayerRange) -> int:
     """Bytes of weights of a layer shard. The first and the last shard also count embedding, norm and head."""
     first, stop = layers
     outside = survey.outside_bytes if first == 0 or stop == survey.num_layers else 0
-    return sum(survey.layer_bytes[first:stop]) + outside
+    return sum(survey.layer_held_bytes[first:stop]) + outside
+
+
+def _loading_bytes(survey: Survey, layer: int) -> int:
+    """Bytes beside a layer's weights: a copy while they are converted; where experts stay packed, a copy of the rest, and the
+    values of one expert in float32 and in the model's dtype."""
+    if survey.layer_held_bytes[layer] == survey.layer_bytes[layer]:
+        return survey.layer_bytes[layer]
+    experts = survey.layer_expert_bytes[layer]
+    return survey.layer_bytes[layer] - experts + 3 * experts // survey.num_experts
 
 
 def held_bytes(survey: Survey, layers: LayerRange, data: TextData) -> int:
@@ -37,7 +46,8 @@ def held_bytes(survey: Survey, layers: LayerRange, data: TextData) -> int:
     needs of calibrate and evaluate.
 
     Weights count as loaded, and the largest layer counts twice, because some families need a copy while weights are converted.
-    Experts that calibrate maps on a CPU take less: their pages belong to the system's file cache.
+    Experts that are packed on disk count packed, with one of them unpacked. Experts that calibrate maps on a CPU take less:
+    their pages belong to the system's file cache.
     """
     first, stop = layers
     itemsize = survey.itemsize
@@ -48,7 +58,8 @@ def held_bytes(survey: Survey, layers: LayerRange, data: TextData) -> int:
         # logits, their float32 copy and its log-softmax; the allocator may not have freed the layers' activations yet
         inside += data.micro_batch * data.sequence_length * survey.vocab_size * (itemsize + 4 + 4)
     changing = hidden + inside + _sum_bytes(survey, layers, data)
-    return weight_bytes(survey, layers) + max(survey.layer_bytes[first:stop]) + int(changing + changing // _FRAGMENTS)
+    loading = max(_loading_bytes(survey, layer) for layer in range(first, stop))
+    return weight_bytes(survey, layers) + loading + int(changing + changing // _FRAGMENTS)
 
 
 def _activation_bytes(survey: Survey, layer: int, data: TextData) -> int:

@@ -414,11 +414,13 @@ class Export(Section):
     only with a refit."""
     max_file_bytes: Bytes = 5 * 10**9
     """Maximum size of a weight file. Larger ones are split."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype in which the values of a quantised source are written. Any other source keeps its dtypes."""
-    mtp: Literal["drop", "error"] = "drop"
+    dtype: Literal["source", "bfloat16", "float16", "float32"] = "source"
+    """How the values of a quantised source are written: packed in the source's own scheme, or as plain numbers of this dtype.
+    Any other source keeps its dtypes."""
+    mtp: Literal["drop", "merge", "error"] = "drop"
     """Treatment of layers that predict further tokens (MTP), whose experts calibration cannot reach: leave them out of the
-    checkpoint, or refuse the model."""
+    checkpoint; in stock exports make of their experts and router what the plan of the last MoE layer makes of its own, so that
+    engines which draft with them find one number of experts (how well they draft is not measured); or refuse the model."""
 
     @property
     def planned_router(self) -> str:

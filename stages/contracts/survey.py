@@ -24,7 +24,7 @@ class Survey:
     layers that predict further tokens (MTP), and the first one as messages name it. unloaded_tensors, first_unloaded_tensor:
     the same for tensors that transformers does not load. ignored_files: weight files that transformers does not read.
     outside_bytes: bytes of tensors outside the layers. layer_bytes: bytes of each layer. layer_expert_bytes: bytes of each
-    layer's experts.
+    layer's experts. layer_held_bytes: bytes of each layer in a worker, where experts that are packed on disk stay packed.
     """
 
     family: str
@@ -48,6 +48,7 @@ class Survey:
     outside_bytes: int
     layer_bytes: tuple[int, ...]
     layer_expert_bytes: tuple[int, ...]
+    layer_held_bytes: tuple[int, ...]
 
     @property
     def itemsize(self) -> int:

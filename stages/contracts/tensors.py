@@ -1,7 +1,7 @@
 """The table of a checkpoint's tensors (`tensors.arrow` of prepare)."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,9 +25,14 @@ _SCHEMA = pa.schema(
         pa.field("neuron_axis", pa.int32()),
         pa.field("neuron_order", pa.string(), False),
         pa.field("scheme", pa.string(), False),
+        pa.field("part", pa.string(), False),
+        pa.field("values", pa.string(), False),
+        pa.field("values_template", pa.string()),
+        pa.field("values_shape", pa.list_(pa.int64()), False),
+        pa.field("like", pa.string(), False),
     ],
     metadata={
-        "table": "tensors of a checkpoint, in the order of their bytes",
+        "table": "tensors of a checkpoint as they are stored, in the order of their bytes",
         "parameter": "name of the transformers parameter that this tensor becomes part of",
         "layer": "decoder layer, null outside of the layers",
         "role": "copy | expert (one expert's) | fused_expert (all experts') | router (rows by expert) | mtp (further tokens)",
@@ -37,7 +42,14 @@ _SCHEMA = pa.schema(
         "neuron_axis": "axis of the neurons (intermediate size) in one expert's part; null where no value belongs to a neuron",
         "neuron_order": "single | halves | interleaved: along that axis a neuron has one value, or two (gate and up), which "
         "stand all gates first or in turn; empty without a neuron axis",
-        "scheme": "fp8 | mxfp4 for a tensor quantised on disk, whose dtype, shape and num_bytes are those of its values",
+        "scheme": "name of the scheme in which a tensor is packed (stages/checkpoint/schemes.py); empty for plain numbers",
+        "part": "what of a packed tensor this is: its numbers (weight), its scales or another part of the scheme; empty for "
+        "plain numbers",
+        "values": "name of the tensor of values as the model has it; for plain numbers the name itself",
+        "values_template": "the same with {} in place of the expert's index, for role expert",
+        "values_shape": "shape of the values",
+        "like": "for role mtp: expert | fused_expert | router where the tensor in the same place of the last MoE layer is one, "
+        "with expert, template and expert_axis as there; else empty",
     },
 )
 
@@ -60,12 +72,23 @@ class TensorRow:
     neuron_axis: int | None
     neuron_order: str
     scheme: str
+    part: str
+    values: str
+    values_template: str | None
+    values_shape: tuple[int, ...]
+    like: str
+
+    def of_values(self, dtype: str) -> "TensorRow":
+        """The row that the values of a packed tensor would have as plain numbers. dtype: safetensors name."""
+        return replace(
+            self, name=self.values, template=self.values_template, shape=self.values_shape, dtype=dtype, scheme="", part=""
+        )
 
 
 def num_neurons(rows: Iterable[TensorRow]) -> int:
     """F, the neurons of an expert; the most of any layer."""
     sizes = [
-        row.shape[row.neuron_axis + (row.expert_axis is not None)]
+        row.values_shape[row.neuron_axis + (row.expert_axis is not None)]
         for row in rows
         if row.neuron_axis is not None and row.neuron_order == "single"
     ]
@@ -79,4 +102,7 @@ def write_tensors(path: Path, rows: Sequence[TensorRow]) -> WrittenFile:
 
 def read_tensors(path: Path) -> list[TensorRow]:
     """Read a file of `write_tensors`."""
-    return [TensorRow(**{**row, "shape": tuple(row["shape"])}) for row in read_table(path).to_pylist()]
+    return [
+        TensorRow(**{**row, "shape": tuple(row["shape"]), "values_shape": tuple(row["values_shape"])})
+        for row in read_table(path).to_pylist()
+    ]

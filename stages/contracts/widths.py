@@ -26,6 +26,6 @@ def num_neurons_of(rows: Iterable[TensorRow]) -> int:
     """Neurons of an expert, from the tensors of a checkpoint."""
     for row in rows:
         if row.neuron_axis is not None:
-            size = row.shape[row.neuron_axis + (row.role == "fused_expert")]
+            size = row.values_shape[row.neuron_axis + (row.role == "fused_expert")]
             return size if row.neuron_order == "single" else size // 2
     raise AssertionError("the checkpoint has no tensor of experts' neurons")

@@ -1,7 +1,8 @@
 """Which tensors each output file holds, from shapes alone: no layer plan is needed to know names, sizes and files.
 
-An output file keeps what its source file keeps: slot c takes the name, and so the file, of expert c of the source.
-With r = E the files are the source's own, byte for byte. A file larger than the bound is split.
+An output file keeps what its source file keeps: slot c takes the name, and so the file, of expert c of the source. A packed
+tensor is several tensors here, each with a name and a file of its own. With r = E the files are the source's own, byte for
+byte. A file larger than the bound is split.
 """
 
 import math
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 
 from stages.checkpoint.folder import SINGLE_FILE
 from stages.checkpoint.headers import DTYPE_BITS
-from stages.checkpoint.quantised import VALUE_DTYPES
+from stages.checkpoint.quantised import SOURCE_DTYPE, VALUE_DTYPES
+from stages.checkpoint.schemes import SCALES, WEIGHT, ZERO_POINTS
+from stages.contracts.errors import InputError
 from stages.contracts.tensors import TensorRow
 
 
@@ -19,7 +22,8 @@ class OutputTensor:
     """One tensor of the target.
 
     rule: "copy" | "expert" (one slot) | "fused_expert" | "router" (rows combined) | "expert_map".
-    slot: for "expert", the slot that it is of. source: row of the source tensor in `tensors.arrow`.
+    slot: for "expert", the slot that it is of. source: row of the source tensor in `tensors.arrow`; that of its values where a
+    packed tensor is written as plain numbers. written: shape of one expert's values, for experts.
     """
 
     name: str
@@ -29,6 +33,7 @@ class OutputTensor:
     layer: int | None
     source: TensorRow
     slot: int | None = None
+    written: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -55,13 +60,20 @@ def _output_tensors(
     num_merged: Mapping[int, int],
     export_format: str,
     value_dtype: str,
-    keeps_mtp: bool,
+    mtp: str,
     num_neurons: int | None,
 ) -> list[OutputTensor]:
-    name, shape, layer, role = row.name, _narrowed(row, num_neurons), row.layer, row.role
-    dtype = VALUE_DTYPES[value_dtype] if row.scheme else row.dtype
+    if row.scheme and value_dtype != SOURCE_DTYPE:
+        if row.part != WEIGHT:
+            return []
+        row = row.of_values(VALUE_DTYPES[value_dtype])
+    values = _narrowed(row, num_neurons)
+    shape = _part_shape(row, values) if row.part else values
+    name, layer, role, dtype = row.name, row.layer, row.role, row.dtype
     if role == "mtp":
-        return [OutputTensor(name, dtype, shape, "copy", layer, row)] if keeps_mtp else []
+        if mtp == "drop":
+            return []
+        layer, role = max(num_merged, default=None), row.like if mtp == "merge" and row.like else "copy"
     if role == "copy" or (role == "router" and export_format == "tied"):
         return [OutputTensor(name, dtype, shape, "copy", layer, row)]
     assert layer is not None, f"{name}: experts and routers belong to a layer"
@@ -69,21 +81,42 @@ def _output_tensors(
         assert row.expert is not None, name
         if row.expert >= num_merged[layer]:
             return []
-        return [OutputTensor(name, dtype, shape, "expert", layer, row, slot=row.expert)]
+        return [OutputTensor(name, dtype, shape, "expert", layer, row, slot=row.expert, written=values)]
     axis = row.expert_axis
     assert axis is not None, name
     shorter = (*shape[:axis], num_merged[layer], *shape[axis + 1 :])
-    return [OutputTensor(name, dtype, shorter, role, layer, row)]
+    return [OutputTensor(name, dtype, shorter, role, layer, row, written=values[:axis] + values[axis + 1 :])]
 
 
 def _narrowed(row: TensorRow, num_neurons: int | None) -> tuple[int, ...]:
-    """The shape of a tensor whose experts have so many neurons; None: as it is."""
-    axis = row.neuron_axis
+    """The shape of values whose experts have so many neurons; None: as it is."""
+    axis, shape = row.neuron_axis, row.values_shape
     if num_neurons is None or axis is None:
-        return row.shape
+        return shape
     axis += row.role == "fused_expert"  # the experts come first; merge refuses any other order
     places = num_neurons if row.neuron_order == "single" else 2 * num_neurons
-    return (*row.shape[:axis], places, *row.shape[axis + 1 :])
+    return (*shape[:axis], places, *shape[axis + 1 :])
+
+
+def _part_shape(row: TensorRow, values: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a part of a packed tensor whose values have another shape: its rows and columns shrink with those of the
+    values."""
+    shape, first = list(row.shape), len(values) - 2
+    if row.part not in (WEIGHT, SCALES, ZERO_POINTS):
+        return row.shape
+    axes = (first + 1, first) if row.scheme == "mxfp4" else (first, first + 1)  # stored transposed
+    for axis, values_axis in enumerate(axes, first):
+        old, new = row.values_shape[values_axis], values[values_axis]
+        is_shared = axis >= len(shape) or (shape[axis] == 1 and row.scheme == "fp8")  # one scale, however many values it has
+        if old == new or is_shared:
+            continue
+        if shape[axis] * new % old:
+            raise InputError(
+                f"tensor {row.name}: {new} of {old} neurons do not divide into the blocks of {row.scheme}; set "
+                f"refit.width_multiple to a multiple of them, or export.dtype to bfloat16"
+            )
+        shape[axis] = shape[axis] * new // old
+    return tuple(shape)
 
 
 def _expert_map(row: TensorRow, num_experts: int) -> OutputTensor:
@@ -97,22 +130,28 @@ def output_files(
     num_merged: Mapping[int, int],
     export_format: str,
     max_file_bytes: int,
-    value_dtype: str = "bfloat16",
+    value_dtype: str = SOURCE_DTYPE,
+    merges_mtp: bool = False,
     num_neurons: int | None = None,
 ) -> list[OutputFile]:
     """The target's files, none empty, in the order of the source's.
 
-    num_merged: merged experts r of each MoE layer. value_dtype: torch's name of the dtype in which the values of a
-    quantised tensor are written. num_neurons: of an expert, where it keeps fewer than it has. MTP layers are kept only where
-    every layer keeps all of its experts, and these all of their neurons. Tensors of wider dtypes
-    come first in a file, so that all are aligned.
+    num_merged: merged experts r of each MoE layer. value_dtype: how the values of a quantised tensor are written, a value of
+    `export.dtype`. num_neurons: of an expert, where it keeps fewer than it has. MTP layers are kept where every layer keeps all
+    of its experts, and these all of their neurons; and with merges_mtp in stock exports, where they follow the last MoE layer,
+    if its experts keep all of their neurons. Tensors of wider dtypes come first in a file, so that all are aligned.
+
+    Raises InputError where fewer neurons do not divide into the blocks of a scheme.
     """
     groups: dict[str, list[OutputTensor]] = {}
     mapped: set[int | None] = set()
-    keeps_mtp = num_neurons is None and all(count == num_experts for count in num_merged.values())
+    is_whole = all(count == num_experts for count in num_merged.values())
+    mtp = "copy" if is_whole else "merge" if merges_mtp and export_format == "stock" else "drop"
+    if num_neurons is not None:
+        mtp = "drop"
     for row in rows:
         group = groups.setdefault(row.file, [])
-        group.extend(_output_tensors(row, num_merged, export_format, value_dtype, keeps_mtp, num_neurons))
+        group.extend(_output_tensors(row, num_merged, export_format, value_dtype, mtp, num_neurons))
         if export_format == "tied" and row.role in ("expert", "fused_expert") and row.layer not in mapped:
             mapped.add(row.layer)
             group.append(_expert_map(row, num_experts))

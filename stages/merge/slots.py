@@ -94,6 +94,12 @@ class ExpertTensors:
                 members = [(SideBySide([self._chosen(part, axis)]), part.weight) for part in piece]
                 yield PlainMean(members, self.dtype, self.place)
 
+    def slot_values(self, slot: Slot) -> Tensor:
+        """A slot's part in memory, for what is quantised: of the shape of one expert's part, in `dtype`."""
+        (mean,) = self.means(slot)
+        assert isinstance(mean, ComputedMean), self.place
+        return combined(list(mean.members), self.dtype, self.place)
+
     def _whole(self, members: Sequence[Member]) -> Mean:
         """The weighted sum of whole experts."""
         stretches = [(self.stretch(member.expert), member.weight) for member in members]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from stages.checkpoint.folder import Checkpoint
+from stages.checkpoint.quantised import SOURCE_DTYPE
+from stages.checkpoint.schemes import FITTED
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.settings import RunConfig
@@ -21,8 +23,8 @@ class MergeArgs:
     """One output file of a target.
 
     model: source folder. survey_dir, plan_dir: relative to the run directory. num_merged: experts that each MoE layer keeps.
-    value_dtype: of values that were quantised. max_file_bytes: a larger file is split. file: its position.
-    num_neurons: of an expert, where it keeps fewer than it has.
+    value_dtype: of `export.dtype`. merges_mtp: whether `export.mtp` is merge. max_file_bytes: a larger file is split. file: its
+    position. num_neurons: of an expert, where it keeps fewer than it has.
     """
 
     model: str
@@ -32,6 +34,7 @@ class MergeArgs:
     num_merged: Mapping[int, int]
     format: str
     value_dtype: str
+    merges_mtp: bool
     max_file_bytes: int
     num_threads: int
     file: int
@@ -39,10 +42,21 @@ class MergeArgs:
 
 
 @dataclass(frozen=True)
+class PackedAnew:
+    """New experts of a layer that were packed in the scheme of a quantised source: the sum of their squared values, and the sum
+    of what packing changed, squared."""
+
+    layer: int
+    squared_values: float
+    squared_error: float
+
+
+@dataclass(frozen=True)
 class MergeFacts:
-    """num_tensors: of the file."""
+    """num_tensors: of the file. packed_anew: by layer; empty where nothing was."""
 
     num_tensors: int
+    packed_anew: tuple[PackedAnew, ...] = ()
 
 
 MERGE = UnitCall("stages.merge.units:merge_unit", MergeArgs, MergeFacts)
@@ -52,8 +66,8 @@ class Merge(StageSpec):
     """The weight files of every target."""
 
     name = "merge"
-    version = 2
-    libraries = ("numpy", "torch")
+    version = 3
+    libraries = ("compressed-tensors", "numpy", "torch")
     after = ("prepare", "cluster", "recombine")
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
@@ -79,19 +93,50 @@ class Merge(StageSpec):
                 )
 
     def check_surveyed(self, run: Run) -> None:
-        """Raise InputError for a checkpoint with layers that predict further tokens, if the run file refuses them."""
+        """Raise InputError for a checkpoint with layers that predict further tokens, if the run file refuses them, and for new
+        experts in a scheme that cannot be written."""
+        self._check_schemes(run)
         survey = run.survey
         if survey.mtp_tensors and any(variant.export.mtp == "error" for variant in run.variants):
             raise InputError(
                 f"{survey.first_mtp_tensor} (and {survey.mtp_tensors - 1} more) predicts further tokens (MTP), and export.mtp "
-                f"is error; set it to drop to leave these layers out"
+                f"is error; set it to drop to leave these layers out, or to merge"
             )
+        odd = next((row.name for row in run.tensors if row.role == "mtp" and not row.like and ".experts." in row.name), None)
+        if odd is not None and any(variant.export.mtp == "merge" for variant in run.variants):
+            raise InputError(
+                f"{run.config.model}: tensor {odd} predicts further tokens (MTP) and is not like the experts of the last MoE "
+                f"layer, so it cannot follow its plan; set export.mtp to drop"
+            )
+
+    def remarks(self, run: Run) -> Iterator[str]:
+        """A line about layers that predict further tokens, if their experts are merged."""
+        if run.survey.mtp_tensors and any(variant.export.mtp == "merge" for variant in run.variants):
+            yield "export.mtp is merge: layers for further tokens follow the last MoE layer; their drafts are not measured"
+
+    def _check_schemes(self, run: Run) -> None:
+        for target in run.targets:
+            if narrowed_to(run, target) is not None:
+                _files(run, target, target.counts(run.survey))  # refuses widths that a scheme cannot have
+        fitted = sorted({row.scheme for row in run.tensors if row.scheme in FITTED and row.role in ("expert", "fused_expert")})
+        for target in run.targets if fitted else ():
+            variant, counts = target.variant, target.counts(run.survey)
+            makes_new = variant.refit.mode != "none" or (
+                variant.method.reads_merging and min(counts.values()) < run.survey.num_experts
+            )
+            if makes_new and variant.export.dtype == SOURCE_DTYPE:
+                raise InputError(
+                    f"{run.config.model} is quantised by {fitted[0]}, in which new experts cannot be written; choose a "
+                    f"clustering.method that prunes (such as reap), without refit, or set export.dtype to bfloat16"
+                )
 
     def parts(self, run: Run) -> Iterator[Part]:
         """One for each target."""
         for target in run.targets:
             export = target.variant.export
             settings: dict[str, JsonValue] = {"max_file_bytes": export.max_file_bytes, "dtype": export.dtype}
+            if export.mtp == "merge":
+                settings["mtp"] = export.mtp
             upstream = {"model": run.part("prepare", "model"), "plans": plans_of(run, target)}
             yield run.new_part(self, target.part, settings, upstream)
 
@@ -109,6 +154,7 @@ class Merge(StageSpec):
                     num_merged=counts,
                     format=target.format,
                     value_dtype=export.dtype,
+                    merges_mtp=export.mtp == "merge",
                     max_file_bytes=export.max_file_bytes,
                     num_threads=run.config.resources.num_cpus,
                     file=number,
@@ -131,7 +177,7 @@ class Merge(StageSpec):
 def _files(run: Run, target: Target, counts: Mapping[int, int]) -> list[OutputFile]:
     export = target.variant.export
     return output_files(
-        run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype,
+        run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype, export.mtp == "merge",
         narrowed_to(run, target),
     )  # fmt: skip
 

@@ -1,26 +1,27 @@
 """Unit of merge: one output file."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from stages.checkpoint.folder import Checkpoint
-from stages.checkpoint.headers import TensorEntry, read_header, write_header
+from stages.checkpoint.headers import write_header
 from stages.checkpoint.reader import TORCH_DTYPES, TensorReader
+from stages.checkpoint.schemes import WEIGHT
 from stages.checkpoint.weighted_sum import merge_rows
-from stages.contracts.layer_plan import DROPPED, LayerPlan, Slot, read_plan
-from stages.contracts.paths import CHECKPOINT_DIR, TENSORS_FILE, plan_file, replaced_file
+from stages.contracts.layer_plan import DROPPED, LayerPlan
+from stages.contracts.paths import CHECKPOINT_DIR, TENSORS_FILE
 from stages.contracts.tensors import TensorRow, read_tensors
 from stages.contracts.units import Job, UnitResult
-from stages.io.files import DigestingFile, read_into, write_file
+from stages.io.files import DigestingFile, write_file
 from stages.merge.blocks import ComputedMean, Mean, PlainMean, Stretch, write_means
 from stages.merge.layout import OutputFile, OutputTensor, output_files
+from stages.merge.planned_layer import PlannedLayer, slots_of
+from stages.merge.requantise import PackedSlots
 from stages.merge.slots import ExpertTensors
-from stages.merge.spec import MergeArgs, MergeFacts
+from stages.merge.spec import MergeArgs, MergeFacts, PackedAnew
 
 _COPIED_DTYPES = {
     "C64": torch.complex64, "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
@@ -29,69 +30,37 @@ _COPIED_DTYPES = {
 """Numbers that can be NaN and that no supported model computes with. What is in no table (U16, F4, ...) is bytes."""
 
 
-@dataclass(frozen=True)
-class PlannedLayer:
-    """A layer's plan and what it replaces; read when the first of the layer's tensors is reached."""
-
-    plan_dir: Path
-    layer: int
-
-    @cached_property
-    def plan(self) -> LayerPlan:
-        """What becomes of the layer's experts."""
-        return read_plan(plan_file(self.plan_dir, self.layer))
-
-    @cached_property
-    def _replaced(self) -> dict[str, TensorEntry]:
-        """Where solved values lie, by parameter."""
-        path = replaced_file(self.plan_dir, self.layer)
-        return {entry.name: entry for entry in read_header(path).entries}
-
-    def replaced(self, parameter: str, slot: int | None, shape: tuple[int, ...]) -> Tensor:
-        """Solved values of a parameter: of one slot, or of all. Raises ValueError where they do not have the shape."""
-        path, entry = replaced_file(self.plan_dir, self.layer), self._replaced[parameter]
-        found = entry.shape if slot is None else entry.shape[1:]
-        if found != shape:
-            raise ValueError(f"{path}: {parameter} has shape {list(found)} where {list(shape)} is needed")
-        num_bytes = entry.num_bytes if slot is None else entry.num_bytes // entry.shape[0]
-        values = torch.empty(num_bytes, dtype=torch.uint8)
-        read_into(path, entry.begin + (slot or 0) * num_bytes, values.numpy().data)
-        return values.view(TORCH_DTYPES[entry.dtype]).view(shape)
-
-
-def _copied(name: str, dtype: torch.dtype, source: TensorReader, place: str, may_be_infinite: bool) -> Mean:
-    """A tensor as it is; a quantised one as its values."""
-    entry = source.checkpoint.tensors[name]
-    if entry.packing is not None:
-        return ComputedMean(((source.read(one), 1.0) for one in (name,)), 1, dtype, place)
+def _copied(row: TensorRow, dtype: torch.dtype, source: TensorReader, place: str, may_be_infinite: bool) -> Mean:
+    """A tensor as it is stored; one that was packed and is written as plain numbers, as its values."""
+    if not row.part and source.checkpoint.tensors[row.name].packing is not None:
+        return ComputedMean(((source.read(one), 1.0) for one in (row.name,)), 1, dtype, place)
+    entry = source.checkpoint.raw_tensors[row.name]
     stretch = Stretch(source.checkpoint.folder / entry.file, entry.begin, entry.num_bytes)
     return PlainMean([(stretch, 1.0)], dtype, place, may_be_infinite)
 
 
-def _slots(tensor: OutputTensor, plan: LayerPlan) -> Sequence[Slot]:
-    """Slots that have a part in an output tensor."""
-    return plan.slots if tensor.slot is None else plan.slots[tensor.slot : tensor.slot + 1]
-
-
-def _means(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, PlannedLayer]) -> Iterator[Mean]:
+def _means(tensor: OutputTensor, packed: PackedSlots, layers: Mapping[int, PlannedLayer]) -> Iterator[Mean]:
     """The bytes of an output tensor, one mean after another."""
-    row = tensor.source
+    row, source = tensor.source, packed.source
     dtype, place = (TORCH_DTYPES | _COPIED_DTYPES).get(tensor.dtype, torch.uint8), source.place(row.name)
     if tensor.rule == "copy":
-        yield _copied(row.name, dtype, source, place, may_be_infinite=not row.parameter)
+        yield _copied(row, dtype, source, place, may_be_infinite=not row.parameter)
         return
     assert tensor.layer is not None
-    layer, plan = layers[tensor.layer], layers[tensor.layer].plan
+    layer = layers[tensor.layer].for_mtp if row.role == "mtp" else layers[tensor.layer]
+    plan = layer.plan
     if tensor.rule == "expert_map":
         if DROPPED in plan.slot_E:
             raise ValueError(f"{place}: the layer plan drops experts, which no tied export can express")
         yield ComputedMean([(torch.from_numpy(plan.slot_E.astype("int64")), 1.0)], 1, dtype, place)
+    elif row.part and tensor.rule != "router":
+        yield from packed.means(tensor, layer)
     elif row.parameter in plan.replaced:
         solved = (layer.replaced(one, tensor.slot, tensor.shape).to(dtype) for one in (row.parameter,))
         yield ComputedMean(((values, 1.0) for values in solved), 1, dtype, place)
     elif tensor.rule != "router" and row.expert_axis in (None, 0):
-        experts = ExpertTensors(row, source, dtype, place, tensor.shape if row.expert_axis is None else tensor.shape[1:])
-        for slot in _slots(tensor, plan):
+        experts = ExpertTensors(row, source, dtype, place, tensor.written)
+        for slot in slots_of(tensor, plan):
             yield from experts.means(slot)
     else:
         assert row.expert_axis is not None
@@ -112,20 +81,22 @@ def _combinations(tensor: OutputTensor, plan: LayerPlan, place: str) -> Iterator
 
 
 def _bytes_read(tensor: OutputTensor, source: TensorReader, layers: Mapping[int, PlannedLayer]) -> int:
-    """Bytes of the source that go into an output tensor; each is read once."""
+    """Bytes of the source that go into an output tensor. A slot that is packed anew counts once, with its numbers."""
     row, tensors = tensor.source, source.checkpoint.tensors
     if tensor.rule == "expert_map":
         return 0
     if tensor.rule in ("copy", "router"):
-        return tensors[row.name].stored_bytes
+        return row.num_bytes if row.part else tensors[row.name].stored_bytes
     assert tensor.layer is not None
     plan = layers[tensor.layer].plan
+    if row.part not in ("", WEIGHT):
+        return 0
     if row.parameter in plan.replaced:
         return 0
-    members = [member.expert for slot in _slots(tensor, plan) for member in slot.members]
-    if row.template is not None:
-        return sum(tensors[row.template.format(expert)].stored_bytes for expert in members)
-    return tensors[row.name].stored_bytes * len(set(members)) // plan.num_experts
+    members = [member.expert for slot in slots_of(tensor, plan) for member in slot.members]
+    if row.values_template is not None:
+        return sum(tensors[row.values_template.format(expert)].stored_bytes for expert in members)
+    return tensors[row.values].stored_bytes * len(set(members)) // plan.num_experts
 
 
 @lru_cache(maxsize=1)
@@ -146,6 +117,7 @@ def _laid_out(
     export_format: str,
     max_file_bytes: int,
     value_dtype: str,
+    merges_mtp: bool,
     num_neurons: int | None,
 ) -> tuple[Checkpoint, list[OutputFile]]:
     """The checkpoint and a target's files, kept for the target's next file.
@@ -153,7 +125,9 @@ def _laid_out(
     One target is kept: the driver hands out the files of one after those of another.
     """
     checkpoint, rows = _surveyed(model, survey_dir)
-    files = output_files(rows, num_experts, dict(num_merged), export_format, max_file_bytes, value_dtype, num_neurons)
+    files = output_files(
+        rows, num_experts, dict(num_merged), export_format, max_file_bytes, value_dtype, merges_mtp, num_neurons
+    )
     return checkpoint, files
 
 
@@ -163,17 +137,19 @@ def merge_unit(job: Job[MergeArgs]) -> UnitResult[MergeFacts]:
     torch.set_num_threads(args.num_threads)
     checkpoint, files = _laid_out(
         args.model, job.run_dir / args.survey_dir, args.num_experts, tuple(args.num_merged.items()), args.format,
-        args.max_file_bytes, args.value_dtype, args.num_neurons,
+        args.max_file_bytes, args.value_dtype, args.merges_mtp, args.num_neurons,
     )  # fmt: skip
     file = files[args.file]
     layers = {layer: PlannedLayer(job.run_dir / args.plan_dir, layer) for layer in args.num_merged}
     metadata = checkpoint.headers[file.source_file].metadata
     with TensorReader(checkpoint) as source:
+        packed = PackedSlots(source)
 
         def write(out: DigestingFile) -> None:
             write_header(out, ((t.name, t.dtype, t.shape, t.num_bytes) for t in file.tensors), metadata)
-            write_means(out, (mean for tensor in file.tensors for mean in _means(tensor, source, layers)))
+            write_means(out, (mean for tensor in file.tensors for mean in _means(tensor, packed, layers)))
 
         written = write_file(job.part_dir / CHECKPOINT_DIR / file.name, write)
         num_read = sum(_bytes_read(tensor, source, layers) for tensor in file.tensors)
-    return UnitResult(MergeFacts(len(file.tensors)), (written,), bytes_read=num_read)
+    anew = tuple(PackedAnew(layer, found.values, found.error) for layer, found in sorted(packed.errors.items()))
+    return UnitResult(MergeFacts(len(file.tensors), anew), (written,), bytes_read=num_read)

@@ -42,7 +42,7 @@ Smaller matrices are stored side by side, to be multiplied together."""
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A tensor on disk and its place in a parameter: rows from `row` on of expert `index`, or all of it (index None)."""
 
     entry: TensorEntry
@@ -59,16 +59,13 @@ def load_directly(
     mappable: parameters (stacks of experts) that may be mapped if their matrices are large. Mapped parameters stay on the meta
     device. Raises InputError, naming file and tensor, for NaN, infinity, or a file that has become shorter.
     """
-    sources: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        sources[adapted.targets[name].parameter].append(name)
     state = adapted.model.state_dict()
     plan = list(adapted.model._get_dtype_plan(adapted.model.dtype))
     cast = build_glob_alternation(plan)[0] if plan else None
     opened = cache(lambda file: MappedFile.open(adapted.checkpoint.folder / file))
     left, to_map = [], {}
     with uploads(device) as upload:
-        for parameter, tensors in sources.items():
+        for parameter, tensors in sources_of(adapted, names).items():
             due = state[parameter]
             parts = None if cast is not None and cast.search(parameter) else _parts(adapted, tensors, due)
             if parts is None:
@@ -83,20 +80,34 @@ def load_directly(
     return left, _map(adapted, to_map, state)
 
 
+def sources_of(adapted: AdaptedModel, names: Iterable[str]) -> dict[str, list[str]]:
+    """Tensors on disk by the parameter that they become part of."""
+    sources: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        sources[adapted.targets[name].parameter].append(name)
+    return sources
+
+
 def uploads(device: torch.device) -> AbstractContextManager[Upload | None]:
     """Copier of weights to a GPU's memory; None for a CPU, into whose memory weights are read directly."""
     return Upload(PinnedCopies(device)) if device.type == "cuda" else nullcontext()
 
 
-def _parts(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[_Part] | None:
+def _parts(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[Part] | None:
     """Place of each tensor in a parameter of the shape and dtype of `due`; None if it needs more than reading."""
-    entries = {name: adapted.checkpoint.tensors[name] for name in names}
-    if any(entry.packing is not None or TORCH_DTYPES.get(entry.dtype) != due.dtype for entry in entries.values()):
+    entries = [adapted.checkpoint.tensors[name] for name in names]
+    if any(entry.packing is not None or TORCH_DTYPES.get(entry.dtype) != due.dtype for entry in entries):
         return None
+    return places(adapted, names, due)
+
+
+def places(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[Part] | None:
+    """Place of each tensor in a parameter of the shape of `due`; None if it is not simply stacked."""
+    entries = {name: adapted.checkpoint.tensors[name] for name in names}
     patterns = {adapted.targets[name].pattern for name in names}
     if patterns == {None}:
         (entry,) = entries.values() if len(entries) == 1 else (None,)
-        return [_Part(entry)] if entry is not None and entry.shape == tuple(due.shape) else None
+        return [Part(entry)] if entry is not None and entry.shape == tuple(due.shape) else None
     converter = next(one for one in adapted.weight_mapping if set(one.source_patterns) >= patterns - {None})
     if None in patterns or not _is_stack(converter):
         return None
@@ -106,7 +117,7 @@ def _parts(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[_Part] 
         shapes = {entries[name].shape for name in stack}
         if len(stack) != due.shape[0] or len(shapes) != 1:
             return None
-        parts += [_Part(entries[name], index, row) for index, name in enumerate(stack)]
+        parts += [Part(entries[name], index, row) for index, name in enumerate(stack)]
         (shape,) = shapes
         if shape[1:] != tuple(due.shape[2:]):
             return None
@@ -126,7 +137,7 @@ def _is_stack(converter: object) -> bool:
     return len(concatenate) == 1 and type(concatenate[0]) is Concatenate and concatenate[0].dim == 1
 
 
-def _in_mapped_files(parts: list[_Part], opened: Callable[[str], MappedFile | None]) -> list[tuple[_Part, MappedFile]] | None:
+def _in_mapped_files(parts: list[Part], opened: Callable[[str], MappedFile | None]) -> list[tuple[Part, MappedFile]] | None:
     """Parts with their mapped files; None if a file cannot be mapped or a tensor's first byte is not aligned to its dtype."""
     pairs = [(part, file) for part in parts if (file := opened(part.entry.file)) is not None]
     are_aligned = all(part.entry.begin % TORCH_DTYPES[part.entry.dtype].itemsize == 0 for part in parts)
@@ -134,7 +145,7 @@ def _in_mapped_files(parts: list[_Part], opened: Callable[[str], MappedFile | No
 
 
 def _map(
-    adapted: AdaptedModel, to_map: dict[str, list[tuple[_Part, MappedFile]]], state: dict[str, Tensor]
+    adapted: AdaptedModel, to_map: dict[str, list[tuple[Part, MappedFile]]], state: dict[str, Tensor]
 ) -> dict[str, MappedStack]:
     """Map parameters and check their numbers. The check also reads the files into the file cache for later use."""
     entries = [part.entry for pairs in to_map.values() for part, _ in pairs]
@@ -158,7 +169,7 @@ def _map(
     return stacks
 
 
-def _read(adapted: AdaptedModel, parts: list[_Part], due: Tensor, device: torch.device, upload: Upload | None) -> Tensor:
+def _read(adapted: AdaptedModel, parts: list[Part], due: Tensor, device: torch.device, upload: Upload | None) -> Tensor:
     value = torch.empty(due.shape, dtype=due.dtype, device=device)
     for part in parts:
         rows = slice(part.row, part.row + part.entry.shape[0]) if part.index is not None else None

@@ -1,4 +1,4 @@
-"""Weights of a layer's experts, either in transformers' module or mapped from the checkpoint's files.
+"""Weights of a layer's experts: in transformers' module, mapped from the checkpoint's files, or packed as there.
 
 Dimensions: D hidden size, F intermediate size, P columns of the first product (2 F with a gate, else F), E experts.
 """
@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stages.contracts.errors import InputError
 from stages.model.mapped import MappedStack
+from stages.model.packed import PackedStack
 
-NOTHING_MAPPED: Mapping[str, MappedStack] = {}
+Stack = MappedStack | PackedStack
+NOTHING_MAPPED: Mapping[str, Stack] = {}
 
 
 @dataclass(frozen=True)
@@ -52,25 +53,30 @@ def is_llama4(experts: Any) -> bool:
 class ExpertWeights:
     """Matrices for multiplication from the right: [D, P] (`layout.first`) and [F, D] (`down_proj`).
 
-    experts: transformers' module with its layout flags; mapped weights are on its meta device. mapped: by name of the weight.
+    experts: transformers' module with its layout flags; mapped and packed weights are on its meta device. mapped: these, by
+    name of the weight.
     """
 
-    def __init__(self, experts: Any, mapped: Mapping[str, MappedStack] = NOTHING_MAPPED) -> None:
+    def __init__(self, experts: Any, mapped: Mapping[str, Stack] = NOTHING_MAPPED) -> None:
         self.experts, self._mapped = experts, mapped
         self.layout = ExpertsLayout.of(experts)
         self.num_experts = len(experts.down_proj)
         rows, columns = experts.down_proj.shape[1:]
         self.intermediate, self.hidden_size = (rows, columns) if self.layout.is_transposed else (columns, rows)
         self.dtype = experts.down_proj.dtype
-        self.device = torch.device("cpu") if "down_proj" in mapped else experts.down_proj.device
+        self.device = mapped["down_proj"].device if "down_proj" in mapped else experts.down_proj.device
 
     def num_columns(self, name: str) -> int:
         """Number of columns of a matrix: P or D."""
         return getattr(self.experts, name).shape[2 if self.layout.is_transposed else 1]  # type: ignore[no-any-return]
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether transformers' module has the weight."""
+        return name not in self._mapped
+
     def can_join(self, name: str) -> bool:
         """Whether the matrices of neighbouring experts can be used as one matrix."""
-        return not self.layout.is_transposed and name not in self._mapped
+        return not self.layout.is_transposed and self.is_loaded(name)
 
     def matrices(self, name: str, first: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Matrices of experts [first, stop).
@@ -93,7 +99,7 @@ class ExpertWeights:
         return getattr(self.experts, f"{name}_bias")[first:stop].flatten() if self.layout.has_bias else None
 
     def release(self, name: str, first: int, stop: int) -> None:
-        """Release the mapped pages of experts [first, stop), which are not needed for the moment."""
+        """Release the mapped pages or unpacked values of experts [first, stop), which are not needed for the moment."""
         if name in self._mapped:
             for expert in range(first, stop):
                 self._mapped[name].release(expert)

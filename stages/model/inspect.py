@@ -80,7 +80,7 @@ def _layout(roles: list[TensorRole]) -> str:
 
 
 def bytes_by_role(roles: list[TensorRole]) -> dict[str, int]:
-    """Bytes of values by role: experts, router, attention, embeddings, MTP layers, rest (norms, dense and shared experts)."""
+    """Bytes on disk by role: experts, router, attention, embeddings, MTP layers, rest (norms, dense and shared experts)."""
     sizes = dict.fromkeys(("experts", "router", "attention", "embeddings", "mtp", "other"), 0)
     for role in roles:
         name = role.parameter or role.entry.name
@@ -92,14 +92,14 @@ def bytes_by_role(roles: list[TensorRole]) -> dict[str, int]:
             kind = "embeddings"
         else:
             kind = "attention" if any("attn" in part or "attention" in part for part in name.split(".")[:-1]) else "other"
-        sizes[kind] += role.entry.num_bytes
+        sizes[kind] += role.entry.stored_bytes
     return sizes
 
 
 def target_bytes(roles: list[TensorRole], num_experts: int, stock: list[int]) -> list[dict[str, int | None]]:
     """For every r from 1 to E: bytes of a tied export, and bytes of a stock export if one is possible.
 
-    A quantised source counts with its dequantised values, which an export would contain.
+    A quantised source counts as it is packed: exports keep its scheme unless `export.dtype` says otherwise.
     """
     sizes = bytes_by_role(roles)
     fixed = sum(sizes.values()) - sizes["experts"] - sizes["router"] - sizes["mtp"]

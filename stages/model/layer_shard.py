@@ -24,9 +24,10 @@ from stages.io.file_cache import read_ahead
 from stages.io.storage import is_remote
 from stages.model.adapter import AdaptedModel
 from stages.model.direct_load import load_directly
-from stages.model.expert_weights import NOTHING_MAPPED, ExpertWeights
-from stages.model.mapped import MappedStack
+from stages.model.expert_weights import NOTHING_MAPPED, ExpertWeights, Stack
+from stages.model.experts_forward import ExpertsForward
 from stages.model.model_config import reads_config
+from stages.model.packed import PackedStack, load_packed, packed_parts
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -61,8 +62,11 @@ class LayerShard:
     has_head: whether `logits` will be called. If not, the output embedding stays on disk, and all other tensors outside the
     layers are loaded only with layer 0. maps_experts: whether large matrices of experts may stay in their files, on a CPU. They
     are then accessible only through `expert_weights`, and the experts' own forward cannot be called. num_threads: CPU threads
-    of this process; a setting, so that results do not depend on the machine. bytes_read: bytes read of the checkpoint. Raises
-    InputError, naming the tensors, when the checkpoint does not fill these layers.
+    of this process; a setting, so that results do not depend on the machine. Raises InputError, naming the tensors, when the
+    checkpoint does not fill these layers.
+
+    Attributes: `bytes_read` of the checkpoint. `packed`: by parameter, experts that are packed on disk. They stay so, and their
+    module's forward is one that unpacks an expert at a time.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class LayerShard:
         self.first, self.stop, self._has_head = first, stop, has_head
         self._arguments: dict[tuple[int, int], list[LayerArguments]] = {}
         prefixes = self._prefixes(first, stop)
-        mapped = self._load(self._names(first, stop), self._mappable(prefixes) if maps_experts else {})
+        mapped = self._load(self._names(first, stop), self._expert_parameters(prefixes), maps_experts)
         self._initialise_buffers(tuple(prefixes))
         self._check_loaded(prefixes, mapped)
 
@@ -116,7 +120,7 @@ class LayerShard:
         """
         if isinstance(args, LayerShardArgs) and args.model == str(self.adapted.checkpoint.folder):
             entries = (self.adapted.checkpoint.tensors[name] for name in self._names(args.first, args.stop))
-            packed = ((e.packing.weight, e.packing.scales) if e.packing else (e,) for e in entries)
+            packed = (e.packing.parts.values() if e.packing else (e,) for e in entries)
             stretches = [(e.file, e.begin, e.num_bytes) for parts in packed for e in parts]
             read_ahead(self.adapted.checkpoint.folder, stretches)
 
@@ -126,13 +130,16 @@ class LayerShard:
         for module in self.model.modules():
             module._parameters.clear()
             module._buffers.clear()
+        for experts in self.adapted.experts_modules().values():
+            experts.__dict__.pop("forward", None)
+        for stacks in self._mapped.values():
+            stacks.clear()
         self._mapped.clear()
+        self.packed.clear()
         self._arguments.clear()
 
-    def _mappable(self, prefixes: list[str]) -> dict[str, tuple[int, str]]:
-        """Layer and weight name of the experts' parameters that may be mapped, by parameter."""
-        if self.device.type != "cpu" or is_remote(self.adapted.checkpoint.folder):
-            return {}
+    def _expert_parameters(self, prefixes: list[str]) -> dict[str, tuple[int, str]]:
+        """Layer and weight name of the experts' parameters, by parameter."""
         modules = {id(experts): layer for layer, experts in self.adapted.experts_modules().items()}
         return {
             f"{name}.{weight}": (modules[id(module)], weight)
@@ -140,13 +147,21 @@ class LayerShard:
             for weight in ("gate_up_proj", "up_proj", "down_proj")
         }  # fmt: skip
 
-    def _load(self, wanted: list[str], mappable: dict[str, tuple[int, str]]) -> Collection[str]:
-        """Fill the layers. Returns the names of the parameters that were mapped instead of read."""
+    def _load(self, wanted: list[str], experts: dict[str, tuple[int, str]], maps_experts: bool) -> Collection[str]:
+        """Fill the layers. Returns the names of the parameters that stay mapped or packed."""
         self.bytes_read = sum(self.adapted.checkpoint.tensors[name].stored_bytes for name in wanted)
-        names, mapped = load_directly(self.adapted, wanted, self.device, mappable)
-        self._mapped: dict[int, dict[str, MappedStack]] = defaultdict(dict)
-        for parameter, stack in mapped.items():
-            layer, weight = mappable[parameter]
+        state = self.model.state_dict()
+        self.packed: dict[str, PackedStack] = {
+            parameter: load_packed(self.adapted, parts, state[parameter], self.device)
+            for parameter, parts in packed_parts(self.adapted, wanted, experts).items()
+        }
+        left = [name for name in wanted if self.adapted.targets[name].parameter not in self.packed]
+        can_map = maps_experts and self.device.type == "cpu" and not is_remote(self.adapted.checkpoint.folder)
+        names, mapped = load_directly(self.adapted, left, self.device, experts if can_map else ())
+        held: dict[str, Stack] = {**mapped, **self.packed}
+        self._mapped: dict[int, dict[str, Stack]] = defaultdict(dict)
+        for parameter, stack in held.items():
+            layer, weight = experts[parameter]
             self._mapped[layer][weight] = stack
         if names:
             self._convert(names)
@@ -154,7 +169,18 @@ class LayerShard:
             # as in from_pretrained: tied tensors that differ on disk stay separate, whatever the config says
             self.model.tie_weights(missing_keys=set(self.adapted.tied_without_tensor), recompute_mapping=False)
         self.model.requires_grad_(False)
-        return mapped.keys()
+        for layer in {experts[parameter][0] for parameter in self.packed}:
+            self._run_packed(layer)
+        return held.keys()
+
+    def _run_packed(self, layer: int) -> None:
+        """Give a layer's experts a forward that unpacks one at a time, instead of transformers', which needs all values."""
+        forward = ExpertsForward(self.expert_weights(layer))
+
+        def run(hidden_TD: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> Tensor:
+            return forward.output_gated(hidden_TD, top_k_index_Tk, top_k_weights_Tk, lambda pairs: None)
+
+        self.adapted.experts_modules()[layer].forward = run
 
     def _convert(self, names: list[str]) -> None:
         """Load tensors that need more than reading, by transformers' own conversion."""

@@ -67,6 +67,11 @@ class MappedStack:
 
     experts: Sequence[Sequence[MappedRows]]
 
+    @property
+    def device(self) -> torch.device:
+        """Files are mapped into the memory of a CPU."""
+        return torch.device("cpu")
+
     def release(self, expert: int) -> None:
         """Release the pages of one expert, as `MappedFile.release` does."""
         for piece in self.experts[expert]:

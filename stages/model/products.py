@@ -70,7 +70,7 @@ def can_group(weights: ExpertWeights) -> bool:
     """
     sizes = (weights.hidden_size, weights.intermediate)
     are_aligned = all(size * weights.dtype.itemsize % _GROUPED_ALIGNMENT == 0 for size in sizes)
-    return weights.device.type == "cuda" and weights.dtype == torch.bfloat16 and are_aligned
+    return weights.device.type == "cuda" and weights.dtype == torch.bfloat16 and are_aligned and weights.is_loaded("down_proj")
 
 
 def grouped_down(weights: ExpertWeights, rows_RF: Tensor, bounds: Sequence[int], first: int) -> Tensor:

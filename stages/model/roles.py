@@ -24,7 +24,8 @@ class TensorRole:
     "copy", unless it is of such layers. expert, template: for "expert", its index, and its name with {} in place of the index.
     expert_axis: for "fused_expert" and "router". neuron_axis: axis of the neurons in one expert's part, if the values belong to
     neurons. neuron_order: "single" if the axis has one value per neuron. With two values, of gate and up: "halves" if all gates
-    come first, "interleaved" if they alternate.
+    come first, "interleaved" if they alternate. like: for "mtp", role of the tensor in the same place of the last MoE layer
+    ("expert", "fused_expert" or "router"), with expert, template and expert_axis as there; empty for any other tensor.
     """
 
     entry: TensorEntry
@@ -36,6 +37,7 @@ class TensorRole:
     template: str | None = None
     neuron_axis: int | None = None
     neuron_order: str = ""
+    like: str = ""
 
 
 def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
@@ -75,7 +77,32 @@ def tensor_roles(adapted: AdaptedModel) -> list[TensorRole]:
                 roles.append(TensorRole(entry, parameter, layer, "router", expert_axis=axis))
         else:
             roles.append(TensorRole(entry, parameter, layer, "copy"))
-    return roles
+    return _with_likes(roles)
+
+
+def _with_likes(roles: list[TensorRole]) -> list[TensorRole]:
+    """Roles in which those of layers that predict further tokens know what they are like in the last MoE layer."""
+    last = max((role.layer for role in roles if role.role == "router" and role.layer is not None), default=None)
+    tails: dict[str, TensorRole] = {}
+    for role in roles:
+        _, found, tail = role.entry.name.partition(f".{last}.")
+        if role.layer == last and found and role.role in ("expert", "fused_expert", "router"):
+            tails[tail] = role
+    return [_with_like(role, tails) if role.role == "mtp" else role for role in roles]
+
+
+def _with_like(role: TensorRole, tails: Mapping[str, TensorRole]) -> TensorRole:
+    """A role of a layer that predicts further tokens. tails: roles of the last MoE layer by name without the layer's prefix."""
+    parts = role.entry.name.split(".")
+    for start in range(1, len(parts)):
+        found = tails.get(".".join(parts[start:]))
+        if found is not None and found.entry.shape == role.entry.shape:
+            template = None
+            if found.template is not None:
+                own = len(found.template.split(".")) - (len(parts) - start)
+                template = ".".join([*parts[:start], *found.template.split(".")[own:]])
+            return replace(role, like=found.role, expert=found.expert, template=template, expert_axis=found.expert_axis)
+    return role
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,14 @@ def hidden_files(part_dir: Path, args: StreamArgs, shard: LayerShard) -> tuple[P
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replace a module's forward by another one, such as the forward of a layer's experts, while the context lasts."""
+    before = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
+        if before is not None:  # packed experts have a forward of their own (layer_shard.py)
+            module.forward = before
 
 
 def read_hidden(shard: LayerShard, ids: list[Tensor], path: Path | None) -> list[Tensor]:

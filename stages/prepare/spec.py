@@ -82,7 +82,7 @@ class Prepare(StageSpec):
     """Makes the survey and the token shards."""
 
     name = "prepare"
-    version = 5
+    version = 6
     libraries = ("numpy", "tokenizers", "transformers")
     makes_survey = True
 

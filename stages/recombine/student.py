@@ -19,6 +19,7 @@ from stages.model.adapter import build_meta_model, expert_axes
 from stages.model.expert_weights import ExpertWeights
 from stages.model.experts_forward import ExpertsForward
 from stages.model.layer_shard import LayerShard
+from stages.model.packed import PackedStack
 from stages.model.roles import Neurons, neuron_axes
 from stages.model.stream import replaced_forward
 from stages.recombine.router import Router
@@ -57,7 +58,8 @@ class Student:
             axis = axes.get(prefix + name)
             if name.startswith(f"{inside}."):
                 assert axis == 0, f"{name}: the experts are along the first axis in transformers' modules"
-                _put(small, name, torch.stack([_slot(tensor, slot, neurons.get(prefix + name), place) for slot in plan.slots]))
+                held = shard.packed.get(prefix + name, tensor)
+                _put(small, name, torch.stack([_slot(held, slot, neurons.get(prefix + name), place) for slot in plan.slots]))
             elif axis is not None and is_stock:
                 rows = [slot.row.parts for slot in plan.slots if slot.row is not None]
                 _put(small, name, merge_rows(tensor, axis, rows, place))
@@ -139,7 +141,7 @@ class Student:
         self.weights.experts.down_proj.copy_(stacked)
 
 
-def _slot(experts: Tensor, slot: Slot, neurons: Neurons | None, place: str) -> Tensor:
+def _slot(experts: Tensor | PackedStack, slot: Slot, neurons: Neurons | None, place: str) -> Tensor:
     """A slot's part of a parameter of the experts, which are along its first axis. neurons: where they lie in one's part."""
     is_whole = not slot.is_joined and all(member.neurons is None and member.places is None for member in slot.members)
     if neurons is None or is_whole:

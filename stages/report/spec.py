@@ -1,5 +1,6 @@
 """The stage report: writes every number of a run into one file."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ class ReportedTarget:
     relative to the run directory. assembled: facts of its folder. plan_dir: directory of its method's layer plans.
     evaluate_dir: directory of its scores, or None. generate_dir: directory of its answers to prompts, or None.
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
-    unweighted_clusters: by layer, merged experts whose members got no token. num_neurons: of an expert, where it has fewer than
-    the source's; then asked_experts and asked_width are what the run file asks for. budget: its kind; empty where all layers
-    keep the same number. super_experts: by layer, experts that it keeps as they are; None where it protects none.
+    unweighted_clusters: by layer, merged experts whose members got no token. packing_errors: by layer, root of the squared
+    change of new experts by packing them in the source's scheme, relative to their values; empty where nothing is packed.
+    num_neurons: of an expert, where it has fewer than the source's; then asked_experts and asked_width are what the run file
+    asks for. budget: its kind; empty where all layers keep the same number. super_experts: by layer, experts that it keeps as
+    they are; None where it protects none.
     """
 
     name: str
@@ -42,6 +45,7 @@ class ReportedTarget:
     generate_dir: str | None
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
+    packing_errors: Mapping[int, float]
     num_neurons: int | None
     asked_experts: NumExperts
     asked_width: float
@@ -97,6 +101,7 @@ class ReportFacts:
     failure: str | None
 
 
+_PACKED = TypeAdapter(list[dict[str, float]])
 _LAYER_AND_INDICES = TypeAdapter(tuple[int, tuple[int, ...]])
 
 REPORT = UnitCall("stages.report.units:report_unit", ReportArgs, ReportFacts)
@@ -106,7 +111,7 @@ class Report(StageSpec):
     """Writes every number of a run into one file."""
 
     name = "report"
-    version = 4
+    version = 5
     libraries = ("numpy", "scipy")
     after = ("prepare", "requests", "calibrate", "cluster", "merge", "assemble", "evaluate")
 
@@ -174,6 +179,18 @@ def _by_layer(run: Run, stage: str, part_dir: str, fact: str) -> dict[int, tuple
     return found
 
 
+def _packing_errors(run: Run, part_dir: str) -> dict[int, float]:
+    """Relative errors of packing by layer, over the files of a target in their order."""
+    values, errors = dict[int, float](), dict[int, float]()
+    for unit in run.units("merge"):
+        sealed = run.sealed(unit) if unit.part_dir == part_dir else None
+        for found in _PACKED.validate_python(sealed.facts.get("packed_anew", ()) if sealed is not None else ()):
+            layer = found["layer"]
+            values[int(layer)] = values.get(int(layer), 0.0) + found["squared_values"]
+            errors[int(layer)] = errors.get(int(layer), 0.0) + found["squared_error"]
+    return {layer: math.sqrt(errors[layer] / values[layer]) if values[layer] else 0.0 for layer in sorted(values)}
+
+
 def _super_experts(run: Run, part_dir: str) -> dict[int, tuple[int, ...]] | None:
     """Protected experts of a target by layer; None where it protects none."""
     for unit in run.units("cluster"):
@@ -205,6 +222,7 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             evaluate_dir=_dir_of(run, "evaluate", target.part),
             generate_dir=_dir_of(run, "evaluate", f"generate-{target.part}"),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
+            packing_errors=_packing_errors(run, run.part("merge", target.part).dir),
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
             num_neurons=narrowed_to(run, target),
             asked_experts=target.num_experts,

@@ -76,6 +76,7 @@ def _target(job: Job[ReportArgs], target: ReportedTarget, shares: Shares) -> Val
         **target.assembled,
         "path": target.path,
         "unweighted_clusters": target.unweighted_clusters,
+        **({"packing_errors": target.packing_errors} if target.packing_errors else {}),
         **({"coverage": coverage(job.args.domains, shares, job.run_dir / target.plan_dir)} if shares else {}),
         **_scores(job, target.evaluate_dir),
     }

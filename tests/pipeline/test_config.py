@@ -76,6 +76,7 @@ SURVEY = Survey(
     hidden_size=8, vocab_size=8, max_positions=None, dtype="bfloat16", num_parameters=1, total_bytes=1, mtp_tensors=0,
     first_mtp_tensor=None, unloaded_tensors=0, first_unloaded_tensor=None, ignored_files=(), outside_bytes=50_000_000,
     layer_bytes=(100_000_000,) * 10, layer_expert_bytes=(90_000_000,) * 10,
+    layer_held_bytes=(100_000_000,) * 10,
 )  # fmt: skip
 
 

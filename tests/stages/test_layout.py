@@ -15,7 +15,8 @@ BIG = 10**9
 def row(name: str, file: str, shape: list[int], role: str = "copy", dtype: str = "F32", **more: Any) -> TensorRow:
     """A row of `tensors.arrow`."""
     empty = {"layer": None, "expert": None, "expert_axis": None, "template": None, "scheme": "", "num_bytes": 0}
-    empty |= {"neuron_axis": None, "neuron_order": ""}
+    empty |= {"neuron_axis": None, "neuron_order": "", "part": "", "values": name, "values_template": more.get("template")}
+    empty |= {"values_shape": tuple(shape), "like": ""}
     columns = {"name": name, "file": file, "dtype": dtype, "shape": tuple(shape), "role": role, "parameter": name}
     return TensorRow(**{**columns, **empty, **more})
 

@@ -58,7 +58,7 @@ def write_files(source: Path, folder: Path, counts: dict[int, int], export_forma
     _, rows = surveyed(str(source))
     num_read = 0
     for number, _ in enumerate(output_files(rows, NUM_EXPERTS, counts, export_format, 10**9, "float32")):
-        args = MergeArgs(str(source), "survey", "plans", NUM_EXPERTS, counts, export_format, "float32", 10**9, 1, number)
+        args = MergeArgs(str(source), "survey", "plans", NUM_EXPERTS, counts, export_format, "float32", False, 10**9, 1, number)
         num_read += merge_unit(Job(folder, folder / "merge", args)).bytes_read
     return num_read
 

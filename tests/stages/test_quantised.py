@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from stages.checkpoint.codec import dequantise_fp8, dequantise_mxfp4
 from stages.checkpoint.folder import Checkpoint
-from stages.checkpoint.reader import dequantise_fp8, dequantise_mxfp4
 from stages.contracts.errors import InputError
 from stages.model.survey import survey
+from tests.quantised import fp4_pairs, mxfp4_checkpoint
 from tests.runs import read_config, read_tensors, rewrite, run_all, streamed_logits, token_ids
 from tests.tiny import build, load, logits, save
 
 FP8_BLOCK = (16, 20)  # the last block of a matrix is smaller
-FOUR_BITS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
 def quantise_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,26 +51,6 @@ def fp8_checkpoint(folder: Path) -> tuple[Path, Path]:
     return folder / "quantised", rewrite(plain, values, config)
 
 
-def mxfp4_checkpoint(folder: Path) -> tuple[Path, Path]:
-    """A gpt_oss in MXFP4, and the same values in float32, both to be computed in bfloat16."""
-    model = build("gpt_oss", torch.bfloat16, intermediate_size=32)
-    plain, quantised = save(model, folder / "plain"), save(model, folder / "quantised")
-    config = {**read_config(plain), "dtype": "bfloat16"}
-    generator = torch.Generator().manual_seed(0)
-    packed, values = {}, {}
-    for name, tensor in read_tensors(plain).items():
-        if name.endswith(("gate_up_proj", "down_proj")) and "experts" in name:
-            num_experts, columns, rows = tensor.shape
-            blocks = torch.randint(0, 256, (num_experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
-            scales = torch.randint(120, 124, (num_experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
-            packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-            values[name] = dequantise_mxfp4(blocks, scales)
-        else:
-            packed[name] = values[name] = tensor
-    rewrite(quantised, packed, {**config, "quantization_config": {"quant_method": "mxfp4"}})
-    return quantised, rewrite(plain, values, config)
-
-
 CHECKPOINTS = {"fp8": fp8_checkpoint, "mxfp4": mxfp4_checkpoint}
 
 
@@ -92,8 +72,7 @@ def test_mxfp4_arithmetic_is_that_of_transformers_and_of_the_format() -> None:
     scales = torch.randint(100, 140, (2, 3, 2), dtype=torch.uint8)
     values = dequantise_mxfp4(blocks, scales)
     assert torch.equal(values.bfloat16(), convert_moe_packed_tensors(blocks, scales))
-    pairs = torch.stack([FOUR_BITS[(blocks & 15).long()], FOUR_BITS[(blocks >> 4).long()]], -1).flatten(-2)
-    expected = pairs * torch.exp2(scales.float() - 127)[..., None]
+    expected = fp4_pairs(blocks) * torch.exp2(scales.float() - 127)[..., None]
     assert torch.equal(values, expected.flatten(-2).transpose(1, 2))
 
 
@@ -106,7 +85,7 @@ def test_a_quantised_source_gives_what_its_values_give(scheme: str, tmp_path: Pa
     changes: dict[str, Any] = {"export": {"dtype": "float32"}}
     reference = run_all(plain, tmp_path / "run-plain", path, [8, 4], ["stock", "tied"])
     exact = run_all(quantised, tmp_path / "run-exact", path, [4], ["stock"], **changes)
-    found = run_all(quantised, tmp_path / "run", path, [8, 4], ["stock", "tied"])
+    found = run_all(quantised, tmp_path / "run", path, [8, 4], ["stock", "tied"], export={"dtype": "bfloat16"})
     for target, folder in found.items():
         due = read_tensors(reference[target])
         tensors = read_tensors(folder)
