@@ -1,6 +1,7 @@
 """The command line."""
 
 import gc
+import json
 import signal
 import sys
 from enum import StrEnum
@@ -209,6 +210,14 @@ def compare(
     else:
         for line in scores.markdown():
             show(console, line)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of run files, for editors that complete and check YAML."""
+    from pipeline.commands.schema import run_file_schema
+
+    typer.echo(json.dumps(run_file_schema(), indent=2))
 
 
 @app.command()

@@ -51,15 +51,16 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=1)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Bytes = Annotated[int, BeforeValidator(_parse_bytes, json_schema_input_type=int | str), Field(ge=1)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | tuple[str, ...])]
+Names = Annotated[Strings, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=2**53, strict=True)]
 
 
 class Section(BaseModel):
     """A section of the run file. It is frozen, and unknown settings are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 Format = Literal["text", "chat"]
@@ -83,7 +84,7 @@ def _as_domain(value: Any) -> Any:
 
 DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=48)]
 Domains = Annotated[
-    dict[DomainName, Annotated[Domain, BeforeValidator(_as_domain)]],
+    dict[DomainName, Annotated[Domain, BeforeValidator(_as_domain, json_schema_input_type=str | tuple[str, ...] | Domain)]],
     Field(min_length=1),
     AfterValidator(lambda domains: dict(sorted(domains.items()))),
 ]
@@ -239,15 +240,20 @@ class Harness(Section):
     """Tokens of requests that run through a layer at once in streamed. Changing it can change results in the last bits."""
 
 
+Metric = Literal["perplexity"]
+
+
 class Evaluation(TextData):
     """The held-out text."""
 
-    metrics: Annotated[tuple[Literal["perplexity"], ...], BeforeValidator(_as_tuple)] = ("perplexity",)
+    metrics: Annotated[tuple[Metric, ...], BeforeValidator(_as_tuple, json_schema_input_type=Metric | tuple[Metric, ...])] = (
+        "perplexity",
+    )
     perplexity: Perplexity = Perplexity()
-    generate: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    generate: Strings = ()
     """Prompts that the source and every export continue greedily, for the report to show side by side. Each model is held whole
     by one worker."""
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    tasks: Strings = ()
     """Tasks and groups of lm-evaluation-harness (the extra `eval`), or `paper` or `generative`."""
     harness: Harness = Harness()
     max_new_tokens: Count = 256
@@ -300,7 +306,9 @@ Target = Annotated[
 class Clustering(Section):
     """Which experts are merged, or which are kept. The settings of each method are a subclass of this section."""
 
-    num_experts: Annotated[tuple[Target, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    num_experts: Annotated[
+        tuple[Target, ...], BeforeValidator(_as_tuple, json_schema_input_type=Target | tuple[Target, ...]), Field(min_length=1)
+    ]
     """One target per element: the number of experts kept in each layer, or a list with one number per MoE layer (tied only).
     `targets` is the same setting, where an element is `{experts: 8, width: 0.5}`: so many experts, of half their neurons."""
     method: str = "hierarchical"
@@ -401,10 +409,17 @@ class Refit(Section):
         return self
 
 
+ExportFormat = Literal["tied", "stock"]
+
+
 class Export(Section):
     """What an export contains."""
 
-    formats: Annotated[tuple[Literal["tied", "stock"], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
+    formats: Annotated[
+        tuple[ExportFormat, ...],
+        BeforeValidator(_as_tuple, json_schema_input_type=ExportFormat | tuple[ExportFormat, ...]),
+        Field(min_length=1),
+    ] = (
         "tied",
         "stock",
     )
@@ -512,7 +527,9 @@ class RunConfig(Section):
     merging: Merging = Merging()
     refit: Refit = Refit()
     export: Export = Export()
-    variants: tuple[Annotated[VariantEntry, BeforeValidator(_by_preset)], ...] | None = None
+    variants: (
+        tuple[Annotated[VariantEntry, BeforeValidator(_by_preset, json_schema_input_type=str | VariantEntry)], ...] | None
+    ) = None
     """Ways from one calibration to checkpoints. Omit for a single way, given by the sections above. With variants, `clustering`
     contains only `num_experts`; `budget`, `merging` and `refit` belong into each variant. `export` applies to every variant
     that does not change it."""
