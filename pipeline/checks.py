@@ -6,14 +6,14 @@ from pathlib import Path
 
 from pipeline.hub import resolve_model
 from pipeline.hub_data import Dataset, choose_files, fetch_files, is_dataset_name
-from pipeline.run.identity import files_identity, model_identity
+from pipeline.run.identity import files_identity, folder_identity, model_identity
 from pipeline.run.variants import variants_of
 from pipeline.run.view import Inputs
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Identity
 from stages.contracts.naming import is_hub_name
-from stages.contracts.settings import RunConfig, hub_dir
+from stages.contracts.settings import RunConfig, hub_dir, task_folder
 from stages.contracts.targets import targets_of
 from stages.contracts.texts import Text, texts_of
 from stages.io.storage import absolute, as_path, check_readable, check_writable, is_remote, is_url
@@ -46,9 +46,12 @@ def check(config: RunConfig, folder: Path | None = None) -> Checked:
     family_of(checkpoint.config, place)
     check_config(checkpoint)
     targets = targets_of(config.name, variants_of(config))
+    identities: dict[str, Identity] = {}
+    if (task_files := task_folder(config)) is not None:
+        identities["tasks"] = folder_identity(task_files, "evaluation.harness.include_path")
     for spec in stage_specs():
         spec.check(config, targets, checkpoint)
-    identities: dict[str, Identity] = {"model": model_identity(checkpoint)}
+    identities["model"] = model_identity(checkpoint)
     datasets: dict[str, Dataset] = {}
     for place, text in texts_of(config).items():
         if is_dataset_name(text.data):

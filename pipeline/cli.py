@@ -103,7 +103,9 @@ def run(
     from pipeline.display.comparison import Comparison
     from pipeline.display.progress import Reporter
     from pipeline.display.tables import certainty_lines, result_table, super_expert_lines
+    from pipeline.display.task_table import TaskTable
     from pipeline.driver.run_state import RunOptions
+    from pipeline.errors import RunFailed
 
     config = load_config(run_file, settings or [])
     reporter = Reporter(Console(stderr=True))
@@ -114,6 +116,8 @@ def run(
     console = _output()
     if result.report["models"]:
         show(console, result_table(result.report))
+        if (scores := TaskTable.of(result.report)) is not None:
+            show(console, scores.table())
         if config.variants is not None:
             first, *_ = Comparison.all_of(result.report)
             show(console, first.source_line)
@@ -125,6 +129,8 @@ def run(
         show(console, f"report       {result.report_path}")
         show(console, f"checkpoints  {run_dir / 'models'}")
     show(console, f"{result.num_run} units run, {result.num_reused} reused, {result.elapsed_s:.1f} s")
+    if result.shortfalls:
+        raise RunFailed("\n".join((*result.shortfalls, "all else is finished; the same command tries these again")))
 
 
 @app.command()
@@ -178,14 +184,15 @@ def compare(
     output_format: Annotated[TableFormat, typer.Option("--format", help="table, markdown or json.")] = TableFormat.TABLE,
 ) -> None:
     """Show a finished run's variants side by side: perplexity of every target and format, over all text and by domain; a star
-    marks the best."""
+    marks the best. Scores of tasks too, tasks across."""
     from pipeline.commands.compare import comparisons
     from pipeline.config import load_config
 
-    found = comparisons(load_config(run_file, settings or []))
+    found, scores = comparisons(load_config(run_file, settings or []))
     console = _output()
     if output_format is TableFormat.JSON:
-        console.print_json(data={"comparisons": [one.values() for one in found]}, ensure_ascii=True)
+        tasks = scores.values() if scores is not None else {}
+        console.print_json(data={"comparisons": [one.values() for one in found], **tasks}, ensure_ascii=True)
         return
     for one in found:
         for line in (one.source_line, *one.super_lines):
@@ -195,6 +202,13 @@ def compare(
         else:
             for line in ("", *one.markdown(), ""):
                 show(console, line)
+    if scores is None:
+        return
+    if output_format is TableFormat.TABLE:
+        show(console, scores.table())
+    else:
+        for line in scores.markdown():
+            show(console, line)
 
 
 @app.command()

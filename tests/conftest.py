@@ -17,7 +17,8 @@ REPOSITORY = Path(__file__).parents[1]
 LONGEST_FIRST = (
     "cluster/test_workers.py", "cluster/test_fencing.py", "cluster/test_driver.py", "deploy/test_job_submit.py",
     "storage/test_faults.py", "ray/test_scale.py", "deploy/test_job_stop.py", "cluster/test_partition.py",
-    "cluster/test_nodes.py", "cluster/test_memory.py", "ray/test_executors.py", "storage/test_runs.py",
+    "cluster/test_nodes.py", "pipeline/test_tasks.py", "cluster/test_memory.py", "ray/test_executors.py",
+    "storage/test_runs.py",
     "stages/test_families.py", "stages/test_widths.py", "hostile/test_corpus.py", "deploy/test_metrics.py",
     "deploy/test_autoscaling.py",
     "pipeline/test_process.py", "pipeline/test_secrets.py", "cluster/test_storage.py", "ray/test_driver_imports.py",

@@ -9,7 +9,7 @@ import pytest
 from stages.registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
-SHARED_ROOMS = ("contracts", "io", "checkpoint", "model")
+SHARED_ROOMS = ("contracts", "io", "checkpoint", "model", "harness")
 NUMERIC = {"torch", "transformers", "numpy", "scipy", "safetensors", "datasets", "tokenizers"}
 
 
@@ -61,6 +61,16 @@ def test_pipeline_names_no_stage(path: Path) -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert node.value not in STAGES, f"{_name(path)} names the stage {node.value}"
             assert not node.value.startswith(tuple(f"stages.{stage}." for stage in STAGES)), f"{_name(path)}: {node.value}"
+
+
+@pytest.mark.parametrize("path", [*_modules("stages"), *_modules("pipeline")], ids=_name)
+def test_the_harness_is_imported_in_its_own_room_alone(path: Path) -> None:
+    """It is an extra: all else works without it. Its room's modules that import it are imported inside functions."""
+    tops = {alias for alias in imported(path) if alias.split(".")[0] == "lm_eval"}
+    assert not tops or _name(path) in ("stages/harness/tasks.py", "stages/harness/models.py")
+    at_top = ast.parse(path.read_text(encoding="utf-8")).body
+    names = [node.module for node in at_top if isinstance(node, ast.ImportFrom)]
+    assert not {"stages.harness.tasks", "stages.harness.models"} & set(names), f"{_name(path)} needs the extra to be imported"
 
 
 def test_the_walk_finds_imports_of_every_kind(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What stages declare of themselves."""
 
 import importlib
+import pkgutil
 from collections.abc import Iterator
 from typing import get_args, get_type_hints
 
@@ -13,11 +14,14 @@ from stages.registry import STAGES, stage_specs
 
 
 def calls() -> Iterator[tuple[str, object]]:
-    """Every kind of unit and of hold, by its function."""
+    """Every kind of unit and of hold, by its function: of a stage's spec, and of files that it takes them from."""
+    found: dict[str, object] = {}
     for stage in STAGES:
-        for value in vars(importlib.import_module(f"stages.{stage}.spec")).values():
-            if isinstance(value, UnitCall | HoldCall):
-                yield value.function, value
+        folder = importlib.import_module(f"stages.{stage}").__path__
+        for module in pkgutil.iter_modules(folder, f"stages.{stage}."):
+            values = vars(importlib.import_module(module.name)).values()
+            found |= {value.function: value for value in values if isinstance(value, UnitCall | HoldCall)}
+    yield from found.items()
 
 
 @pytest.mark.parametrize(("function", "call"), [pytest.param(*one, id=one[0]) for one in calls()])

@@ -116,6 +116,7 @@ def _record(entry: BatchEntry, state: RunState | None, refusal: str | None) -> d
             result = state.result()
             record |= {key: result.report[key] for key in ("models", "warnings")}
             record |= {"num_run": result.num_run, "num_reused": result.num_reused}
+            record["error"] = "\n".join(result.shortfalls) or None
         except (InputError, RunFailed) as e:
             record["error"] = str(e)
     return record

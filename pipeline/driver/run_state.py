@@ -29,7 +29,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.paths import REPORT_FILE, TRANSIENT_DIRS
 from stages.contracts.settings import RunConfig
 from stages.contracts.spec import StageSpec
-from stages.contracts.units import Unit
+from stages.contracts.units import Unit, failure_in
 from stages.io.files import write_json
 
 T = TypeVar("T")
@@ -59,13 +59,15 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Result of a run: the parsed report (without models if none was written) and the number of units that ran."""
+    """Result of a run: the parsed report (without models if none was written) and the number of units that ran. shortfalls:
+    what is lacking, a line for each unit that was sealed with a failure; if there is any, the run has not succeeded."""
 
     report: Mapping[str, Any]
     report_path: Path
     num_run: int
     num_reused: int
     elapsed_s: float
+    shortfalls: tuple[str, ...] = ()
 
 
 class RunState:
@@ -99,6 +101,7 @@ class RunState:
         self._events: EventLog | None = None
         self._check: Callable[[], None] | None = None
         self._num_run = self._num_reused = 0
+        self._shortfalls: list[str] = []
 
     def begin(self, num_workers: int, check_lock: Callable[[], None]) -> None:
         """Begin the run once the lock is held and the executor is up: record its settings and remove files that killed workers
@@ -241,6 +244,8 @@ class RunState:
         unread = [path for path in unit.reads if not self._num_readers[path]]
         self._delete([*unread, *(path for path in unit.writes if path not in self._num_readers)])
         self._reporter.done(unit, outcome)
+        if (failure := failure_in(outcome.facts)) is not None:
+            self._shortfalls.append(f"{unit.stage} {unit.label}: {failure}")
         self._write_event(SEALED, unit, outcome)
         self._running[unit.stage] -= 1
         if not self._running[unit.stage]:
@@ -305,7 +310,8 @@ class RunState:
             raise self._error()
         path = self.run_dir / REPORT_FILE
         report = json.loads(path.read_text()) if self._is_reported else {"models": [], "warnings": []}
-        return RunResult(report, path, self._num_run, self._num_reused, time.monotonic() - self._started)
+        elapsed_s = time.monotonic() - self._started
+        return RunResult(report, path, self._num_run, self._num_reused, elapsed_s, tuple(self._shortfalls))
 
     def _error(self) -> InputError | RunFailed:
         """The error that stopped the run: InputError if only the user's input is wrong, else RunFailed."""

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from pipeline.run.owned import check_unlinked, remove_file
 from pipeline.state.manifest import read_manifest
-from stages.contracts.units import Unit
+from stages.contracts.units import Unit, failure_in
 from stages.io.files import TEMPORARY_PREFIX
 from stages.io.storage import is_remote, remove_tree
 
 
 def select(units: Sequence[Unit], verify: bool) -> list[Unit]:
-    """The units that must run, in order: unsealed units, and the units that make transient files which those need but lack.
+    """The units that must run, in order: unsealed units, units that were sealed with a failure, and the units that make
+    transient files which those need but lack.
 
     A unit that makes only transient files is skipped, sealed or not, if no selected unit lacks them. verify: compare digests
     too, not only sizes.
@@ -27,7 +28,7 @@ def select(units: Sequence[Unit], verify: bool) -> list[Unit]:
                 for path in unit.writes
             )
         else:
-            runs = manifest is None or not manifest.is_whole(unit, verify)
+            runs = manifest is None or failure_in(manifest.facts) is not None or not manifest.is_whole(unit, verify)
         if runs:
             must_run.add(unit.id)
             lacking.update(unit.reads)

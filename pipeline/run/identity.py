@@ -1,6 +1,7 @@
 """Identities of a run's inputs: digests of the model and the texts, and the differences between two identities."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from pydantic import JsonValue
 
@@ -24,6 +25,17 @@ def model_identity(checkpoint: Checkpoint) -> dict[str, JsonValue]:
 def files_identity(data: Sequence[str], place: str) -> dict[str, JsonValue]:
     """Digests of a text's files, in their order. Raises InputError for a file that is missing or cannot be read."""
     return {f"{number} {file.name}": _digest(file, place) for number, file in enumerate(list_files(data, place), 1)}
+
+
+def folder_identity(folder: Path, place: str) -> dict[str, JsonValue]:
+    """Digests of all files below a folder, by path. Raises InputError for a folder that is missing or cannot be read."""
+    if not folder.is_dir():
+        raise InputError(f"{place}: {folder} is not a folder")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    try:
+        return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    except OSError as e:
+        raise InputError(f"{place}: {e.filename} cannot be read: {e.strerror or e}") from e
 
 
 def _digest(file: TextFile, place: str) -> str:

@@ -124,6 +124,10 @@ def _kind_of(budget: Budget, method: Method[Any], clustering: Clustering, export
             f"{at}budget.kind is {kind.name}, but clustering.num_experts lists a number for each layer; give their mean alone, "
             "or set budget.kind to uniform"
         )
+    if method.keeps_all:
+        raise InputError(
+            f"{at}budget.kind is {kind.name}, but method {method.name} keeps all experts; set budget.kind to uniform"
+        )
     if "tied" not in method.formats:
         raise InputError(
             f"{at}budget.kind is {kind.name}, which gives layers different numbers of experts, but what method {method.name} "

@@ -57,7 +57,7 @@ def planned(method: Method[Any], evidence: LayerEvidence, num_slots: int, settin
     The method plans the other experts from their evidence alone, unless it knows of protected experts itself. Raises InputError
     where the protected ones leave no slot for others that have to be merged.
     """
-    if not settings.protected or method.keeps_protected:
+    if not settings.protected or method.keeps_protected or method.keeps_all:
         return method.plan(evidence, num_slots, settings)
     others = others_of(evidence, settings.protected)
     num_left = num_slots - len(settings.protected)

@@ -348,7 +348,7 @@ def _check_protection(target: Target, config: Mapping[str, Any], place: str) -> 
     """Raise InputError where slots have to stay in groups of the router, which a protected expert would make unequal."""
     method, clustering = target.variant.method, target.variant.clustering
     is_grouped = method.reads_groups and target.format == "stock" and groups_in(config, place) is not None
-    if is_grouped and clustering.protect != "none" and not method.keeps_protected:
+    if is_grouped and clustering.protect != "none" and not (method.keeps_protected or method.keeps_all):
         raise InputError(
             f"{place}: clustering.protect is {clustering.protect}, but method {method.name} keeps stock slots within groups of "
             f"the router, which a protected expert would make unequal; set protect to none, or export.formats to [tied]"

@@ -6,6 +6,8 @@ SURVEY_FILE = "plan.json"
 TENSORS_FILE = "tensors.arrow"
 CHECKPOINT_DIR = "checkpoint"
 SCORES_FILE = "scores.json"
+GENERATION_FILE = "generation.json"
+RESULTS_FILE = "results.json"
 REPORT_FILE = "report.json"
 TRANSIENT_DIRS = ("hidden", "partial")
 
@@ -13,6 +15,11 @@ TRANSIENT_DIRS = ("hidden", "partial")
 def tokens_file(shard: int) -> str:
     """File of a token shard."""
     return f"tokens-{shard:04d}.arrow"
+
+
+def documents_file(part_dir: Path, domain: str) -> Path:
+    """Fingerprints of the documents that a text's sequences come from. domain: empty if the section has none."""
+    return part_dir / (f"documents-{domain}.arrow" if domain else "documents.arrow")
 
 
 def hidden_file(part_dir: Path, layer: int, shard: int) -> Path:

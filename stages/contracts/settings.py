@@ -203,10 +203,65 @@ class Calibration(TextData):
         return self
 
 
+class Perplexity(Section):
+    """Which tokens of the held-out text are predicted, with how many before them."""
+
+    stride: Count | None = None
+    """Tokens between the starts of neighbouring sequences, which then slide over the text in its own order instead of being
+    drawn from it. Each token is predicted once, with at least sequence_length - stride tokens before it. Omit to draw."""
+
+
+class Harness(Section):
+    """How tasks of lm-evaluation-harness are run. What is left out is as the harness has it."""
+
+    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Examples before each question, for tasks that do not forbid it."""
+    limit: Count | Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    """Documents of each task, or their share; for trials only."""
+    seed: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Seed of everything that the harness draws."""
+    include_path: str | None = None
+    """Folder with task files of your own, which every node reaches."""
+    backend: Literal["auto", "streamed", "hf", "vllm"] = "auto"
+    """Who answers. streamed: layer shards, for log-likelihood requests to a model of any size. hf: the whole model on a worker.
+    vllm: where installed. auto: streamed, and hf for tasks that generate text."""
+    max_length: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Tokens that a model reads at most. Default: the model's positions."""
+    apply_chat_template: bool = False
+    """Put questions to the model by its tokenizer's chat template."""
+    confirm_run_unsafe_code: bool = False
+    """The harness's own permission to run code that a model writes, for tasks that need it."""
+    batch_size: Count = 1
+    """Requests that hf answers at once."""
+    tokens_per_shard: Count = 32768
+    """Tokens of a slice of requests that streamed takes through a layer shard at once."""
+    tokens_per_micro_batch: Count = 2048
+    """Tokens of requests that run through a layer at once in streamed. Changing it can change results in the last bits."""
+
+
 class Evaluation(TextData):
     """The held-out text."""
 
     metrics: Annotated[tuple[Literal["perplexity"], ...], BeforeValidator(_as_tuple)] = ("perplexity",)
+    perplexity: Perplexity = Perplexity()
+    generate: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Prompts that the source and every export continue greedily, for the report to show side by side. Each model is held whole
+    by one worker."""
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Tasks and groups of lm-evaluation-harness (the extra `eval`), or `paper` or `generative`."""
+    harness: Harness = Harness()
+    max_new_tokens: Count = 256
+    """Maximum number of tokens with which a prompt is continued."""
+
+    @model_validator(mode="after")
+    def _check_stride(self) -> Self:
+        stride = self.perplexity.stride
+        if stride is not None and stride > self.sequence_length:
+            raise ValueError(
+                f"perplexity.stride is {stride} but sequence_length {self.sequence_length}: tokens between two sequences would "
+                f"not be predicted; use at most {self.sequence_length}"
+            )
+        return self
 
 
 class WidthTarget(Section):
@@ -497,6 +552,17 @@ class RunConfig(Section):
         if self.variants is None:
             check_target_formats(self.clustering.num_experts, self.export.formats)
         return self
+
+
+def task_folder(config: RunConfig) -> Path | None:
+    """Folder with the run's own task files, if it has one."""
+    given = config.evaluation.harness.include_path if config.evaluation is not None and config.evaluation.tasks else None
+    return absolute(given) if given is not None else None
+
+
+def stride_of(data: TextData) -> int | None:
+    """Tokens between the starts of neighbouring sequences of a text; None if its sequences are drawn."""
+    return data.perplexity.stride if isinstance(data, Evaluation) else None
 
 
 def hub_dir(config: RunConfig) -> Path:

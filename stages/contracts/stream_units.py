@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from stages.contracts import paths
-from stages.contracts.keys import Part
+from stages.contracts.keys import Part, key_of
 from stages.contracts.partition import LayerRange, held_bytes, layer_shards, read_partition
 from stages.contracts.settings import TextData
 from stages.contracts.spec import Run
@@ -48,7 +48,8 @@ class Stream:
 
     part: part that the units belong to. tokens: part of the text. label: name of the model, put before unit labels in the log;
     may be empty. open_layers: the call that opens a layer shard. run_layers: the call of a unit. makes: transient files that a
-    unit writes in addition to its hidden states, by layers and token shard.
+    unit writes in addition to its hidden states, by layers and token shard. shares_layers: whether the stage's parts that cut
+    the same model in the same way share loaded layer shards.
     """
 
     part: Part
@@ -59,6 +60,7 @@ class Stream:
     open_layers: Callable[[LayerShardArgs], Call]
     run_layers: Callable[[StreamArgs], Call]
     makes: Callable[[LayerRange, int], Iterable[Path]] = lambda layers, shard: ()
+    shares_layers: bool = False
 
 
 def partition(run: Run, part: Part, data: TextData) -> list[LayerRange]:
@@ -81,10 +83,17 @@ def stream_units(run: Run, stream: Stream) -> list[Unit]:
     Each reads the hidden states that the unit of the previous layer shard wrote."""
     part, data, part_dir = stream.part, stream.data, Path(stream.part.dir)
     units = []
-    for first, stop in partition(run, part, data):
+    shards = partition(run, part, data)
+    # units of equal cuts alone may share a hold: only then every hold's units wait for earlier holds alone
+    owner = (
+        f"{part.stage}:{stream.model}:{key_of({'layer_shards': [list(cut) for cut in shards]})}"
+        if stream.shares_layers
+        else part.dir
+    )
+    for first, stop in shards:
         layers_label = f"{stream.label}layers {first}-{stop - 1}"
         hold = Hold(
-            f"{run.run_dir}/{part.dir}:{first}-{stop}",
+            f"{run.run_dir}/{owner}:{first}-{stop}",
             stream.open_layers(LayerShardArgs(stream.model, first, stop, run.config.resources.num_cpus)),
             str(run.run_dir),
             f"{part.stage} {layers_label}",

@@ -36,6 +36,11 @@ class DomainShards:
     stop: int
 
 
+def tokens_unit_name(domain: str) -> str:
+    """Name of the unit of prepare that draws the sequences of a domain."""
+    return f"tokens-{domain}" if domain else "tokens"
+
+
 def domain_shards(data: TextData) -> tuple[DomainShards, ...]:
     """The token shards of every domain of a section, in their order."""
     return tuple(DomainShards(name, shards.start, shards.stop) for name, shards in data.shards_by_domain.items())

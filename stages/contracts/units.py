@@ -22,6 +22,16 @@ H_co = TypeVar("H_co", covariant=True)
 Facts = Mapping[str, JsonValue]
 """Facts of a unit as stored in its manifest."""
 
+FAILURE = "failure"
+"""Name of a fact that says why a sealed unit lacks a result that no other unit needs; null if it lacks none. The run goes on
+without it, lists it and ends with exit code 1. The next run tries the unit again."""
+
+
+def failure_in(facts: Facts) -> str | None:
+    """Why a sealed unit lacks a result; None if it lacks none."""
+    found = facts.get(FAILURE)
+    return found if isinstance(found, str) else None
+
 
 @dataclass(frozen=True)
 class NoFacts:

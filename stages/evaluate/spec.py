@@ -1,75 +1,89 @@
-"""The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text, in all and by domain."""
+"""The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text, in all and by domain; their
+answers to prompts, and their scores on tasks."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from stages.checkpoint.folder import Checkpoint
 from stages.contracts.keys import Part
-from stages.contracts.paths import CHECKPOINT_DIR
-from stages.contracts.settings import Evaluation
+from stages.contracts.settings import Evaluation, RunConfig
 from stages.contracts.spec import Run, StagePlan, StageSpec
-from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, stream_plan, stream_units
-from stages.contracts.texts import DomainShards, domain_shards
-from stages.contracts.units import HoldCall, NoFacts, Unit, UnitCall
-
-SOURCE_PART = "source"
+from stages.contracts.stream_units import Stream, StreamArgs, stream_plan, stream_units
+from stages.contracts.targets import Target
+from stages.contracts.tasks import task_args
+from stages.contracts.texts import DomainShards, domain_shards, tokens_unit_name
+from stages.contracts.units import NoFacts, Unit, UnitCall
+from stages.evaluate.generation import check_generation, generation_parts, generation_units
+from stages.evaluate.models import OPEN, SOURCE_PART, Model, models
+from stages.evaluate.tasks import backend_lines, check_backend, check_whole_tasks, task_parts, task_units
 
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Arguments for a token shard. Its losses are computed after the last layer."""
+    """Arguments for a token shard. Its losses are computed after the last layer.
+
+    first_sequence: index, within its domain's text, of the shard's first sequence. stride: as in `Perplexity`.
+    """
 
     stream: StreamArgs
+    first_sequence: int
+    stride: int | None
 
 
 @dataclass(frozen=True)
 class ScoreArgs:
-    """domains: token shards of each domain of the text."""
+    """domains: token shards of each domain of the text. num_bytes: bytes of UTF-8 that the predicted tokens of each stand for,
+    of domains where these are known."""
 
     domains: tuple[DomainShards, ...]
+    num_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Scores:
     """loss: mean negative log-likelihood of a prediction, nats; None if it is not finite. perplexity: exponential of the loss;
-    None if it overflows a float. num_predictions: number of predicted tokens."""
+    None if it overflows a float. num_predictions: number of predicted tokens. bits_per_byte: negative log-likelihood in bits
+    over the bytes of the predicted text in UTF-8, which models with different tokenizers share; None if not known."""
 
     perplexity: float | None
     loss: float | None
     num_predictions: int
+    bits_per_byte: float | None
 
 
-OPEN = HoldCall("stages.model.layer_shard:open_layer_shard", LayerShardArgs)
 EVALUATE = UnitCall("stages.evaluate.units:evaluate_unit", EvaluateArgs, NoFacts)
 SCORE = UnitCall("stages.evaluate.units:score_unit", ScoreArgs, Scores)
 
 
 class Evaluate(StageSpec):
-    """Computes the perplexity of every model."""
+    """Computes the perplexity of every model, and lets it answer prompts."""
 
     name = "evaluate"
-    version = 2
+    version = 3
     libraries = ("torch", "transformers")
-    after = ("prepare", "assemble")
+    after = ("prepare", "requests", "assemble")
 
     def parts(self, run: Run) -> Iterator[Part]:
-        """One part for the source and one per target; none without held-out text."""
-        if run.config.evaluation is None:
-            return
-        tokens = run.part("prepare", "evaluation")
-        yield run.new_part(self, SOURCE_PART, {}, {"model": run.part("prepare", "model"), "tokens": tokens})
-        for target in run.targets:
-            yield run.new_part(self, target.part, {}, {"model": run.part("assemble", target.part), "tokens": tokens})
-
-    def units(self, run: Run) -> Iterator[Unit]:
-        """For each model: units that pass token shards through layer shards, and one unit for the score."""
+        """One part for the source and one per target, and further ones for their answers; none without held-out text."""
         data = run.config.evaluation
         if data is None:
             return
-        yield from _model_units(run, data, run.part(self.name, SOURCE_PART), run.model, run.config.name)
-        for target in run.targets:
-            folder = run.run_dir / run.part("assemble", target.part).dir / CHECKPOINT_DIR
-            yield from _model_units(run, data, run.part(self.name, target.part), folder, target.name)
+        tokens = run.part("prepare", "evaluation")
+        for model in models(run):
+            yield run.new_part(self, model.part, {}, {"model": model.made_by, "tokens": tokens})
+        yield from generation_parts(self, run, data)
+        yield from task_parts(self, run, data)
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """For each model: units that pass token shards through layer shards, one unit for the score, and one for its
+        answers."""
+        data = run.config.evaluation
+        if data is None:
+            return
+        for model in models(run):
+            yield from _model_units(run, data, model)
+        yield from generation_units(run, data)
+        yield from task_units(run, data)
 
     def plan(self, run: Run) -> StagePlan:
         """Every model has the same number of units, because merging keeps the number of layers."""
@@ -78,18 +92,49 @@ class Evaluate(StageSpec):
             return StagePlan("", "workers")
         num_models = 1 + len(run.targets)
         shards = stream_plan(run, run.part(self.name, SOURCE_PART), data)
-        return StagePlan(f"{num_models} models x {shards} + {num_models} scores", "workers")
+        answers = f" + {num_models} answers to prompts" if data.generate else ""
+        answers += f" + {num_models} x {len(task_args(run.config))} tasks" if data.tasks else ""
+        return StagePlan(f"{num_models} models x {shards} + {num_models} scores{answers}", "workers")
+
+    def check_surveyed(self, run: Run) -> None:
+        """Refuse whole models that are too large for a worker."""
+        if run.config.evaluation is not None:
+            check_generation(run, run.config.evaluation)
+            check_whole_tasks(run, run.config.evaluation)
+
+    def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
+        """Refuse a backend that cannot run the tasks."""
+        check_backend(config)
+
+    def remarks(self, run: Run) -> Iterator[str]:
+        """Which backend runs each task."""
+        return backend_lines(run.config)
 
 
-def _model_units(run: Run, data: Evaluation, part: Part, model: Path, name: str) -> Iterator[Unit]:
+def _model_units(run: Run, data: Evaluation, model: Model) -> Iterator[Unit]:
+    part = run.part("evaluate", model.part)
+    first_of = [number * data.sequences_per_shard for shards in data.shards_by_domain.values() for number in range(len(shards))]
     stream = Stream(
-        part, run.part("prepare", "evaluation"), data, str(model), f"{name}, ", OPEN.on,
-        lambda args: EVALUATE.on(EvaluateArgs(args)),
+        part, run.part("prepare", "evaluation"), data, str(model.folder), f"{model.name}, ", OPEN.on,
+        lambda args: EVALUATE.on(EvaluateArgs(args, first_of[args.shard], data.perplexity.stride)),
     )  # fmt: skip
     units = stream_units(run, stream)
     yield from units
     last = [unit for unit in units if not unit.writes]
-    yield run.unit(part, "perplexity", SCORE.on(ScoreArgs(domain_shards(data))), f"{name}, perplexity", after=last)
+    args = ScoreArgs(domain_shards(data), _num_bytes(run, data))
+    yield run.unit(part, "perplexity", SCORE.on(args), f"{model.name}, perplexity", after=last)
+
+
+def _num_bytes(run: Run, data: Evaluation) -> dict[str, int]:
+    """Bytes of the predicted text by domain, where prepare has found them."""
+    domains = {tokens_unit_name(name): name for name in data.shards_by_domain}
+    found: dict[str, int] = {}
+    for unit in run.units("prepare"):
+        sealed = run.sealed(unit) if unit.part_dir == run.part("prepare", "evaluation").dir else None
+        num_bytes = sealed.facts.get("num_bytes") if sealed is not None else None
+        if isinstance(num_bytes, int):
+            found[domains[unit.name]] = num_bytes
+    return found
 
 
 SPEC = Evaluate()

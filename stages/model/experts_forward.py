@@ -227,8 +227,12 @@ class ExpertsForward:
         return self._expert_activations(hidden_TD, tokens_R, expert)[: len(tokens_R)]
 
     def outputs_of(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
-        """Outputs [R, D] of one expert on some tokens, not gated."""
-        return self._down(self._expert_activations(hidden_TD, tokens_R, expert), [0, len(tokens_R)], expert)
+        """Outputs [R, D] of one expert on some tokens."""
+        activations = self._expert_activations(hidden_TD, tokens_R, expert)
+        output_RD = activations.new_empty(len(activations), self.weights.hidden_size)
+        self._product(activations, "down_proj", expert, expert + 1, output_RD)
+        self.weights.release("down_proj", expert, expert + 1)
+        return output_RD[: len(tokens_R)]
 
     def _expert_activations(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
         """Activations [R, F] of one expert on some tokens, followed by rows of padding as `padded` requires."""

@@ -71,6 +71,23 @@ def read_documents(
         num_wanted = min(2 * num_wanted, 1 + _PASS_CHARACTERS // mean_characters)
 
 
+def read_in_order(files: Sequence[Path], text_field: str, max_characters: int, place: str) -> Iterator[str]:
+    """Documents of files of one kind as they stand there, until they have max_characters in all; the last may be cut.
+
+    Raises InputError for a damaged file, or one whose text_field is not text.
+    """
+    left = max_characters
+    for path in files:
+        reader = _READERS[kind_of(path.name)](path, text_field, place, False)
+        with failing(path, place):
+            for _, text in reader.read(range(reader.measure().num_documents)):
+                assert isinstance(text, str)
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    return
+
+
 def seeded_order(num_documents: int, seed: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
     """Numbers of the documents in reading order, int64 [at most MAX_ORDERED]."""
     num_ordered = min(num_documents, MAX_ORDERED)

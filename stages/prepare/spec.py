@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from stages.contracts.keys import Part
-from stages.contracts.settings import Format, TextData
+from stages.contracts.settings import Format, TextData, stride_of
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.survey import unread_lines
-from stages.contracts.texts import Text, sections_of, texts_in, texts_of
+from stages.contracts.texts import Text, sections_of, texts_in, texts_of, tokens_unit_name
 from stages.contracts.units import Call, Unit, UnitCall
 
 SURVEY_PART = "model"
@@ -31,10 +31,11 @@ class SurveyFacts:
 
 @dataclass(frozen=True)
 class TextArgs:
-    """A text and the sequences to draw from it. Settings as in `TextData`.
+    """A text and the sequences to draw from it. Settings as in `TextData`, and `Perplexity.stride`.
 
     place: where the run file names the text, for messages. model: checkpoint folder, for the tokenizer. data: paths of files
     and folders. is_even: whether the documents get the same number of sequences, as far as possible.
+    counts_bytes: whether the bytes of the predicted tokens are counted.
     """
 
     place: str
@@ -47,22 +48,28 @@ class TextArgs:
     seed: int
     format: Format = "text"
     is_even: bool = False
+    stride: int | None = None
+    counts_bytes: bool = False
 
 
 @dataclass(frozen=True)
 class TokensArgs:
-    """sequences_per_shard: sequences of a token shard. first_shard: number of the text's first token shard."""
+    """sequences_per_shard: sequences of a token shard. first_shard: number of the text's first token shard. domain: of
+    the text; empty if its section has none."""
 
     text: TextArgs
     sequences_per_shard: int
     first_shard: int = 0
+    domain: str = ""
 
 
 @dataclass(frozen=True)
 class TokensFacts:
-    """num_tokens: tokens in all token shards."""
+    """num_tokens: tokens in all token shards. num_bytes: bytes of UTF-8 that the predicted tokens stand for; None if not known
+    or not counted."""
 
     num_tokens: int
+    num_bytes: int | None
 
 
 SURVEY = UnitCall("stages.prepare.units:survey_unit", SurveyArgs, SurveyFacts)
@@ -75,7 +82,7 @@ class Prepare(StageSpec):
     """Makes the survey and the token shards."""
 
     name = "prepare"
-    version = 4
+    version = 5
     libraries = ("numpy", "tokenizers", "transformers")
     makes_survey = True
 
@@ -91,8 +98,8 @@ class Prepare(StageSpec):
         yield run.unit(run.part(self.name, SURVEY_PART), "survey", SURVEY.on(SurveyArgs(str(run.model))), "checkpoint")
         for section, data in sections_of(run.config).items():
             for text in texts_in(section, data):
-                args = TokensArgs(_text_args(run, text), data.sequences_per_shard, text.shards.start)
-                name = f"tokens-{text.domain}" if text.domain else "tokens"
+                args = TokensArgs(_text_args(run, text), data.sequences_per_shard, text.shards.start, text.domain)
+                name = tokens_unit_name(text.domain)
                 label = f"{section}, {text.domain} tokens" if text.domain else f"{section} tokens"
                 yield run.unit(run.part(self.name, section), name, TOKENS.on(args), label)
 
@@ -119,6 +126,8 @@ def _settings(run: Run, section: str, data: TextData) -> dict[str, JsonValue]:
     include = {"num_sequences", "sequence_length", "seed"}
     settings: dict[str, JsonValue] = data.model_dump(include=include)
     settings |= {"micro_batch": data.micro_batch, "sequences_per_shard": data.sequences_per_shard}
+    if (stride := stride_of(data)) is not None:
+        settings["stride"] = stride
     read = {text.domain: _read_settings(run, text) for text in texts_in(section, data)}
     return settings | (read[""] if "" in read else {"domains": dict[str, JsonValue](read)})
 
@@ -140,6 +149,8 @@ def _text_args(run: Run, text: Text) -> TextArgs:
         seed=text.seed,
         format=text.format,
         is_even=bool(text.domain),
+        stride=stride_of(sections_of(run.config)[text.section]),
+        counts_bytes=text.section == "evaluation",
     )
 
 

@@ -1,125 +1,67 @@
-"""Loads the checkpoint's tokenizer with transformers. Any exception of the libraries becomes a one-line error."""
+"""Turns documents into tokens."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
-from stages.io.untrusted import MAX_SMALL_BYTES, check_regular, read_json
+from stages.model.tokenizer import LoadedTokenizer
 from stages.prepare.chat import Conversation
 from stages.prepare.reading import Document
-from stages.prepare.tokens import Tokens
-
-_JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_FILES = (
-    "tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
-    "vocab.json", "vocab.txt", "merges.txt",
-)  # fmt: skip
-_PANIC = "PanicException"
-_NO_CACHE = {"TIKTOKEN_CACHE_DIR": ""}
-"""Switches off tiktoken's cache, which identifies a vocabulary by its path and would be read even if the file has changed."""
+from stages.prepare.tokens import Encoded, Tokens
 
 
-class Tokenizer:
+class Tokenizer(LoadedTokenizer):
     """Turns documents into token ids.
 
-    Raises InputError for a tokenizer that is missing, damaged or of an unknown kind. Code that comes with the checkpoint runs
-    only if trust_remote_code is set.
+    counts_bytes: also find the bytes of tokens. Known are those of texts and a fast tokenizer, which says where in the text
+    each token ends. Raises InputError as `LoadedTokenizer` does.
     """
 
-    def __init__(self, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
-        folder = checkpoint.local_folder
-        for name in (*_JSON, *_FILES):
-            _check_file(folder / name)
-        found = [name for name in _FILES if (folder / name).exists()]
-        settings = f" with {_JSON[0]}" if (folder / _JSON[0]).exists() else ""
-        self._name = f"{checkpoint.folder / found[0]}{settings}" if found else str(checkpoint.folder)
-        fails = "cannot be loaded as a tokenizer" if found else "has no tokenizer that transformers can load"
-        with self._reported(fails), _environment(_NO_CACHE):
-            self._encode = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    def __init__(self, checkpoint: Checkpoint, trust_remote_code: bool, counts_bytes: bool = False) -> None:
+        super().__init__(checkpoint, trust_remote_code)
+        self._counts_bytes = counts_bytes and bool(self.plain.is_fast)
 
-    def encode(self, document: Document) -> Tokens:
-        """Token ids of a document, int64 [T], including the tokenizer's own special tokens, or those of its chat template."""
+    def encode(self, document: Document) -> Encoded:
+        """Tokens of a document, including the tokenizer's own special tokens, or those of its chat template."""
         what = "fails as a tokenizer on a document of the text"
         if isinstance(document, Conversation):
             self._check_template()
             what = f"cannot apply its chat template to {document.place}"
-        with self._reported(what):
-            ids = self._ids(document)
+        with self.reported(what):
+            encoded = self._encoded(document)
+            ids = encoded["input_ids"]
             ids_T = np.asarray(ids)
         if not isinstance(ids, list) or ids_T.ndim != 1 or (ids and ids_T.dtype.kind != "i"):
             raise InputError(
-                f"{self._name} returns {type(ids).__name__} of shape {list(ids_T.shape)} and {ids_T.dtype} for "
+                f"{self.name} returns {type(ids).__name__} of shape {list(ids_T.shape)} and {ids_T.dtype} for "
                 f"a document; a list of token ids is needed"
             )
-        return ids_T.astype(np.int64)
+        has_bytes = isinstance(document, str) and self._counts_bytes
+        return Encoded(ids_T.astype(np.int64), _num_bytes(str(document), encoded["offset_mapping"]) if has_bytes else None)
 
-    def _ids(self, document: Document) -> Any:
+    def _encoded(self, document: Document) -> Mapping[str, Any]:
         if isinstance(document, str):
-            return self._encode(document, verbose=False)["input_ids"]
-        encoded: Any = self._encode.apply_chat_template(
+            return self.plain(document, verbose=False, return_offsets_mapping=self._counts_bytes)  # type: ignore[no-any-return]
+        encoded: Any = self.plain.apply_chat_template(
             list(document.messages), tools=list(document.tools) or None, tokenize=True, return_dict=True
         )
-        return encoded["input_ids"]
+        return encoded  # type: ignore[no-any-return]
 
     def _check_template(self) -> None:
-        if not self._encode.chat_template:
+        if not self.plain.chat_template:
             raise InputError(
-                f"{self._name} has no chat template, which format chat needs; use the tokenizer of the model's chat version, "
+                f"{self.name} has no chat template, which format chat needs; use the tokenizer of the model's chat version, "
                 f"or set format to text"
             )
 
-    @contextmanager
-    def _reported(self, what: str) -> Iterator[None]:
-        """Context only for calls of libraries: `tokenizers` raises bare Exception or panics, and transformers any exception."""
-        try:
-            yield
-        except (MemoryError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as e:
-            if not isinstance(e, Exception) and type(e).__name__ != _PANIC:
-                raise
-            reason = " ".join(str(e).split()) or type(e).__name__
-            if isinstance(e, KeyError):
-                reason = f"{reason} is not there"
-            raise InputError(
-                f"{self._name} {what}: {reason}; use the tokenizer files that belong to the checkpoint, from a version of "
-                f"transformers that is not newer than this one"
-            ) from e
 
-
-def _check_file(path: Path) -> None:
-    """Raise InputError for a file that is not regular, and for settings that are not a JSON object.
-    A missing file is no error."""
-    if not path.exists() and not path.is_symlink():
-        return
-    try:
-        check_regular(path)
-        if path.stat().st_size > MAX_SMALL_BYTES:
-            raise InputError(
-                f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SMALL_BYTES:,} are read of a tokenizer file"
-            )
-        if path.name in _JSON and not isinstance(read_json(path), dict):
-            raise InputError(f"{path} is not a JSON object; use the tokenizer files that belong to the checkpoint")
-    except OSError as e:
-        raise InputError(f"{path} cannot be read: {e.strerror}") from e
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def _num_bytes(document: str, spans: Sequence[tuple[int, int]]) -> Tokens:
+    """Bytes of UTF-8 that each token adds: those from the end of the tokens before it to its own. spans: first character of
+    each token, and the one behind its last; special tokens have none."""
+    code_points = np.frombuffer(document.encode("utf-32-le"), np.uint32)
+    ends = np.cumsum(1 + sum((code_points >= limit).astype(np.int64) for limit in (0x80, 0x800, 0x10000)), dtype=np.int64)
+    ends_T = np.concatenate([[0], ends])[np.maximum.accumulate(np.array([stop for _, stop in spans], np.int64))]
+    return np.diff(ends_T, prepend=0)

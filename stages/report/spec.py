@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter
 
 from stages.contracts.keys import Part
-from stages.contracts.paths import REPORT_FILE
+from stages.contracts.paths import REPORT_FILE, documents_file
 from stages.contracts.protection import PROTECT_UNIT, ProtectFacts
 from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, counts_of, narrowed_to
 from stages.contracts.targets import NumExperts
+from stages.contracts.tasks import sealed_requests, task_args, task_part
+from stages.contracts.texts import sections_of, texts_in
 from stages.contracts.units import Facts, Unit, UnitCall
 
 
@@ -19,7 +22,7 @@ class ReportedTarget:
 
     name: name of its folder. target: its variant and number of experts. variant: empty if the run file lists none. path:
     relative to the run directory. assembled: facts of its folder. plan_dir: directory of its method's layer plans.
-    evaluate_dir: directory of its scores, or None.
+    evaluate_dir: directory of its scores, or None. generate_dir: directory of its answers to prompts, or None.
     dendrogram_dir: directory of its clustering's dendrograms and certainty, or None if its method has no dendrogram.
     unweighted_clusters: by layer, merged experts whose members got no token. num_neurons: of an expert, where it has fewer than
     the source's; then asked_experts and asked_width are what the run file asks for. budget: its kind; empty where all layers
@@ -36,6 +39,7 @@ class ReportedTarget:
     assembled: Facts
     plan_dir: str
     evaluate_dir: str | None
+    generate_dir: str | None
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
     num_neurons: int | None
@@ -46,33 +50,51 @@ class ReportedTarget:
 
 
 @dataclass(frozen=True)
+class ReportedTask:
+    """A task of the harness and a model. folder: of its results, relative to the run directory; None if it has failed. failure:
+    why."""
+
+    model: str
+    task: str
+    folder: str | None
+    failure: str | None
+
+
+@dataclass(frozen=True)
 class ReportArgs:
     """Inputs of a report.
 
     survey_dir: relative to the run directory. source_name, source_path: name and path of the model. source_evaluate_dir:
-    directory of the model's scores, or None. never_routed: by layer, experts to which no calibration token was routed.
-    is_sampled: whether standard errors are known. calibrate_dir, domains: directory of the evidence, and the domains that it is
-    kept by, which may be none. settings: the run file. versions: versions of the libraries that computed each part.
+    directory of the model's scores, or None. source_generate_dir: of its answers to prompts, or None. never_routed: by layer,
+    experts to which no calibration token was routed. is_sampled: whether standard errors are known. calibrate_dir, domains:
+    directory of the evidence, and the domains that it is kept by, which may be none. tasks: of every model. documents: by
+    section, files with the fingerprints of its documents. settings: the run file. versions: versions of the libraries that
+    computed each part.
     """
 
     survey_dir: str
     source_name: str
     source_path: str
     source_evaluate_dir: str | None
+    source_generate_dir: str | None
     targets: tuple[ReportedTarget, ...]
     never_routed: Mapping[int, tuple[int, ...]]
     is_sampled: bool
     calibrate_dir: str
     domains: tuple[str, ...]
+    tasks: tuple[ReportedTask, ...]
+    documents: Mapping[str, tuple[str, ...]]
     settings: Mapping[str, JsonValue]
     versions: Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """num_models: number of models in the report."""
+    """num_models: number of models in the report. failure: which tasks it lacks; None if none. While there is one, every run
+    makes the report again."""
 
     num_models: int
+    failure: str | None
 
 
 _LAYER_AND_INDICES = TypeAdapter(tuple[int, tuple[int, ...]])
@@ -84,9 +106,9 @@ class Report(StageSpec):
     """Writes every number of a run into one file."""
 
     name = "report"
-    version = 3
+    version = 4
     libraries = ("numpy", "scipy")
-    after = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate")
+    after = ("prepare", "requests", "calibrate", "cluster", "merge", "assemble", "evaluate")
 
     def parts(self, run: Run) -> Iterator[Part]:
         """One part. The report shows exactly the settings in its key. Both leave out `resources`, which change no result."""
@@ -100,11 +122,20 @@ class Report(StageSpec):
             source_name=run.config.name,
             source_path=str(run.model),
             source_evaluate_dir=_dir_of(run, "evaluate", "source"),
+            source_generate_dir=_dir_of(run, "evaluate", "generate-source"),
             targets=tuple(_reported(run)),
             never_routed=_by_layer(run, "calibrate", run.part("calibrate").dir, "never_routed"),
             is_sampled=run.config.calibration.sampling is not None,
             calibrate_dir=run.part("calibrate").dir,
             domains=run.config.calibration.domains,
+            tasks=tuple(_reported_tasks(run)),
+            documents={
+                section: tuple(
+                    documents_file(Path(run.part("prepare", section).dir), text.domain).as_posix()
+                    for text in texts_in(section, data)
+                )
+                for section, data in sections_of(run.config).items()
+            },
             settings=_shown_settings(run),
             versions=run.library_versions(),
         )
@@ -115,8 +146,12 @@ class Report(StageSpec):
         return StagePlan("1", "CPU")
 
     def publications(self, run: Run) -> Iterator[Publication]:
-        """The report file."""
-        yield Publication(f"{run.part(self.name).dir}/{REPORT_FILE}", REPORT_FILE, is_folder=False)
+        """The report file, and for each model the results of tasks as the harness writes them."""
+        folder = run.part(self.name).dir
+        yield Publication(f"{folder}/{REPORT_FILE}", REPORT_FILE, is_folder=False)
+        if task_args(run.config):
+            for name in (run.config.name, *(target.name for target in run.targets)):
+                yield Publication(f"{folder}/{harness_file(name)}", harness_file(name), is_folder=False)
 
 
 def _shown_settings(run: Run) -> dict[str, JsonValue]:
@@ -168,6 +203,7 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             assembled=sealed.facts,
             plan_dir=run.part("cluster", target.part).dir,
             evaluate_dir=_dir_of(run, "evaluate", target.part),
+            generate_dir=_dir_of(run, "evaluate", f"generate-{target.part}"),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
             num_neurons=narrowed_to(run, target),
@@ -176,6 +212,28 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             budget=target.variant.kind.name if target.variant.kind.costs is not None else "",
             super_experts=_super_experts(run, run.part("cluster", target.part).dir),
         )
+
+
+def harness_file(model: str) -> str:
+    """File with the harness's results for a model, in the folder of the report and in the run directory."""
+    return f"harness/{model}.json"
+
+
+def _reported_tasks(run: Run) -> Iterator[ReportedTask]:
+    names = {"source": run.config.name, **{target.part: target.name for target in run.targets}}
+    requests, sealed = sealed_requests(run), {}
+    for unit in run.units("evaluate"):
+        if unit.name == "scores":
+            sealed[unit.part_dir] = run.sealed(unit)
+    for args in task_args(run.config):
+        for part_name, model in names.items():
+            part = run.part("evaluate", task_part(args.task, part_name))
+            found = sealed.get(part.dir)
+            failure = requests[args.task].failure
+            if failure is None:
+                assert found is not None, part.dir
+                failure = TypeAdapter(str | None).validate_python(found.facts["failure"])
+            yield ReportedTask(model, args.task, None if failure else part.dir, failure)
 
 
 SPEC = Report()

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from stages.contracts.certainty import read_errors, read_stability
+from stages.contracts.documents import num_shared, read_documents
 from stages.contracts.paths import REPORT_FILE, SCORES_FILE, SURVEY_FILE, errors_file, stability_file
 from stages.contracts.units import Job, UnitResult
 from stages.io.files import write_json
 from stages.report.domains import Shares, coverage, rank_correlations, saliency_shares
+from stages.report.generation import read_generation
 from stages.report.spec import ReportArgs, ReportedTarget, ReportFacts
-from stages.report.warning_lines import of_certainty, of_scores
+from stages.report.tasks import failures_of, read_results, scores_of, write_harness_results
+from stages.report.warning_lines import of_certainty, of_generation, of_overlap, of_scores
 
 Values = dict[str, Any]
 """Values of a JSON object."""
@@ -37,18 +40,27 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
     targets = [_target(job, target, shares) for target in args.targets]
     certainty = _certainty(job) if args.is_sampled else None
     models = [source, *targets]
+    overlap, generation, results = _overlap(job), read_generation(job), read_results(job)
+    failures = failures_of(args.tasks)
+    for model in models if args.tasks else ():
+        model["tasks"] = scores_of(results.get(model["name"], {}))
     report = {
         "models": models,
-        "warnings": [*of_scores(models), *of_certainty(certainty)],
+        "warnings": [*of_overlap(overlap), *of_scores(models), *of_generation(generation), *of_certainty(certainty)],
         "tied_stock_gaps": _tied_stock_gaps(targets),
         "never_routed": args.never_routed,
+        **({"overlap": overlap} if overlap else {}),
+        **({"generation": generation} if generation else {}),
+        **({"failed_tasks": failures} if args.tasks else {}),
         **({"certainty": certainty} if certainty else {}),
         **({"rank_correlations": rank_correlations(args.domains, shares)} if shares else {}),
         "plan": survey,
         "settings": args.settings,
         "versions": args.versions,
     }
-    return UnitResult(ReportFacts(len(models)), (write_json(job.part_dir / REPORT_FILE, report),))
+    files = [write_json(job.part_dir / REPORT_FILE, report), *write_harness_results(job, results)]
+    lacking = f"it lacks {len(failures)} of {len(args.tasks)} scores of tasks" if failures else None
+    return UnitResult(ReportFacts(len(models), lacking), files)
 
 
 def _target(job: Job[ReportArgs], target: ReportedTarget, shares: Shares) -> Values:
@@ -97,6 +109,18 @@ def _tied_stock_gaps(models: Sequence[Values]) -> list[Values]:
             stock, tied = (formats[name]["perplexity"] for name in ("stock", "tied"))
             gaps.append({"target": target, "perplexity_gap": None if stock is None or tied is None else stock - tied})
     return gaps
+
+
+def _overlap(job: Job[ReportArgs]) -> Mapping[str, int] | None:
+    """Number of evaluation documents, and how many of these are in the calibration text, too; None without evaluation."""
+    documents = {
+        section: [one for file in files for one in read_documents(job.run_dir / file)]
+        for section, files in job.args.documents.items()
+    }
+    if "evaluation" not in documents:
+        return None
+    found = documents["evaluation"]
+    return {"num_documents": len(found), "num_in_calibration": num_shared(found, documents["calibration"])}
 
 
 def _certainty(job: Job[ReportArgs]) -> Values:

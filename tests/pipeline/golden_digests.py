@@ -27,6 +27,7 @@ RECORD = Path(__file__).with_suffix(".json")
 COMMAND = "python -m tests.pipeline.golden_digests"
 UPSTREAM = {
     "prepare": (),
+    "requests": (),
     "calibrate": ("prepare",),
     "cluster": ("calibrate",),
     "recombine": ("prepare", "cluster"),
@@ -140,9 +141,11 @@ def found_in(folder: Path) -> dict[str, Any]:
     for part in done.view.parts("evaluate"):
         folder = done.run_dir / part.dir
         values = json.loads((folder / SCORES_FILE).read_text())
-        scores[names[part.name]] = {key: {"numbers": [value]} for key, value in values.items()} | _tables(folder)
+        found = {key: {"digest": None} if value is None else {"numbers": [value]} for key, value in values.items()}
+        scores[names[part.name]] = found | _tables(folder)
     return {
         "prepare": {"plan": {"digest": _digest(plan)}, **{one.full_name: _tables(done.run_dir / one.dir) for one in prepared}},
+        "requests": {},  # the run has no tasks
         "calibrate": _tables(done.calibrate_dir),
         "cluster": {one.full_name: _tables(done.run_dir / one.dir) for one in done.view.parts("cluster")},
         "recombine": {},  # what it solves depends on the processor's roundings; tests/stages/test_recombine.py compares it

@@ -38,7 +38,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def run_file_of(folder: Path, change: Callable[[torch.nn.Module], None], **settings: object) -> Path:
-    """A run file for a tiny model whose weights were changed."""
+    """A run file for a tiny model whose weights were changed. Its texts have no document in common."""
+    if "evaluation" not in settings:
+        settings["evaluation.data"] = str(save_token_ids(folder / "heldout.npy", seed=1))
     model = random_model("mixtral")
     change(model)
     model.save_pretrained(folder / "tiny", max_shard_size="60KB")
@@ -75,7 +77,7 @@ def test_a_score_is_written_whatever_the_losses_are(
 ) -> None:
     write_losses(losses_file(tmp_path, 0), Losses(losses, [3, 3]))
     result = score_unit(Job(tmp_path, tmp_path, ScoreArgs((DomainShards("", 0, 1),))))
-    assert result.facts == Scores(perplexity, loss, num_predictions=6)
+    assert result.facts == Scores(perplexity, loss, num_predictions=6, bits_per_byte=None)
     assert json.loads((tmp_path / "scores.json").read_text()) == vars(result.facts)
 
 

@@ -29,7 +29,7 @@ LAYERS = 3
 def planner_of(evidence: LayerEvidence, name: str = "hierarchical", protected: Sequence[int] = ()) -> Planner:
     method = methods()[name]
     chosen = method.settings.model_validate({"num_experts": [1], "method": name})
-    settings: PlanSettings[Any] = PlanSettings(chosen, Merging(), None, tuple(protected))
+    settings: PlanSettings[Any] = PlanSettings(chosen, Merging(), None, protected=tuple(protected))
     return Planner(evidence, method, settings, lambda count: planned(method, evidence, count, settings))
 
 

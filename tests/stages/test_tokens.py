@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from stages.contracts.errors import InputError
+from stages.contracts.windows import NO_TOKEN, scored
 from stages.prepare import tokens
-from stages.prepare.tokens import POOL_FACTOR, Tokens, draw_sequences
+from stages.prepare.tokens import POOL_FACTOR, Encoded, draw_sequences, slide
 
 
 def drawn(*args: Any, **settings: Any) -> "np.ndarray[Any, Any]":
@@ -19,11 +20,11 @@ def drawn(*args: Any, **settings: Any) -> "np.ndarray[Any, Any]":
     return found.part(0, len(found))
 
 
-def documents(sizes: list[int]) -> Iterator[Tokens]:
+def documents(sizes: list[int]) -> Iterator[Encoded]:
     """Documents of these sizes whose tokens count up over all of them."""
     start = 0
     for size in sizes:
-        yield np.arange(start, start + size)
+        yield Encoded(np.arange(start, start + size), np.arange(start, start + size) % 5)
         start += size
 
 
@@ -42,11 +43,11 @@ def test_the_seed_decides_which_are_drawn() -> None:
 def test_a_large_dataset_is_not_read_whole() -> None:
     num_read = 0
 
-    def endless() -> Iterator[Tokens]:
+    def endless() -> Iterator[Encoded]:
         nonlocal num_read
         while True:
             num_read += 1
-            yield np.arange(20)
+            yield Encoded(np.arange(20))
 
     draw_sequences(endless(), 2, 10, seed=0, source="here")
     assert num_read == POOL_FACTOR
@@ -99,11 +100,11 @@ def test_a_large_draw_takes_the_memory_of_a_small_one(monkeypatch: pytest.Monkey
     def peak(num_sequences: int) -> int:
         num_read = 0
 
-        def endless() -> Iterator[Tokens]:
+        def endless() -> Iterator[Encoded]:
             nonlocal num_read
             while True:
                 num_read += 1
-                yield np.full(1024, num_read)
+                yield Encoded(np.full(1024, num_read))
 
         tracemalloc.start()
         try:
@@ -116,3 +117,41 @@ def test_a_large_draw_takes_the_memory_of_a_small_one(monkeypatch: pytest.Monkey
             tracemalloc.stop()
 
     assert peak(2048) < 2 * peak(64), "16 MiB are drawn"
+
+
+def test_documents_and_bytes_are_those_of_what_is_drawn() -> None:
+    found = draw_sequences(documents([7, 90, 3, 50]), 2, 8, seed=0, source="here")
+    ids = found.part(0, len(found))
+    assert found.num_bytes == int((ids[:, 1:] % 5).sum()), "the first token of a sequence is not predicted"
+    seen = set(ids.reshape(-1).tolist())
+    every = [document.token_ids_T.tolist() for document in documents([7, 90, 3, 44])]  # the pool is cut to whole sequences
+    used = [one.tolist() for one in found.documents()]
+    assert used == [one for one in every if seen & set(one)]
+    assert 0 < len(used) < 4
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "length", "stride"), [(30, 8, 3), (29, 8, 3), (8, 8, 8), (9, 8, 1), (5, 8, 4), (24, 8, 8)]
+)
+def test_sliding_sequences_predict_every_token_once_with_enough_before_it(num_tokens: int, length: int, stride: int) -> None:
+    """Against the loop of transformers' page on perplexity: windows begin at multiples of the stride, and what the window
+    before has predicted is context."""
+    due, end_before = [], 0
+    for begin in range(0, num_tokens, stride):
+        end = min(begin + length, num_tokens)
+        due.append((begin, end, max(end_before, begin + 1)))
+        end_before = end
+        if end == num_tokens:
+            break
+    (document,) = documents([num_tokens])
+    found = slide(document, len(due), length, stride, "here")
+    ids = found.part(0, len(found))
+    is_scored = scored(ids, 0, stride)
+    for row, scores, (begin, end, first) in zip(ids, is_scored, due, strict=True):
+        assert row.tolist() == [*range(begin, end), *[NO_TOKEN] * (length - end + begin)]
+        assert row[scores].tolist() == list(range(first, end))
+    assert found.num_bytes == sum(token % 5 for _, end, first in due for token in range(first, end))
+    in_two = np.concatenate([scored(ids[:1], 0, stride), scored(ids[1:], 1, stride)])
+    assert (in_two == is_scored).all(), "token shards do not matter"
+    with pytest.raises(InputError, match=rf"num_sequences is {len(due) + 1}; use at most {len(due)}$"):
+        slide(document, len(due) + 1, length, stride, "here")
