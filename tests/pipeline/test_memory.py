@@ -57,7 +57,7 @@ if stage == "calibrate":
     shard = CALIBRATE.on(CalibrateArgs(stream, None, ()))
 else:
     opened = evaluate.OPEN.on(LayerShardArgs(model, 0, 4, 1))
-    shard = evaluate.EVALUATE.on(evaluate.EvaluateArgs(stream))
+    shard = evaluate.EVALUATE.on(evaluate.EvaluateArgs(stream, 0, None))
 hold = Hold("all", opened, str(folder), "layers")
 run(unit("shard", shard, hold))
 if stage == "calibrate":

@@ -325,6 +325,6 @@ def test_a_batch_goes_on_past_a_run_directory_that_cannot_be_written(copy: Finis
 
 
 def test_targets_whose_names_would_be_one_are_refused(copy: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.contracts.targets._count_label", lambda num_experts: "5.25e-1f3a")
+    monkeypatch.setattr("stages.contracts.targets._target_label", lambda num_experts, width: "5.25e-1f3a")
     with pytest.raises(InputError, match=r"num_experts has two targets whose name would be model-5\.25e-1f3a-tied; run them"):
         checked(copy.run_file, "clustering.num_experts=[3, 2]")
