@@ -1,7 +1,7 @@
 """Data that the watcher of a MoE layer passes to collectors for each micro-batch.
 
 Dimensions: T tokens, D hidden size, F intermediate size, E experts, S experts of a stack, R routed pairs of a token and an
-expert, C cells, N sampled tokens.
+expert, C cells, N kept tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stages.calibrate.even_tokens import EvenTokens
 from stages.model.experts_forward import Activations, ExpertsForward, RoutedPairs
 
 
@@ -25,39 +24,32 @@ class RouterView:
 
 @dataclass(frozen=True)
 class InputView:
-    """The input of the layer's experts, hidden_TD, and their forward, which a collector may call on tokens of its choice.
+    """The input of the layer's experts, hidden_TD, and their forward, which a collector may call on some of its tokens.
 
-    unrouted: returns the indices of the tokens that un-routed sums cover, by cell. even: the evenly spaced tokens of the token
-    shard, of which num_seen tokens came before these.
+    unrouted: returns the indices of the tokens that un-routed sums cover, by cell.
     """
 
     hidden_TD: Tensor
     forward: ExpertsForward
     unrouted: Callable[[], Sequence[Tensor]]
-    even: EvenTokens | None
-    num_seen: int
-
-    def evenly_spaced(self) -> tuple[int, Tensor]:
-        """Indices of the evenly spaced tokens among these, and the number of the token shard's before them."""
-        assert self.even is not None, "the watcher was not told where its tokens are in the calibration set"
-        row, tokens = self.even.chosen(self.num_seen, len(self.hidden_TD))
-        return row, torch.tensor(tokens, dtype=torch.int64, device=self.hidden_TD.device)
 
 
 @dataclass(frozen=True)
-class SampledView:
-    """A block of sampled tokens.
+class KeptView:
+    """The tokens of a micro-batch that one collector keeps one by one; at least one.
 
-    first: how many of the token shard's sampled tokens come before. choice_bias_E: added to scores where the router picks
-    experts; zeros for a router without. gates_NE: the weights that the model gave the experts, 0 where it did not pick them.
-    output_END: outputs of all experts, picked or not, not gated.
+    rows: of these among the collector's tokens of the token shard. hidden_TD, forward: as in `InputView`. tokens_N: their
+    indices in hidden_TD. logits_NE: of the router. gates_NE: the weights that the model gave the experts, 0 where it did not
+    pick them. choice_bias_E: added to scores where the router picks experts; zeros for a router without.
     """
 
-    first: int
-    choice_bias_E: Tensor
+    rows: slice
+    hidden_TD: Tensor
+    forward: ExpertsForward
+    tokens_N: Tensor
     logits_NE: Tensor
     gates_NE: Tensor
-    output_END: Tensor
+    choice_bias_E: Tensor
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pydantic import JsonValue
 from rich import filesize
 
 from stages.calibrate.collectors.registry import FURTHER, gathering
-from stages.calibrate.even_tokens import step_of
+from stages.calibrate.token_sample import RULE, ShardPlace, num_sampled
 from stages.contracts import paths
 from stages.contracts.keys import Part
 from stages.contracts.partition import held_bytes
@@ -43,50 +43,15 @@ class SampleArgs:
     seed: int
 
 
-MAX_SAMPLED = 1024
-"""Tokens that are kept one by one, at most."""
-MAX_SAMPLED_VALUES = 1 << 22
-"""Inner products of experts that are kept for them in one layer, at most: 32 MB."""
-
-
-def sampled_tokens(num_experts: int, num_tokens: int) -> int:
-    """Number of tokens whose experts' inner products are kept: 1,024 up to 64 experts, 256 of 128, 64 of 256."""
-    return max(1, min(num_tokens, MAX_SAMPLED, MAX_SAMPLED_VALUES // num_experts**2))
-
-
-@dataclass(frozen=True)
-class TokenSampleArgs:
-    """Tokens of a token shard that are kept one by one.
-
-    num_sampled: of the num_tokens tokens of the calibration set, or of its domain. first_token: of the token shard among them.
-    """
-
-    num_sampled: int
-    num_tokens: int
-    first_token: int
-    tokens_per_shard: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class DomainTokens:
-    """Where a token shard is in its domain. num_tokens: of the domain. first: index in it of the shard's first token."""
-
-    num_tokens: int
-    first: int
-    num_domains: int
-
-
 @dataclass(frozen=True)
 class CalibrateArgs:
-    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones. domain: None if
-    the token shard is the whole calibration set. token_sample: None unless one of the collectors keeps tokens."""
+    """sample: None for sums over all tokens. collectors: names of the collectors used beside the default ones. place: of the
+    token shard; it may be left out if no collector keeps tokens one by one."""
 
     stream: StreamArgs
     sample: SampleArgs | None
     collectors: tuple[str, ...]
-    domain: DomainTokens | None = None
-    token_sample: TokenSampleArgs | None = None
+    place: ShardPlace | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +107,8 @@ class Calibrate(StageSpec):
             settings = {"sampling": {**data.sampling.model_dump(), "seed": data.seed}}
         if collectors := required_collectors(run):
             settings["collectors"] = list(collectors)
+        if any(FURTHER[name].keeps(1, 1) for name in collectors):
+            settings["token_sample"] = RULE
         upstream = {"model": run.part("prepare", "model"), "tokens": run.part("prepare", "calibration")}
         yield run.new_part(self, "", settings, upstream)
 
@@ -158,13 +125,7 @@ class Calibrate(StageSpec):
             part, run.part("prepare", "calibration"), data, str(run.model), "",
             lambda args: OPEN.on(CalibrationShardArgs(**vars(args), routers=run.survey.routers)),
             lambda args: CALIBRATE.on(
-                CalibrateArgs(
-                    args,
-                    _sample(data, args.shard),
-                    collectors,
-                    _domain_tokens(data, args.shard),
-                    _token_sample(run, args.shard),
-                )
+                CalibrateArgs(args, _sample(data, args.shard), collectors, _place(data, args.shard))
             ),
             makes,
         )  # fmt: skip
@@ -201,9 +162,6 @@ class Calibrate(StageSpec):
             lines.append(
                 "  that is more, since a worker holds at least one layer; lower tokens_per_shard or use a larger worker"
             )
-        if _token_sample(run, 0) is not None:
-            num_bytes = filesize.decimal(8 * _num_sampled(run) * survey.num_experts**2)
-            lines.append(f"inner products of experts on {_num_sampled(run):,} tokens: {num_bytes} a layer of evidence")
         lines += _work_lines(survey, data)
         lines += _collector_lines(run)
         hidden = data.num_sequences * data.sequence_length * survey.hidden_size * survey.itemsize * (len(shards) > 1)
@@ -242,12 +200,12 @@ def _duration(seconds: float) -> str:
 def _collector_lines(run: Run) -> list[str]:
     """What evidence costs that only some methods need."""
     data, survey, collectors, lines = run.config.calibration, run.survey, required_collectors(run), list[str]()
-    if "neuron_activations" in collectors:
-        values = survey.num_experts * num_neurons(run.tensors)
-        sizes = [count * data.sequence_length for count in data.sequences_by_domain.values()]
-        num_kept = sum(-(-size // step_of(size, values, len(sizes))) for size in sizes)
-        kept = filesize.decimal(4 * values * num_kept)
-        lines.append(f"activations of all neurons are kept on {num_kept:,} tokens: {kept} a layer, and twice that in passing")
+    for name in collectors:
+        if (kept := FURTHER[name].keeps(survey.num_experts, num_neurons(run.tensors))) is not None:
+            counts = data.sequences_by_domain.values()
+            num_kept = sum(num_sampled(kept.most, n * data.sequence_length, n, data.num_sequences) for n in counts)
+            size, passing = (filesize.decimal(num_bytes * kept.num_values * num_kept) for num_bytes in (kept.itemsize, 8))
+            lines.append(f"{kept.what} are kept on {num_kept:,} tokens: {size} a layer, {passing} until they are joined")
     if "output_gram" in collectors:
         lines.append("feature token_wise: every expert's output on every token, about 2.5 times the experts' work")
     return lines
@@ -264,29 +222,17 @@ def _domain_of(data: Calibration, shard: int) -> tuple[str, int]:
     return domain, (shard - shards.start) * data.sequences_per_shard
 
 
-def _domain_tokens(data: Calibration, shard: int) -> DomainTokens:
+def _place(data: Calibration, shard: int) -> ShardPlace:
     domain, first = _domain_of(data, shard)
-    sizes = data.sequences_by_domain
-    return DomainTokens(sizes[domain] * data.sequence_length, first * data.sequence_length, len(sizes))
-
-
-def _token_sample(run: Run, shard: int) -> TokenSampleArgs | None:
-    if not any(FURTHER[name].keeps_tokens for name in required_collectors(run)):
-        return None
-    data = run.config.calibration
-    domain, first = _domain_of(data, shard)
-    return TokenSampleArgs(
-        num_sampled=max(1, _num_sampled(run) * data.sequences_by_domain[domain] // data.num_sequences),
-        num_tokens=data.sequences_by_domain[domain] * data.sequence_length,
-        first_token=first * data.sequence_length,
-        tokens_per_shard=data.sequences_per_shard * data.sequence_length,
+    num_sequences = data.sequences_by_domain[domain]
+    return ShardPlace(
+        num_tokens=min(data.sequences_per_shard, num_sequences - first) * data.sequence_length,
+        first=first * data.sequence_length,
+        domain_tokens=num_sequences * data.sequence_length,
+        domain_sequences=num_sequences,
+        all_sequences=data.num_sequences,
         seed=data.seed,
     )
-
-
-def _num_sampled(run: Run) -> int:
-    data = run.config.calibration
-    return sampled_tokens(run.survey.num_experts, data.num_sequences * data.sequence_length)
 
 
 def _sample(data: Calibration, shard: int) -> SampleArgs | None:

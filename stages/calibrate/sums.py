@@ -15,16 +15,14 @@ import torch
 
 from stages.calibrate.collectors.base import Collector
 from stages.calibrate.collectors.output_sum import BY_CELL
+from stages.calibrate.weight_products import WeightProducts
 from stages.contracts.arrow import Array, list_column, read_lists, read_table, write_table
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import Column, LayerEvidence, OutputGroups
 from stages.io.files import WrittenFile
-from stages.model.expert_weights import ExpertWeights
 
 _ROWS = 256
 """Rows of W_down converted to float64 at a time, in a reused buffer. One whole expert of Mixtral-8x7B would take 470 MB."""
-_GRAM_VALUES = 1 << 22
-"""Values of all experts that are converted to float64 at a time for their inner products: 32 MiB."""
 _FINITE = ("output_sum", "router_logit_gram")
 """Columns in which a NaN identifies the expert with bad weights. In other columns one bad expert may affect all experts."""
 
@@ -101,7 +99,7 @@ class LayerSums:
 
     num_tokens: int
     num_unrouted_C: Array
-    weights: ExpertWeights
+    products: WeightProducts
 
     def through_w_down(self, activation_sum_ECF: Array) -> Array:
         """W_down, and its bias once per token, applied to summed activations: float64 [E, C, D].
@@ -109,7 +107,7 @@ class LayerSums:
         The result is computed once per layer: converting W_down to float64 costs about as much memory traffic as the forward of
         a short token shard.
         """
-        weights = self.weights
+        weights = self.products.weights
         num_unrouted_C1 = torch.tensor(self.num_unrouted_C, device=weights.device)[:, None]
         sum_ECF = torch.tensor(activation_sum_ECF, device=weights.device)
         num_experts, num_cells, intermediate = sum_ECF.shape
@@ -128,42 +126,20 @@ class LayerSums:
 
     def down_square_norms(self) -> Array:
         """Squared norms of the columns of W_down, float64 [E, F]: for each neuron."""
-        weights = self.weights
-        norm_EF = torch.zeros(weights.num_experts, weights.intermediate, dtype=torch.float64, device=weights.device)
-        for expert, norm_F in enumerate(norm_EF):
-            for _, weight_FD in weights.matrices("down_proj", expert, expert + 1):
-                norm_F += weight_FD.double().square().sum(1)
-            weights.release("down_proj", expert, expert + 1)
-        return norm_EF.cpu().numpy()
+        return self.products.down_square_norms
 
     def weight_gram(self) -> Array:
-        """Inner products of all weights and biases of the experts, float64 [E, E].
-
-        Blocks of equal rows of all experts' matrices are converted to float64 together, never a whole matrix of all.
-        """
-        weights = self.weights
-        gram_EE = torch.zeros(weights.num_experts, weights.num_experts, dtype=torch.float64, device=weights.device)
-        for name in (weights.layout.first, "down_proj"):
-            experts = range(weights.num_experts)
-            by_expert = [[matrix for _, matrix in weights.matrices(name, expert, expert + 1)] for expert in experts]
-            for matrices in zip(*by_expert, strict=True):
-                width = matrices[0].shape[0]
-                rows = max(1, _GRAM_VALUES // (weights.num_experts * width))
-                for blocks in zip(*(matrix.T.split(rows) for matrix in matrices), strict=True):
-                    block_ER = torch.stack([block.double().flatten() for block in blocks])
-                    gram_EE.addmm_(block_ER, block_ER.T)
-                    weights.release(name, 0, weights.num_experts)
-            bias = weights.bias(name, 0, weights.num_experts)
-            if bias is not None:
-                bias_ER = bias.double().view(weights.num_experts, -1)
-                gram_EE.addmm_(bias_ER, bias_ER.T)
-        return gram_EE.cpu().numpy()
+        """Inner products of all weights and biases of the experts, float64 [E, E]."""
+        return self.products.gram
 
 
-def evidence_of(total: PartialSums, collectors: Sequence[Collector], weights: ExpertWeights, is_sampled: bool) -> LayerEvidence:
-    """Compute the evidence of a layer from its sums.
+def evidence_of(
+    total: PartialSums, collectors: Sequence[Collector], products: WeightProducts, is_sampled: bool
+) -> LayerEvidence:
+    """Compute the evidence of a layer from its sums. products: of the layer's weights; those that were computed for one domain
+    serve the next.
     Raises InputError, naming layer and expert, for a value that is not finite."""
-    summed = LayerSums(total.num_tokens, total.num_unrouted_C, weights)
+    summed, weights = LayerSums(total.num_tokens, total.num_unrouted_C, products), products.weights
     columns: dict[str, Array] = {}
     for collector in collectors:
         found = dict(collector.finish(total.sums.get(collector.name, {}), summed))

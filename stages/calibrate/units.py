@@ -1,6 +1,6 @@
 """Units of calibrate: pass a token shard through a layer shard; compute a layer's evidence from the sums of all shards."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +11,11 @@ import torch
 from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
 from stages.calibrate.collectors.base import Collector
 from stages.calibrate.collectors.registry import DEFAULT, DEFAULT_COLUMNS, FURTHER, collectors
-from stages.calibrate.even_tokens import EvenTokens, step_of
-from stages.calibrate.spec import (
-    CalibrateArgs,
-    CalibrateFacts,
-    CalibrationShardArgs,
-    DomainTokens,
-    ReduceArgs,
-    ReduceFacts,
-)
+from stages.calibrate.spec import CalibrateArgs, CalibrateFacts, CalibrationShardArgs, ReduceArgs, ReduceFacts
 from stages.calibrate.sums import add_up, evidence_of, read_partial_sums, write_partial_sums
-from stages.calibrate.token_sample import NO_SAMPLE, TokenSample
+from stages.calibrate.token_sample import ShardPlace
 from stages.calibrate.watcher import Watcher
+from stages.calibrate.weight_products import WeightProducts
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.evidence import LayerEvidence, write_column, write_groups, write_statistics
 from stages.contracts.paths import column_file, domain_dir, groups_file, partial_evidence_file, statistics_file, tokens_file
@@ -62,18 +55,16 @@ class CalibrationShard:
         into: dict[int, Watcher],
         cells: Cells = ALL_TOKENS,
         gathered: Sequence[Collector] = DEFAULT,
-        even: Callable[[int], EvenTokens] | None = None,
-        sample: TokenSample = NO_SAMPLE,
+        place: ShardPlace | None = None,
     ) -> AbstractContextManager[object]:
-        """Watch a layer while it runs. Does nothing for a dense layer. even: evenly spaced tokens, given the number of values
-        that are kept of each."""
+        """Watch a layer while it runs. Does nothing for a dense layer. place: of the token shard, for collectors that keep
+        tokens one by one."""
         if layer not in self.routers:
             return nullcontext()
         router = self.shard.adapted.model.get_submodule(self.routers[layer])
         weights = self.shard.expert_weights(layer)
-        chosen = even(weights.num_experts * weights.intermediate) if even is not None else None
         bias_E = choice_bias(self.shard.adapted.layers[layer], weights.num_experts)
-        into[layer] = Watcher(layer, weights, router, self.family, cells, gathered, chosen, sample, bias_E)
+        into[layer] = Watcher(layer, weights, router, self.family, cells, gathered, place, bias_E)
         return into[layer]
 
 
@@ -91,17 +82,10 @@ def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[
     token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number))
     cells = Sample.of(job.args.sample) if job.args.sample else ALL_TOKENS
     gathered = collectors(job.args.collectors)
-    sample = TokenSample.of(job.args.token_sample) if job.args.token_sample else NO_SAMPLE
     watched: dict[int, Watcher] = {}
-    domain = job.args.domain or DomainTokens(token_ids_ST.numel(), 0, 1)
-
-    def even(num_values: int) -> EvenTokens:
-        step = step_of(domain.num_tokens, num_values, domain.num_domains)
-        return EvenTokens(step, domain.first, token_ids_ST.numel())
-
     stream = Stream(
         *hidden_files(job.part_dir, args, held.shard),
-        around=lambda layer: held.watch(layer, watched, cells, gathered, even, sample),
+        around=lambda layer: held.watch(layer, watched, cells, gathered, job.args.place),
     )
     passed = pass_through(held.shard, token_ids_ST, args.micro_batch, {"source": stream})
     sums = [
@@ -116,19 +100,22 @@ def reduce_unit(job: HeldJob[ReduceArgs, CalibrationShard]) -> UnitResult[Reduce
     Needs the layer shard for W_down."""
     args = job.args
     used_E, num_tokens, files = np.zeros(1, dtype=np.int64), 0, list[WrittenFile]()
+    products = WeightProducts(job.held.shard.expert_weights(args.layer))
     for domain in args.domains:
-        evidence = _domain_evidence(job, domain)
+        evidence = _domain_evidence(job, domain, products)
         files += _written(domain_dir(job.part_dir, domain.name), evidence, args)
         used_E, num_tokens = used_E + evidence["num_routed_tokens"], num_tokens + evidence.num_tokens
     return UnitResult(ReduceFacts(args.layer, num_tokens, tuple(np.flatnonzero(used_E == 0).tolist())), files)
 
 
-def _domain_evidence(job: HeldJob[ReduceArgs, CalibrationShard], domain: DomainShards) -> LayerEvidence:
+def _domain_evidence(
+    job: HeldJob[ReduceArgs, CalibrationShard], domain: DomainShards, products: WeightProducts
+) -> LayerEvidence:
     args, gathered = job.args, collectors(job.args.collectors)
     paths = [partial_evidence_file(job.part_dir, args.layer, shard) for shard in range(domain.first, domain.stop)]
     total = add_up((read_partial_sums(path) for path in paths), gathered)
     with torch.inference_mode():
-        return evidence_of(total, gathered, job.held.shard.expert_weights(args.layer), args.is_sampled)
+        return evidence_of(total, gathered, products, args.is_sampled)
 
 
 def _written(folder: Path, evidence: LayerEvidence, args: ReduceArgs) -> list[WrittenFile]:

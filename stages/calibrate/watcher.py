@@ -1,6 +1,6 @@
 """Watches one MoE layer while it runs and passes its values to collectors.
 
-Dimensions: T tokens, D hidden size, E experts, k experts a token, C cells, N sampled tokens.
+Dimensions: T tokens, D hidden size, E experts, k experts a token, C cells, N kept tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from stages.calibrate.cells import Cells
 from stages.calibrate.collectors.base import Collector
-from stages.calibrate.even_tokens import EvenTokens
-from stages.calibrate.observations import InputView, RoutedView, RouterView, SampledView, UnroutedView
+from stages.calibrate.observations import InputView, KeptView, RoutedView, RouterView, UnroutedView
 from stages.calibrate.sums import PartialSums
-from stages.calibrate.token_sample import NO_SAMPLE, TokenSample
+from stages.calibrate.token_sample import ShardPlace, TokenSample
 from stages.model.expert_weights import ExpertWeights
 from stages.model.experts_forward import ExpertsForward, RoutedPairs
 from stages.model.families import Family
@@ -28,17 +27,12 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-_SAMPLED_VALUES = 1 << 25
-"""Outputs of all experts on sampled tokens, in values, that are held at a time."""
-
-
 class Watcher:
     """Replaces the experts' forward inside its context. The layer's output stays the same, up to rounding.
 
     router: the module that returns the router logits [T, E]. family: states how logits become scores, and whether gates
-    multiply inputs or outputs. even: evenly spaced tokens, for a collector that keeps some. sample: tokens that are kept one by
-    one, for collectors that ask for them. choice_bias_E: what the router adds to scores where it picks experts; None for
-    nothing.
+    multiply inputs or outputs. place: of the token shard; needed by collectors that keep tokens one by one. choice_bias_E: what
+    the router adds to scores where it picks experts; None for nothing.
     """
 
     def __init__(
@@ -49,22 +43,24 @@ class Watcher:
         family: Family,
         cells: Cells,
         collectors: Sequence[Collector],
-        even: EvenTokens | None = None,
-        sample: TokenSample = NO_SAMPLE,
+        place: ShardPlace | None = None,
         choice_bias_E: Tensor | None = None,
     ) -> None:
         self.layer, self.weights, self.router = layer, weights, router
-        self.cells, self.collectors, self.even, self.sample = cells, collectors, even, sample
+        self.cells, self.collectors = cells, collectors
+        self.samples = {collector.name: _sample(collector, weights, place) for collector in collectors}
         self.choice_bias_E = torch.zeros(weights.num_experts) if choice_bias_E is None else choice_bias_E
         self.forward = ExpertsForward(weights)
         self._score, self._gates_input = SCORES[family.score], family.gates_input
-        sizes = {
-            "C": cells.num_cells, "D": weights.hidden_size, "E": weights.num_experts, "F": weights.intermediate,
-            "M": even.num_chosen if even is not None else 0, "N": len(sample.places_N),
-        }  # fmt: skip
+        sizes = {"C": cells.num_cells, "D": weights.hidden_size, "E": weights.num_experts, "F": weights.intermediate}
         self.sums: dict[str, dict[str, Tensor]] = {
             collector.name: {
-                kept.name: torch.zeros(kept.sizes(sizes), dtype=torch.float64, device=weights.device) for kept in collector.sums
+                kept.name: torch.zeros(
+                    kept.sizes({**sizes, "N": len(self.samples[collector.name].places_N)}),
+                    dtype=torch.float64,
+                    device=weights.device,
+                )
+                for kept in collector.sums
             }
             for collector in collectors
         }
@@ -95,7 +91,14 @@ class Watcher:
 
     def _output_gated(self, hidden_TD: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> Tensor:
         see_routed = self._begin(hidden_TD)
-        self._see_sampled(hidden_TD, top_k_index_Tk, top_k_weights_Tk)
+
+        def gates(tokens_N: Tensor) -> Tensor:
+            num_experts = self.weights.num_experts
+            gates_NE = hidden_TD.new_zeros(len(tokens_N), num_experts + 1, dtype=torch.float32)  # the last: no expert
+            index_Nk = top_k_index_Tk[tokens_N].clamp(max=num_experts)
+            return gates_NE.scatter_add_(1, index_Nk, top_k_weights_Tk[tokens_N].float())[:, :-1]
+
+        self._see_kept(hidden_TD, gates)
         parts = (hidden_TD, top_k_index_Tk, top_k_weights_Tk, see_routed)
         if self.cells.is_whole:
             self.num_unrouted_C[0] += len(hidden_TD)
@@ -105,6 +108,7 @@ class Watcher:
 
     def _input_gated(self, gated_rows: Tensor) -> Tensor:
         see_routed = self._begin(self._hidden_TD)
+        self._see_kept(self._hidden_TD, lambda tokens_N: self._scores_TE[tokens_N].float())
         self._run_unrouted(self._hidden_TD)
         return self.forward.input_gated(gated_rows, self._scores_TE, see_routed)
 
@@ -117,7 +121,7 @@ class Watcher:
         def unrouted() -> list[Tensor]:
             return [chosen.to(hidden_TD.device) for _, chosen in self.cells.unrouted(num_seen, num_tokens)]
 
-        view = InputView(hidden_TD, self.forward, unrouted, self.even, num_seen)
+        view = InputView(hidden_TD, self.forward, unrouted)
         for collector in self.collectors:
             collector.observe_input(self.sums[collector.name], view)
 
@@ -137,23 +141,17 @@ class Watcher:
             for activations in self.forward.unrouted(some_TD):
                 self._see_unrouted(UnroutedView(activations, cell))
 
-    def _see_sampled(self, hidden_TD: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> None:
-        """Run every expert on the sampled tokens, a block at a time, for the collectors that keep them."""
-        collectors = [collector for collector in self.collectors if collector.keeps_tokens]
-        first, places = self.sample.within(self.num_tokens - len(hidden_TD), len(hidden_TD))
-        if not collectors or not len(places):
-            return
-        num_experts = self.weights.num_experts
-        places_N = torch.from_numpy(places).to(hidden_TD.device)
-        for tokens_N in places_N.split(max(1, _SAMPLED_VALUES // (num_experts * self.weights.hidden_size))):
-            gates_NE = hidden_TD.new_zeros(len(tokens_N), num_experts + 1, dtype=torch.float32)  # the last: no expert
-            index_Nk = top_k_index_Tk[tokens_N].clamp(max=num_experts)
-            gates_NE.scatter_add_(1, index_Nk, top_k_weights_Tk[tokens_N].float())
-            outputs = [self.forward.outputs_of(hidden_TD, tokens_N, expert) for expert in range(num_experts)]
-            view = SampledView(first, self.choice_bias_E, self._logits_TE[tokens_N], gates_NE[:, :-1], torch.stack(outputs))
-            first += len(tokens_N)
-            for collector in collectors:
-                collector.observe_sampled(self.sums[collector.name], view)
+    def _see_kept(self, hidden_TD: Tensor, gates: Callable[[Tensor], Tensor]) -> None:
+        """Show each collector the tokens that it keeps. gates: given indices [N] of tokens, their gates [N, E]."""
+        for collector in self.collectors:
+            first, places = self.samples[collector.name].within(self.num_tokens - len(hidden_TD), len(hidden_TD))
+            if not len(places):
+                continue
+            tokens_N, rows = torch.from_numpy(places).to(hidden_TD.device), slice(first, first + len(places))
+            view = KeptView(
+                rows, hidden_TD, self.forward, tokens_N, self._logits_TE[tokens_N], gates(tokens_N), self.choice_bias_E
+            )
+            collector.observe_kept(self.sums[collector.name], view)
 
     def _see_unrouted(self, view: UnroutedView) -> None:
         for collector in self.collectors:
@@ -163,3 +161,12 @@ class Watcher:
         """The sums over all tokens so far."""
         sums = {name: {key: total.cpu().numpy() for key, total in kept.items()} for name, kept in self.sums.items()}
         return PartialSums(self.layer, self.num_tokens, self.num_unrouted_C, sums)
+
+
+def _sample(collector: Collector, weights: ExpertWeights, place: ShardPlace | None) -> TokenSample:
+    """The tokens of a token shard that a collector keeps; none if it keeps sums alone."""
+    kept = collector.keeps(weights.num_experts, weights.intermediate)
+    if kept is None:
+        return TokenSample(np.zeros(0, dtype=np.int64))
+    assert place is not None, f"{collector.name} keeps tokens, but the watcher was not told where they are"
+    return TokenSample.of(place, kept.most)

@@ -228,7 +228,7 @@ def test_protection_and_budgets_change_the_keys_of_no_other_run(protecting: Fini
 
 def test_plan_says_what_is_decided_later_and_what_the_sample_takes(done: FinishedRun) -> None:
     lines = [item for item in describe_plan(load_config(done.run_file, [])) if isinstance(item, str)]
-    assert "inner products of experts on 256 tokens: 73.7 kB a layer of evidence" in lines
+    assert "inner products of experts are kept on 256 tokens: 73.7 kB a layer, 73.7 kB until they are joined" in lines
     assert any(line.startswith("budget of m-smoe-global-4e-tied: usage decides each layer's number") for line in lines)
 
 

@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,22 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from stages.calibrate import sums
+from stages.calibrate import weight_products
 from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
-from stages.calibrate.collectors import output_gram
+from stages.calibrate.collectors import neuron_activations, output_gram, sampled_outputs
 from stages.calibrate.collectors.base import Collector, Sums
 from stages.calibrate.collectors.registry import DEFAULT, FURTHER, collectors, gathering, register
-from stages.calibrate.even_tokens import MOST_TOKENS, MOST_VALUES, EvenTokens, step_of
 from stages.calibrate.observations import RoutedView
-from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs, ReduceArgs, TokenSampleArgs, sampled_tokens
+from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs, ReduceArgs
 from stages.calibrate.sums import PartialSums, add_up, evidence_of, read_partial_sums, write_partial_sums
-from stages.calibrate.token_sample import TokenSample
+from stages.calibrate.token_sample import ShardPlace, TokenSample, num_sampled
 from stages.calibrate.units import calibrate_unit, open_shard, reduce_unit
 from stages.calibrate.watcher import Watcher
+from stages.calibrate.weight_products import WeightProducts
 from stages.contracts.arrow import read_table
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import Column, LayerEvidence, read_evidence
-from stages.contracts.paths import column_file, partial_evidence_file, statistics_file, tokens_file
+from stages.contracts.paths import column_file, domain_dir, partial_evidence_file, statistics_file, tokens_file
 from stages.contracts.stream_units import StreamArgs
 from stages.contracts.texts import DomainShards
 from stages.contracts.tokens import write_tokens
@@ -49,7 +50,6 @@ GATHERED = (
     "output_norms", "output_norm", "gated_output", "neuron_importance", "largest_down_output", "sampled_outputs", "weight_gram",
     "output_gram", "neuron_activations",
 )  # fmt: skip
-STEP = 3
 
 
 class OutputNorms(Collector):
@@ -88,16 +88,32 @@ def layer(tiny_checkpoint: Callable[[str], Path]) -> Layer:
     return Layer(tiny_checkpoint("mixtral"), FAMILIES["mixtral"].moe_layers[-1], random_ids())
 
 
-PLACES = np.array([0, 7, 50, 95, 160, 201, 255])
-"""Of sampled tokens; none of them in sequences 3 and 4."""
+MOST = {"neuron_activations": 85, "sampled_outputs": 7}
+"""Tokens that collectors keep, of 256."""
+
+
+def whole_place(num_tokens: int = NUM_SEQUENCES * LENGTH, first: int = 0) -> ShardPlace:
+    """The place of some tokens in a set of 256 without domains."""
+    return ShardPlace(num_tokens, first, NUM_SEQUENCES * LENGTH, NUM_SEQUENCES, NUM_SEQUENCES, seed=1)
+
+
+PLACES = {name: TokenSample.of(whole_place(), most).places_N for name, most in MOST.items()}
+
+
+@pytest.fixture(autouse=True)
+def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neuron_activations, "_MOST_TOKENS", MOST["neuron_activations"])
+    monkeypatch.setattr(sampled_outputs, "_MOST_TOKENS", MOST["sampled_outputs"])
+    monkeypatch.setattr(sampled_outputs, "_BLOCK_VALUES", 1)
+
+
 BIAS = torch.linspace(1, 2, FAMILIES["mixtral"].num_experts)
 
 
 def watched(layer: Layer, ids_ST: np.ndarray, cells: Cells, first: int = 0) -> PartialSums:
     """first: the sequence of the calibration set with which the token shard begins."""
-    weights, even = ExpertWeights(layer.experts), EvenTokens(STEP, first * LENGTH, ids_ST.size)
-    places = np.array([p for p in PLACES - first * LENGTH if 0 <= p < ids_ST.size], dtype=np.int64)
-    parts = (weights, layer.router, Family(), cells, collectors(GATHERED), even, TokenSample(places), BIAS)
+    weights, place = ExpertWeights(layer.experts), whole_place(ids_ST.size, first * LENGTH)
+    parts = (weights, layer.router, Family(), cells, collectors(GATHERED), place, BIAS)
     with Watcher(layer.index, *parts) as watcher:
         logits(layer.model, ids_ST)
     return watcher.result()
@@ -130,8 +146,8 @@ def test_sums_of_every_collector_over_shards_are_those_of_the_whole(
         for name, values in whole.sums[collector.name].items() if collector.name != "neuron_activations" else ():  # kept apart
             assert np.abs(values).max() > 0
             close(total.sums[collector.name][name], values)
-    weights = ExpertWeights(layer.experts)
-    ours, theirs = (evidence_of(sums, gathered, weights, cells_from is sampled) for sums in (total, whole))
+    products = WeightProducts(ExpertWeights(layer.experts))
+    ours, theirs = (evidence_of(sums, gathered, products, cells_from is sampled) for sums in (total, whole))
     for name, values in theirs.columns.items():
         close(ours[name], values)
 
@@ -149,7 +165,9 @@ def test_sums_by_cell_are_those_of_the_sequences_of_each_cell(layer: Layer) -> N
 
 
 def test_further_sums_are_what_their_columns_say(layer: Layer) -> None:
-    evidence = evidence_of(watched(layer, layer.ids_ST, ALL_TOKENS), collectors(GATHERED), ExpertWeights(layer.experts), False)
+    evidence = evidence_of(
+        watched(layer, layer.ids_ST, ALL_TOKENS), collectors(GATHERED), WeightProducts(ExpertWeights(layer.experts)), False
+    )
     for expert in range(layer.num_experts):
         gates_T, outputs_TD = layer.gates_of(expert), layer.outputs_of(expert)
         close(evidence["output_norm_sum"][expert], outputs_TD[gates_T > 0].norm(dim=1).sum())
@@ -159,12 +177,12 @@ def test_further_sums_are_what_their_columns_say(layer: Layer) -> None:
         norms_F = layer.experts.down_proj[expert].double().square().sum(0)
         close(evidence["neuron_importance_sum"][expert], (gates_T[:, None] * a_TF).square().sum(0) * norms_F)
         close(evidence["largest_down_output"][expert], outputs_TD[gates_T > 0].abs().max())
-        close(evidence["sampled_gates"][expert], gates_T[PLACES])
-        close(evidence["sampled_logits"][expert], layer.router_logits_TE[PLACES, expert])
+        close(evidence["sampled_gates"][expert], gates_T[PLACES["sampled_outputs"]])
+        close(evidence["sampled_logits"][expert], layer.router_logits_TE[PLACES["sampled_outputs"], expert])
         for other in range(layer.num_experts):
-            products = [float(outputs_TD[place] @ layer.outputs_of(other)[place]) for place in PLACES]
+            products = [float(outputs_TD[place] @ layer.outputs_of(other)[place]) for place in PLACES["sampled_outputs"]]
             np.testing.assert_allclose(evidence["sampled_output_gram"][expert, :, other], products, rtol=1e-4, atol=1e-5)
-        close(evidence["neuron_activations"][expert], a_TF[::STEP])
+        close(evidence["neuron_activations"][expert], a_TF[PLACES["neuron_activations"]])
     assert evidence["neuron_activations"].dtype == np.float32
     outputs = [layer.outputs_of(expert).flatten() for expert in range(layer.num_experts)]
     weights = [torch.cat([w[expert].double().flatten() for w in (layer.experts.gate_up_proj, layer.experts.down_proj)])
@@ -176,7 +194,9 @@ def test_further_sums_are_what_their_columns_say(layer: Layer) -> None:
 
 def test_the_outputs_of_a_sample_are_multiplied_on_its_tokens(layer: Layer) -> None:
     cells = sampled(0)
-    evidence = evidence_of(watched(layer, layer.ids_ST, cells), collectors(GATHERED), ExpertWeights(layer.experts), True)
+    evidence = evidence_of(
+        watched(layer, layer.ids_ST, cells), collectors(GATHERED), WeightProducts(ExpertWeights(layer.experts)), True
+    )
     tokens = torch.cat([chosen for _, chosen in cells.unrouted(0, layer.ids_ST.size)])
     outputs = [layer.outputs_of(expert)[tokens].flatten() for expert in range(layer.num_experts)]
     close(evidence["output_gram"], [[float(one @ other) for other in outputs] for one in outputs])
@@ -191,68 +211,74 @@ def test_products_of_outputs_and_weights_do_not_depend_on_their_blocks(layer: La
             monkeypatch.setattr(output_gram, "_BLOCK_BYTES", 1)
             monkeypatch.setattr(output_gram, "_LEAST_BLOCK", 7)
             monkeypatch.setattr(output_gram, "_PIECE_VALUES", 3 * layer.num_experts * weights.hidden_size)
-            monkeypatch.setattr(sums, "_GRAM_VALUES", 5 * layer.num_experts * weights.hidden_size)
-        found.append(evidence_of(watched(layer, layer.ids_ST, ALL_TOKENS), collectors(GATHERED), weights, False))
+            monkeypatch.setattr(weight_products, "_GRAM_VALUES", 5 * layer.num_experts * weights.hidden_size)
+        found.append(
+            evidence_of(watched(layer, layer.ids_ST, ALL_TOKENS), collectors(GATHERED), WeightProducts(weights), False)
+        )
     for name in ("output_gram", "weight_gram"):
         close(found[1][name], found[0][name])
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 64, 1000, 4097])
-@pytest.mark.parametrize("values", [1, 100_000, 1 << 20, 1 << 30])
-def test_evenly_spaced_tokens_are_the_same_in_any_shards_and_micro_batches(num_tokens: int, values: int) -> None:
-    step = step_of(num_tokens, values)
-    due = list(range(0, num_tokens, step))
-    assert step % 2 == 1
-    assert len(due) <= max(1, min(MOST_TOKENS, MOST_VALUES // values))
-    for shard_tokens, batch in ((num_tokens, num_tokens), (7, 7), (12, 5), (640, 64)):
-        found = []
-        for first in range(0, num_tokens, shard_tokens):
-            even = EvenTokens(step, first, min(shard_tokens, num_tokens - first))
-            rows = []
-            for seen in range(0, even.num_tokens, batch):
-                row, tokens = even.chosen(seen, min(batch, even.num_tokens - seen))
-                rows += range(row, row + len(tokens))
-                found += [first + seen + token for token in tokens]
-            assert rows == list(range(even.num_chosen))
-        assert found == due
-
-
-def test_a_token_shard_without_a_chosen_token_is_stored(layer: Layer, tmp_path: Path) -> None:
-    even = EvenTokens(10_001, 5, layer.ids_ST.size)
-    weights = ExpertWeights(layer.experts)
-    gathered = collectors(["neuron_activations"])
-    with Watcher(layer.index, weights, layer.router, Family(), ALL_TOKENS, gathered, even) as watcher:
+def test_a_token_shard_without_a_sampled_token_is_stored(layer: Layer, tmp_path: Path) -> None:
+    weights, gathered = ExpertWeights(layer.experts), collectors(["neuron_activations"])
+    place = ShardPlace(layer.ids_ST.size, 10**6, 10**7, 1, 1000, seed=0)
+    assert not len(TokenSample.of(place, MOST["neuron_activations"]).places_N)
+    with Watcher(layer.index, weights, layer.router, Family(), ALL_TOKENS, gathered, place) as watcher:
         logits(layer.model, layer.ids_ST)
     write_partial_sums(tmp_path / "empty", watcher.result())
     kept = read_partial_sums(tmp_path / "empty").sums["neuron_activations"]["a"]
     assert kept.shape == (layer.num_experts, 0, weights.intermediate)
 
 
-@pytest.mark.parametrize("num_sampled", [1, 50, 200, 256, 1000])
-@pytest.mark.parametrize("tokens_per_shard", [32, 96, 256])
-def test_the_sampled_tokens_do_not_depend_on_shards(num_sampled: int, tokens_per_shard: int) -> None:
-    """They are spread over the calibration set, and all of it where they are as many."""
-    args = TokenSampleArgs(num_sampled, 256, 0, tokens_per_shard, seed=3)
-    found = [TokenSample.of(replace(args, first_token=first)).places_N + first for first in range(0, 256, tokens_per_shard)]
-    whole = TokenSample.of(replace(args, tokens_per_shard=256)).places_N
-    assert np.concatenate(found).tolist() == whole.tolist()
-    assert len(set(whole.tolist())) == len(whole) and ((whole >= 0) & (whole < 256)).all()
-    if num_sampled <= 128:  # one of each stretch, which is at least two wide
-        assert len(whole) == num_sampled
-        assert (np.abs(whole - (np.arange(num_sampled) + 0.5) * 256 / num_sampled) <= 0.5 * 256 / num_sampled + 1).all()
-    if num_sampled >= 256:
-        assert whole.tolist() == list(range(256))
+@pytest.mark.parametrize("num_tokens", [1, 5, 64, 1000, 4097])
+@pytest.mark.parametrize("most", [1, 3, 50, 999, 4096])
+@pytest.mark.parametrize(("domain", "all_sequences"), [(1, 1), (2, 5), (1, 40)])
+def test_the_sampled_tokens_do_not_depend_on_shards_and_micro_batches(
+    num_tokens: int, most: int, domain: int, all_sequences: int
+) -> None:
+    """So many as `plan` states, one in each of equal stretches of the domain, and all of it where they are as many."""
+    place = ShardPlace(num_tokens, 0, num_tokens, domain, all_sequences, seed=3)
+    whole = TokenSample.of(place, most).places_N.tolist()
+    count = num_sampled(most, num_tokens, domain, all_sequences)
+    assert len(whole) == count == min(num_tokens, max(1, most * domain // all_sequences))
+    assert all(i * num_tokens // count <= token < (i + 1) * num_tokens // count for i, token in enumerate(whole))
+    for shard_tokens, batch in ((7, 7), (12, 5), (640, 64)):
+        found = []
+        for first in range(0, num_tokens, shard_tokens):
+            size, rows = min(shard_tokens, num_tokens - first), list[int]()
+            sample = TokenSample.of(replace(place, num_tokens=size, first=first), most)
+            for seen in range(0, size, batch):
+                row, tokens = sample.within(seen, min(batch, size - seen))
+                rows += range(row, row + len(tokens))
+                found += [first + seen + token for token in tokens.tolist()]
+            assert rows == list(range(len(sample.places_N)))
+        assert found == whole
 
 
-def test_the_sample_shrinks_where_there_are_many_experts() -> None:
-    assert [sampled_tokens(experts, 10**6) for experts in (8, 64, 128, 256)] == [1024, 1024, 256, 64]
-    assert sampled_tokens(8, 500) == 500
+def test_sampled_tokens_are_not_at_the_same_places_of_every_sequence() -> None:
+    places = TokenSample.of(ShardPlace(2**15, 0, 2**15, 1, 1, seed=0), 2**9).places_N
+    assert len(set((places % 64).tolist())) > 32
+
+
+def test_each_collector_decides_how_many_tokens_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neuron_activations, "_MOST_TOKENS", 4096)
+    monkeypatch.setattr(sampled_outputs, "_MOST_TOKENS", 1024)
+
+    def most(name: str, num_experts: int, num_neurons: int) -> int:
+        kept = FURTHER[name].keeps(num_experts, num_neurons)
+        assert kept is not None
+        return kept.most
+
+    assert [most("sampled_outputs", experts, 10) for experts in (8, 64, 128, 256)] == [1024, 1024, 256, 64]
+    sizes = ((8, 14336), (128, 768), (256, 2048), (8, 8), (2, 10**9))
+    assert [most("neuron_activations", *size) for size in sizes] == [585, 682, 128, 4096, 1]
+    assert [name for name, one in FURTHER.items() if one.keeps(8, 8)] == ["sampled_outputs", "neuron_activations"]
 
 
 def test_output_sums_by_cell_run_over_the_sampled_tokens_of_each_cell(layer: Layer) -> None:
     cells = sampled(0)
     part = watched(layer, layer.ids_ST, cells)
-    groups = evidence_of(part, collectors(GATHERED), ExpertWeights(layer.experts), is_sampled=True).groups
+    groups = evidence_of(part, collectors(GATHERED), WeightProducts(ExpertWeights(layer.experts)), is_sampled=True).groups
     assert groups is not None
     chosen = dict(cells.unrouted(0, layer.ids_ST.size))
     assert groups.num_tokens_G.tolist() == [len(chosen[cell]) for cell in range(3)]
@@ -281,6 +307,35 @@ def evidence_dir(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path
     return tmp_path / "calibrate"
 
 
+def test_products_of_weights_are_computed_once_for_all_domains(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = tiny_checkpoint("mixtral"), list[WeightProducts]()
+    of = WeightProducts.gram.func
+
+    def counted(products: WeightProducts) -> np.ndarray:
+        made.append(products)
+        return of(products)
+
+    counting = cached_property(counted)
+    counting.__set_name__(WeightProducts, "gram")
+    monkeypatch.setattr(WeightProducts, "gram", counting)
+    survey, _ = survey_checkpoint(str(folder))
+    held = open_shard(CalibrationShardArgs(str(folder), 0, survey.num_layers, 1, survey.routers))
+    (tmp_path / "tokens").mkdir()
+    for shard, ids_ST in enumerate(np.split(random_ids(), 2)):
+        write_tokens(tmp_path / "tokens" / tokens_file(shard), ids_ST)
+        args = CalibrateArgs(StreamArgs("tokens", shard, 2, is_last=True), None, ("weight_gram",))
+        calibrate_unit(HeldJob(tmp_path, tmp_path / "calibrate", args, held))
+    layer, domains = survey.moe_layers[-1], (DomainShards("a", 0, 1), DomainShards("b", 1, 2))
+    reduce_unit(HeldJob(tmp_path, tmp_path / "calibrate", ReduceArgs(layer, domains, False, ("weight_gram",)), held))
+    assert len(made) == 1
+    dirs = [domain_dir(tmp_path / "calibrate", domain.name) for domain in domains]
+    one, other = (read_evidence(folder, layer, ["weight_gram"])["weight_gram"] for folder in dirs)
+    np.testing.assert_array_equal(one, other)
+    assert (one.diagonal() > 0).all()
+
+
 def test_a_further_column_has_a_file_that_says_what_it_means(layer: Layer, evidence_dir: Path) -> None:
     evidence = read_evidence(evidence_dir, layer.index, ["largest_output_norm", "cell_norm_sum", "gate_sum"])
     norms_ET = np.stack([layer.outputs_of(expert).norm(dim=1).numpy() for expert in range(layer.num_experts)])
@@ -303,7 +358,7 @@ def test_a_column_that_was_not_gathered_is_named_with_the_remedy(layer: Layer, e
 def test_statistics_do_not_depend_on_what_else_is_gathered(layer: Layer, evidence_dir: Path) -> None:
     paths = [partial_evidence_file(evidence_dir, layer.index, shard) for shard in range(2)]
     total = add_up([read_partial_sums(path) for path in paths], DEFAULT)
-    alone = evidence_of(total, DEFAULT, ExpertWeights(layer.experts), is_sampled=False)
+    alone = evidence_of(total, DEFAULT, WeightProducts(ExpertWeights(layer.experts)), is_sampled=False)
     table = read_table(statistics_file(evidence_dir, layer.index))
     found = read_evidence(evidence_dir, layer.index)
     assert "cell_norm_sum" not in table.column_names

@@ -16,6 +16,7 @@ from stages.calibrate.spec import CalibrationShardArgs
 from stages.calibrate.sums import evidence_of
 from stages.calibrate.units import CalibrationShard, open_shard
 from stages.calibrate.watcher import Watcher
+from stages.calibrate.weight_products import WeightProducts
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import LayerEvidence
@@ -42,7 +43,7 @@ def calibrated(held: CalibrationShard, ids: torch.Tensor) -> tuple[dict[int, Wat
 
 
 def finished(watcher: Watcher) -> LayerEvidence:
-    return evidence_of(watcher.result(), DEFAULT, watcher.weights, is_sampled=False)
+    return evidence_of(watcher.result(), DEFAULT, WeightProducts(watcher.weights), is_sampled=False)
 
 
 def num_mapped(folder: Path) -> int:

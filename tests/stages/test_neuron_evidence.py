@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.calibrate import sums
+from stages.calibrate import weight_products
 from stages.calibrate.collectors.registry import collectors
-from stages.calibrate.even_tokens import EvenTokens
 from stages.calibrate.spec import CalibrationShardArgs
 from stages.calibrate.sums import evidence_of
+from stages.calibrate.token_sample import ShardPlace
 from stages.calibrate.units import CalibrationShard, open_shard
 from stages.calibrate.watcher import Watcher
+from stages.calibrate.weight_products import WeightProducts
 from stages.checkpoint.neuron_weights import NeuronWeights
 from stages.cluster.neurons import permutation, with_neurons
 from stages.cluster.plans import merged as merged_plan
@@ -51,15 +52,14 @@ def evidence_by_layer(held: CalibrationShard, folder: Path) -> dict[int, LayerEv
     """Evidence of all layers, every token kept."""
     _, ids = token_ids(folder)
     watched: dict[int, Watcher] = {}
-
-    def even(_num_values: int) -> EvenTokens:
-        return EvenTokens(1, 0, ids.numel())
-
+    place = ShardPlace(ids.numel(), 0, ids.numel(), 1, 1, seed=0)
     gathered = collectors(GATHERED)
-    stream = Stream(around=lambda layer: held.watch(layer, watched, gathered=gathered, even=even))
+    stream = Stream(around=lambda layer: held.watch(layer, watched, gathered=gathered, place=place))
     with torch.inference_mode():
         pass_through(held.shard, ids, len(ids), {"model": stream})
-        return {layer: evidence_of(one.result(), gathered, one.weights, False) for layer, one in watched.items()}
+        return {
+            layer: evidence_of(one.result(), gathered, WeightProducts(one.weights), False) for layer, one in watched.items()
+        }
 
 
 def opened(model: Path) -> CalibrationShard:
@@ -182,7 +182,7 @@ class Largest(TorchDispatchMode):
 def test_products_of_weights_make_no_copy_of_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = opened(save(build("mixtral", torch.bfloat16), tmp_path / "source"))
     weights = held.shard.expert_weights(0)
-    monkeypatch.setattr(sums, "_GRAM_VALUES", 2048)
+    monkeypatch.setattr(weight_products, "_GRAM_VALUES", 2048)
     with torch.inference_mode(), Largest() as largest:
-        sums.LayerSums(0, np.zeros(1), weights).weight_gram()
+        assert WeightProducts(weights).gram.shape == (NUM_EXPERTS, NUM_EXPERTS)
     assert 0 < largest.num_bytes <= 8 * 2048 < 2 * weights.experts.down_proj.numel()

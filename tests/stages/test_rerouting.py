@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs, TokenSampleArgs
+from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs
 from stages.calibrate.sums import read_partial_sums
+from stages.calibrate.token_sample import ShardPlace
 from stages.calibrate.units import calibrate_unit, open_shard
 from stages.checkpoint.folder import Checkpoint
 from stages.cluster.rerouting import rule_of
@@ -37,11 +38,11 @@ def test_the_rule_of_a_familys_router_is_found_unless_it_is_refused(family: str,
     held = open_shard(CalibrationShardArgs(str(source), 0, survey.num_layers, 1, survey.routers))
     (tmp_path / "tokens").mkdir()
     write_tokens(tmp_path / "tokens" / tokens_file(0), np.random.default_rng(0).integers(3, 128, (4, 16)))
-    sample = TokenSampleArgs(64, 64, 0, 64, 0)
-    args = CalibrateArgs(StreamArgs("tokens", 0, 4, is_last=True), None, ("sampled_outputs",), token_sample=sample)
+    args = CalibrateArgs(StreamArgs("tokens", 0, 4, is_last=True), None, ("sampled_outputs",), ShardPlace(64, 0, 64, 4, 4, 0))
     calibrate_unit(HeldJob(tmp_path, tmp_path / "calibrate", args, held))
     for layer in survey.moe_layers:
         sums = read_partial_sums(partial_evidence_file(tmp_path / "calibrate", layer, 0)).sums["sampled_outputs"]
+        assert sums["sampled_logits"].shape == (NUM_EXPERTS, 64)
         logits, gates = sums["sampled_logits"].T, sums["sampled_gates"].T
         if has_groups or facts.rerouting:
             with pytest.raises(InputError, match="so what the router would pick among fewer experts is not known"):

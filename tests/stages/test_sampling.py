@@ -13,6 +13,7 @@ from stages.calibrate.cells import ALL_TOKENS, Sample
 from stages.calibrate.collectors.registry import DEFAULT
 from stages.calibrate.sums import PartialSums, evidence_of
 from stages.calibrate.watcher import Watcher
+from stages.calibrate.weight_products import WeightProducts
 from stages.cluster.certainty import adjusted_rand_index, halves, relative_standard_errors
 from stages.contracts.certainty import read_errors, read_stability
 from stages.contracts.dendrogram import read_labels
@@ -69,7 +70,7 @@ def watched(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Pat
         with FlopCounterMode(display=False) as counter, watcher:
             logits(model, random_ids())
         total = watcher.result()
-        return evidence_of(total, DEFAULT, weights, chosen is not None), total, counter.get_total_flops()
+        return evidence_of(total, DEFAULT, WeightProducts(weights), chosen is not None), total, counter.get_total_flops()
 
     watch.shape = (block.experts.num_experts, *block.experts.down_proj.shape[1:])  # type: ignore[attr-defined]
     return watch

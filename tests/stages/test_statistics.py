@@ -17,6 +17,7 @@ from stages.calibrate.cells import ALL_TOKENS
 from stages.calibrate.collectors.registry import DEFAULT
 from stages.calibrate.sums import PartialSums, add_up, evidence_of
 from stages.calibrate.watcher import Watcher
+from stages.calibrate.weight_products import WeightProducts
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import LayerEvidence
 from stages.model.expert_weights import ExpertWeights
@@ -25,7 +26,7 @@ from tests.tiny import FAMILIES, load, logits, random_ids
 
 
 def finished(total: PartialSums, experts: Any) -> LayerEvidence:
-    return evidence_of(total, DEFAULT, ExpertWeights(experts), is_sampled=False)
+    return evidence_of(total, DEFAULT, WeightProducts(ExpertWeights(experts)), is_sampled=False)
 
 
 class Layer:

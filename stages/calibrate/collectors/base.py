@@ -1,6 +1,7 @@
 """Base class of collectors. Neither this module nor a collector imports torch, because the driver reads their declarations.
 
-Dimensions: C cells, D hidden size, E experts, F intermediate size; of a token shard M evenly spaced tokens and N sampled ones.
+Dimensions: C cells, D hidden size, E experts, F intermediate size, N tokens of a token shard that a collector keeps one
+by one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from stages.contracts.evidence import Column
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.calibrate.observations import InputView, RoutedView, RouterView, SampledView, UnroutedView
+    from stages.calibrate.observations import InputView, KeptView, RoutedView, RouterView, UnroutedView
     from stages.contracts.arrow import Array
 
 Sums = Mapping[str, "Tensor"]
@@ -26,7 +27,7 @@ class Sum:
     """A sum that a collector keeps for each expert. shape: axes of one expert's part, as letters of the legend above in
     brackets.
 
-    A sum with C in its shape is kept separately for each cell, one with M or N for each of those tokens, any other in total.
+    A sum with C in its shape is kept separately for each cell, one with N for each of those tokens, any other in total.
     """
 
     name: str
@@ -35,6 +36,20 @@ class Sum:
     def sizes(self, size_of: Mapping[str, int]) -> tuple[int, ...]:
         """Size of each axis. The first axis is the experts."""
         return tuple(size_of[letter] for letter in ("E", *self.shape.strip("[]").split()))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Tokens that a collector keeps one by one in a layer, and what it keeps of each.
+
+    most: tokens of the calibration set at most. num_values: values that are kept of each token, of all experts. itemsize: bytes
+    of such a value in the evidence. what: the values in words, for `plan`.
+    """
+
+    most: int
+    num_values: int
+    itemsize: int
+    what: str
 
 
 class Summed(Protocol):
@@ -57,12 +72,11 @@ class Summed(Protocol):
 class Collector:
     """One or several sums over tokens for every expert of a layer. A collector has no state: sums are passed in.
 
-    columns: the evidence columns that it computes, with their meaning. keeps_tokens: whether it observes sampled tokens.
+    columns: the evidence columns that it computes, with their meaning.
     """
 
     name: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
-    keeps_tokens: ClassVar[bool] = False
 
     @property
     def sums(self) -> tuple[Sum, ...]:
@@ -70,8 +84,12 @@ class Collector:
         A collector that overrides `finish` may keep other sums."""
         return tuple(Sum(column.name, column.shape) for column in self.columns)
 
+    def keeps(self, num_experts: int, num_neurons: int) -> Kept | None:
+        """What it keeps token by token of a layer with so many experts of so many neurons; None if it keeps sums alone."""
+        return None
+
     def observe_input(self, sums: Sums, view: InputView) -> None:
-        """Run experts on tokens of the collector's own choice. What that costs comes on top of the forward."""
+        """Run experts on the tokens that un-routed sums cover. What that costs comes on top of the forward."""
 
     def observe_router(self, sums: Sums, router: RouterView) -> None:
         """Add the router's output for a micro-batch."""
@@ -82,8 +100,8 @@ class Collector:
     def observe_routed(self, sums: Sums, routed: RoutedView) -> None:
         """Add routed pairs with their gates and outputs."""
 
-    def observe_sampled(self, sums: Sums, sampled: SampledView) -> None:
-        """Fill in sampled tokens, if the collector keeps them."""
+    def observe_kept(self, sums: Sums, kept: KeptView) -> None:
+        """Fill in the tokens that the collector keeps, if any."""
 
     def add(self, one: Mapping[str, Array], other: Mapping[str, Array]) -> Mapping[str, Array]:
         """Combine sums over two successive token shards.

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from stages.calibrate.collectors.base import Collector, Sum, Sums
+from stages.calibrate.collectors.base import Collector, Kept, Sum, Sums
 from stages.contracts.evidence import Column
 from stages.contracts.settings import NEURON_COLUMN
 
 if TYPE_CHECKING:
-    from stages.calibrate.observations import InputView
+    from stages.calibrate.observations import KeptView
     from stages.contracts.arrow import Array
+
+_MOST_TOKENS = 4096
+_MOST_VALUES = 1 << 26
+"""Values that are kept in one layer: 256 MiB of float32."""
 
 
 class NeuronActivations(Collector):
-    """The input of W_down of every expert on evenly spaced tokens of the calibration set, routed to the expert or not.
+    """The input of W_down of every expert on a sample of the calibration tokens, routed to the expert or not.
 
     The correlations of all neurons would be (E F)^2 numbers, 105 GB for a layer of Mixtral-8x7B, of which a merge needs those
     within its clusters, which are not known yet. So the activations themselves are kept, on as many tokens as fit in 256 MiB
-    a layer (`stages.calibrate.even_tokens`): 585 of Mixtral-8x7B, 682 of Qwen3-30B-A3B, 128 of DeepSeek-V3; all, where there
+    a layer (`stages.calibrate.token_sample`): 585 of Mixtral-8x7B, 682 of Qwen3-30B-A3B, 128 of DeepSeek-V3; all, where there
     are no more, and at most 4,096. The correlations over N tokens have a standard error of up to 1 / sqrt(N). Cost: gate and up
     products of these tokens once more.
     """
@@ -28,8 +32,8 @@ class NeuronActivations(Collector):
     columns = (
         Column(
             NEURON_COLUMN,
-            "on evenly spaced tokens, in order: the input of W_down, not gated",
-            "[M F]",
+            "on a sample of the tokens, in order: the input of W_down, not gated",
+            "[N F]",
             dtype="float32",
             over_domains="tokens",
         ),
@@ -37,15 +41,18 @@ class NeuronActivations(Collector):
 
     @property
     def sums(self) -> tuple[Sum, ...]:
-        """One row for each chosen token of the shard."""
-        return (Sum("a", "[M F]"),)
+        """One row for each sampled token of the shard."""
+        return (Sum("a", "[N F]"),)
 
-    def observe_input(self, sums: Sums, view: InputView) -> None:
-        """Keep the activations of the chosen tokens among these."""
-        row, tokens = view.evenly_spaced()
-        for expert, kept_NF in enumerate(sums["a"]):
-            if len(tokens):
-                kept_NF[row : row + len(tokens)] = view.forward.activations_of(view.hidden_TD, tokens, expert)
+    def keeps(self, num_experts: int, num_neurons: int) -> Kept:
+        """As many tokens as fit."""
+        num_values = num_experts * num_neurons
+        return Kept(max(1, min(_MOST_TOKENS, _MOST_VALUES // num_values)), num_values, 4, "activations of all neurons")
+
+    def observe_kept(self, sums: Sums, kept: KeptView) -> None:
+        """Keep the activations of these tokens."""
+        for expert, a_NF in enumerate(sums["a"]):
+            a_NF[kept.rows] = kept.forward.activations_of(kept.hidden_TD, kept.tokens_N, expert)
 
     def add(self, one: Mapping[str, Array], other: Mapping[str, Array]) -> Mapping[str, Array]:
         """The rows of each token shard as they are, under names of their own: there may be thousands of shards to add up."""
