@@ -11,8 +11,8 @@ BY_FILE := --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast test-cluster lint bench chaos install clean
 
-demo: install  ## compress the example model on a local Ray cluster and print the result table
-	$(BIN)/python -m pipeline run examples/tiny-mixtral.yaml --address local
+demo: install  ## compress the example model by four methods on a local Ray cluster and compare them
+	$(BIN)/python -m pipeline run examples/compare.yaml --address local
 
 test: test-fast test-cluster  ## everything: what .ci/run calls
 

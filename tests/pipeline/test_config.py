@@ -11,6 +11,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.partition import held_bytes, layer_shards
 from stages.contracts.settings import Resources, TextData
 from stages.contracts.survey import Survey
+from stages.contracts.texts import texts_of
 from tests.conftest import REPOSITORY
 
 
@@ -30,11 +31,15 @@ def test_defaults_are_the_papers() -> None:
     assert config.evaluation is None
 
 
-def test_the_example_is_a_valid_run_file() -> None:
-    config = load_config(REPOSITORY / "examples" / "tiny-mixtral.yaml", [])
+@pytest.mark.parametrize("name", ["tiny-mixtral", "compare"])
+def test_the_examples_are_valid_run_files(name: str) -> None:
+    config = load_config(REPOSITORY / "examples" / f"{name}.yaml", [])
     assert config.clustering.num_experts == (6, 4)
-    assert all((REPOSITORY / name).is_file() for name in config.calibration.data)
-    assert not set(config.calibration.data) & set(config.evaluation.data if config.evaluation else ())
+    files = {section: [] for section in ("calibration", "evaluation")}
+    for text in texts_of(config).values():
+        files[text.section] += text.data
+    assert all((REPOSITORY / name).is_file() for names in files.values() for name in names)
+    assert all(files.values()) and not set(files["calibration"]) & set(files["evaluation"])
 
 
 def test_a_config_cannot_be_changed() -> None:
