@@ -10,8 +10,8 @@ from stages.contracts.naming import hub_name
 from stages.contracts.settings import Budget, Merging, Refit, RunConfig, Section, TextData
 from stages.contracts.spec import Run, counts_of, narrowed_to
 from stages.contracts.targets import Target
+from stages.contracts.tensors import num_neurons
 from stages.contracts.texts import Text, texts_in
-from stages.contracts.widths import num_neurons_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         merging=_merging_text(variant.merging) if variant.method.reads_merging else "",
         refit=_refit_text(variant.refit),
         settings={**_settings(config, target, texts), "model": base_model or config.name},
-        num_neurons=None if narrow is None else (num_neurons_of(run.tensors), narrow),
+        num_neurons=None if narrow is None else (num_neurons(run.tensors), narrow),
     )
 
 

@@ -19,9 +19,9 @@ from stages.contracts.method import Methods
 from stages.contracts.settings import RunConfig, Section
 from stages.contracts.survey import Survey
 from stages.contracts.targets import NumExperts, Target, Variant
-from stages.contracts.tensors import TensorRow
+from stages.contracts.tensors import TensorRow, num_neurons
 from stages.contracts.units import Call, Facts, Hold, Unit
-from stages.contracts.widths import kept_neurons, num_neurons_of
+from stages.contracts.widths import kept_neurons
 
 S = TypeVar("S", bound=Section)
 
@@ -160,7 +160,7 @@ def narrowed_to(run: Run, target: Target) -> int | None:
     share = target.share(run.survey.num_experts)
     if share == 1:
         return None
-    return kept_neurons(num_neurons_of(run.tensors), share, target.variant.refit.width_multiple)
+    return kept_neurons(num_neurons(run.tensors), share, target.variant.refit.width_multiple)
 
 
 def counts_of(run: Run, target: Target) -> dict[int, int]:

@@ -1,9 +1,6 @@
 """Widths: how many of its neurons (intermediate size) an expert keeps."""
 
-from collections.abc import Iterable
-
 from stages.contracts.errors import InputError
-from stages.contracts.tensors import TensorRow
 
 
 def kept_neurons(num_neurons: int, share: float, multiple: int) -> int:
@@ -20,12 +17,3 @@ def kept_neurons(num_neurons: int, share: float, multiple: int) -> int:
             f"multiple of {multiple} is not below {num_neurons}; choose a smaller width, or set refit.width_multiple"
         )
     return kept
-
-
-def num_neurons_of(rows: Iterable[TensorRow]) -> int:
-    """Neurons of an expert, from the tensors of a checkpoint."""
-    for row in rows:
-        if row.neuron_axis is not None:
-            size = row.values_shape[row.neuron_axis + (row.role == "fused_expert")]
-            return size if row.neuron_order == "single" else size // 2
-    raise AssertionError("the checkpoint has no tensor of experts' neurons")

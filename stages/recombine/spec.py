@@ -16,8 +16,9 @@ from stages.contracts.settings import RunConfig
 from stages.contracts.spec import Run, StagePlan, StageSpec, narrowed_to
 from stages.contracts.stream_units import LayerShardArgs
 from stages.contracts.targets import Target
+from stages.contracts.tensors import num_neurons
 from stages.contracts.units import Hold, HoldCall, NoFacts, Unit, UnitCall
-from stages.contracts.widths import kept_neurons, num_neurons_of
+from stages.contracts.widths import kept_neurons
 from stages.model.families import SUPPORTED, family_of, num_experts_in
 from stages.model.widths import narrowed, num_neurons_in
 
@@ -139,7 +140,7 @@ class Recombine(StageSpec):
             )
         per_neuron = _tokens_per_neuron(run)
         if per_neuron < _POOR and any(target.variant.refit.neurons == "choose" for target in targets):
-            aim = -(-_GOOD * num_neurons_of(run.tensors) * survey.num_experts // (data.sequence_length * survey.top_k))
+            aim = -(-_GOOD * num_neurons(run.tensors) * survey.num_experts // (data.sequence_length * survey.top_k))
             yield (
                 f"few tokens   {per_neuron:.1f} calibration tokens for each neuron that refit.neurons chooses from; fewer than "
                 f"{_POOR} choose poorly: set calibration.num_sequences to {aim:,} for {_GOOD}"
@@ -187,7 +188,7 @@ def _solve_bytes(run: Run, target: Target) -> int:
     pieces and in one, and what is left of the target in float64, twice where a fitted router is compared; and moments of the
     columns that are solved for together, or of the neurons that a slot of average size chooses from: themselves, those of what
     is left, their factor and its inverse."""
-    data, survey, width = run.config.calibration, run.survey, num_neurons_of(run.tensors)
+    data, survey, width = run.config.calibration, run.survey, num_neurons(run.tensors)
     itemsize = {"float32": 4, "float64": 8}.get(survey.dtype, 2)
     num_values = data.num_sequences * data.sequence_length * survey.hidden_size
     fewest = min(target.counts(survey).values())
@@ -201,7 +202,7 @@ def _tokens_per_neuron(run: Run) -> float:
     """Calibration tokens that the average expert gets, over its neurons: the same share for a slot and all its members."""
     data, survey = run.config.calibration, run.survey
     tokens = data.num_sequences * data.sequence_length * survey.top_k / survey.num_experts
-    return tokens / num_neurons_of(run.tensors)
+    return tokens / num_neurons(run.tensors)
 
 
 def _is_whole(run: Run, target: Target) -> bool:
@@ -219,7 +220,7 @@ def _kept_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
 def _target_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
     data, survey, folder = run.config.calibration, run.survey, Path(part.dir)
     tokens, refit = run.part("prepare", "calibration").dir, target.variant.refit
-    width, is_one_shot = narrowed_to(run, target) or num_neurons_of(run.tensors), refit.mode == "one_shot"
+    width, is_one_shot = narrowed_to(run, target) or num_neurons(run.tensors), refit.mode == "one_shot"
     for layer in range(survey.moe_layers[-1] + 1):
         call = OPEN.on(LayerShardArgs(str(run.model), layer, layer + 1, run.config.resources.num_cpus))
         hold = Hold(f"{run.run_dir}/{part.dir}:{layer}", call, str(run.run_dir), f"{part.stage} {target.part}, layer {layer}")
