@@ -5,7 +5,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from pydantic import create_model
+from pydantic import JsonValue, create_model
 
 from pipeline.run.variants import methods, presets
 from stages.contracts.settings import Clustering, RunConfig, Section
@@ -14,7 +14,7 @@ from stages.registry import stage_specs
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def run_file_schema() -> dict[str, Any]:
+def run_file_schema() -> dict[str, JsonValue]:
     """What a run file may contain: every section of every stage, the settings of every method, the names of presets.
 
     What one setting says of another (a target within the model's experts) is not in it: `plan` checks that.

@@ -110,7 +110,7 @@ def _count(section: Mapping[str, Any], name: str, place: str) -> int:
     value = section.get(name)
     if not _is_count(value):
         raise InputError(
-            f"{place}: config.json: quantization_config: {name} is {shown(repr(value))}; a positive integer is due"
+            f"{place}: config.json: quantization_config: {name} is {shown(repr(value))}; it must be a positive integer"
         )
     return int(value)  # type: ignore[arg-type]
 
@@ -348,7 +348,7 @@ def _join_fitted(raw: Raw, section: Mapping[str, Any], place: str) -> Join:
         module = name.removesuffix("qweight")
         if entry.dtype != "I32" or len(entry.shape) != 2:
             raise InputError(
-                f"{place}/{entry.file}: tensor {name} is {entry.dtype} {list(entry.shape)}; I32 of two axes is due"
+                f"{place}/{entry.file}: tensor {name} is {entry.dtype} {list(entry.shape)}; it must be I32 with two axes"
             )
         columns, rows = entry.shape[0] * (per_word if is_gptq else 1), entry.shape[1] * (1 if is_gptq else per_word)
         size = columns if section.get("group_size") == -1 else _count(section, "group_size", place)

@@ -236,7 +236,7 @@ def test_a_token_shard_without_a_sampled_token_is_stored(layer: Layer, tmp_path:
 def test_the_sampled_tokens_do_not_depend_on_shards_and_micro_batches(
     num_tokens: int, most: int, domain: int, all_sequences: int
 ) -> None:
-    """So many as `plan` states, one in each of equal stretches of the domain, and all of it where they are as many."""
+    """There are as many as `plan` states. The domain is cut into that many equal stretches, and each has one of them."""
     place = ShardPlace(num_tokens, 0, num_tokens, domain, all_sequences, seed=3)
     whole = TokenSample.of(place, most).places_N.tolist()
     count = num_sampled(most, num_tokens, domain, all_sequences)
