@@ -57,6 +57,7 @@ class Model:
     attention_values: int
     attention_width: int
     disk_bytes: int
+    family: str = "simulated"
 
     @property
     def expert_values(self) -> int:
@@ -118,14 +119,19 @@ def _mla_values(hidden: int, heads: int, query_rank: int, key_rank: int, nope: i
     return queries + keys + heads * value * hidden
 
 
-MODELS = (
-    Model("Mixtral-8x7B", 32, 0, 4096, 14336, 0, 8, 2, 0, 32000, 4096 * (2 * 4096 + 2 * 1024), 4096, disk_bytes=2),
-    Model(
-        "DeepSeek-V3", 61, 3, 7168, 2048, 18432, 256, 8, 1, 129280,
-        _mla_values(7168, 128, 1536, 512, 128, 64, 128), 128 * 160, disk_bytes=1,
-    ),
+MIXTRAL = Model(
+    "Mixtral-8x7B", 32, 0, 4096, 14336, 0, 8, 2, 0, 32000, 4096 * (2 * 4096 + 2 * 1024), 4096, disk_bytes=2, family="mixtral"
+)
+QWEN3_30B = Model(
+    "Qwen3-30B-A3B", 48, 0, 2048, 768, 0, 128, 8, 0, 151936, 2048 * (2 * 4096 + 2 * 512), 4096, disk_bytes=2, family="qwen3_moe"
+)
+DEEPSEEK_V3 = Model(
+    "DeepSeek-V3", 61, 3, 7168, 2048, 18432, 256, 8, 1, 129280, _mla_values(7168, 128, 1536, 512, 128, 64, 128), 128 * 160,
+    disk_bytes=1, family="deepseek_v3",
 )  # fmt: skip
-"""Dimensions of mistralai/Mixtral-8x7B-v0.1 and deepseek-ai/DeepSeek-V3 (FP8 on disk), from their config.json."""
+MODELS = (MIXTRAL, DEEPSEEK_V3)
+"""Models whose calibration is simulated. Dimensions of mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B and
+deepseek-ai/DeepSeek-V3 (FP8 on disk) from their config.json."""
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,22 @@ Calibrate without further collectors and with each of them, in turn: a token sha
 finish the layers' sums.
 """
 
-import argparse
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.compute import Opened
-from bench.measure import timed
+from bench.measure import print_measured, timed
 from stages.calibrate.collectors.registry import FURTHER
 from stages.calibrate.spec import ReduceArgs
 from stages.calibrate.units import calibrate_unit, reduce_unit
 from stages.contracts.paths import column_file
 from stages.contracts.texts import DomainShards
 from stages.contracts.units import HeldJob
+
+MOST_SEQUENCES = 8
+"""A ratio of passes needs fewer tokens than the models have."""
 
 
 def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str
     cpu_s: dict[str, list[float]] = {}
     num_bytes: dict[str, int] = {}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        opened = Opened.of(name, folder, num_threads, Path(temporary))
+        opened = Opened.of(name, folder, num_threads, Path(temporary), MOST_SEQUENCES)
 
         def gather(collectors: tuple[str, ...]) -> None:
             job = opened.job(collectors)
@@ -49,19 +50,14 @@ def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str
                         for column in FURTHER[collector].columns
                     ]
                     num_bytes[collector] = sum(path.stat().st_size for path in paths)
-    return {"wall_s": wall_s, "cpu_s": cpu_s, "evidence_bytes": num_bytes, "num_layers": len(opened.survey.moe_layers)}
-
-
-def main() -> None:
-    """Print one line of JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--repeats", type=int, required=True)
-    args = parser.parse_args()
-    print(json.dumps(measure(args.name, args.folder, args.threads, args.repeats)))
+    return {
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "evidence_bytes": num_bytes,
+        "num_layers": len(opened.survey.moe_layers),
+        "num_tokens": opened.place.num_tokens,
+    }
 
 
 if __name__ == "__main__":
-    main()
+    print_measured(measure)

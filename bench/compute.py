@@ -4,8 +4,6 @@ Counted, not estimated: torch's own counter gives the operations of a token shar
 `torch.mm` in it is then repeated on its own, same shapes, strides, dtype and threads, in turn with the unit itself.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -18,9 +16,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import timed
+from bench.measure import print_measured, timed
 from bench.models import IDS_FILE, MODELS
 from stages.calibrate.spec import CalibrateArgs, CalibrationShardArgs
+from stages.calibrate.token_sample import ShardPlace
 from stages.calibrate.units import CalibrationShard, calibrate_unit, open_shard
 from stages.contracts.stream_units import StreamArgs
 from stages.contracts.survey import Survey
@@ -81,29 +80,34 @@ class Opened:
 
     run_dir: Path
     micro_batch: int
+    place: ShardPlace
     survey: Survey
     shard: CalibrationShard
     load_s: float
     load_cpu_s: float
 
     @classmethod
-    def of(cls, name: str, folder: Path, num_threads: int, run_dir: Path) -> "Opened":
-        """Load a model, and store its token ids in run_dir."""
+    def of(cls, name: str, folder: Path, num_threads: int, run_dir: Path, most_sequences: int = 1 << 30) -> "Opened":
+        """Load a model, and store its token ids in run_dir, or those of its first sequences."""
         spec = MODELS[name]
+        num_sequences = min(spec.num_sequences, most_sequences)
         text = TextArgs(
             place="calibration", model=str(folder), trust_remote_code=False, data=(str(folder / IDS_FILE),), text_field="text",
-            num_sequences=spec.num_sequences, sequence_length=spec.sequence_length, seed=0,
+            num_sequences=num_sequences, sequence_length=spec.sequence_length, seed=0,
         )  # fmt: skip
-        tokens_unit(Job(run_dir, run_dir / "tokens", TokensArgs(text, spec.num_sequences)))
+        tokens_unit(Job(run_dir, run_dir / "tokens", TokensArgs(text, num_sequences)))
         survey, _ = survey_checkpoint(str(folder))
         layers = CalibrationShardArgs(str(folder), 0, survey.num_layers, num_threads, survey.routers)
         opened: list[CalibrationShard] = []
         load_s, load_cpu_s = timed(lambda: opened.append(open_shard(layers)))
-        return cls(run_dir, max(1, 2048 // spec.sequence_length), survey, opened[0], load_s, load_cpu_s)
+        num_tokens = num_sequences * spec.sequence_length
+        place = ShardPlace(num_tokens, 0, num_tokens, num_sequences, num_sequences, seed=0)
+        return cls(run_dir, max(1, 2048 // spec.sequence_length), place, survey, opened[0], load_s, load_cpu_s)
 
     def job(self, collectors: tuple[str, ...] = ()) -> HeldJob[CalibrateArgs, CalibrationShard]:
         """The token shard's way through the layers. collectors: used beside the default ones."""
-        args = CalibrateArgs(StreamArgs("tokens", 0, self.micro_batch, is_last=True), sample=None, collectors=collectors)
+        stream = StreamArgs("tokens", 0, self.micro_batch, is_last=True)
+        args = CalibrateArgs(stream, sample=None, collectors=collectors, place=self.place)
         return HeldJob(self.run_dir, self.run_dir / "calibrate", args, self.shard)
 
 
@@ -142,16 +146,5 @@ def measure(name: str, folder: Path, num_threads: int, repeats: int) -> dict[str
     }
 
 
-def main() -> None:
-    """Print one line of JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--repeats", type=int, required=True)
-    args = parser.parse_args()
-    print(json.dumps(measure(args.name, args.folder, args.threads, args.repeats)))
-
-
 if __name__ == "__main__":
-    main()
+    print_measured(measure)

@@ -1,6 +1,8 @@
 """Time, processor seconds and peak memory of processes, taken from outside by what the kernel keeps of them."""
 
+import argparse
 import contextlib
+import json
 import os
 import platform
 import subprocess
@@ -14,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from pipeline.driver.worker import Worker
+from stages.contracts.units import Unit
 
 MARK = "HCSMOE_BENCHMARK"
 REPOSITORY = Path(__file__).parents[1]
@@ -118,6 +123,34 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     call()
     return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def run_unit(worker: Worker, unit: Unit) -> None:
+    """Run a unit in this process. Raises RuntimeError with the reason if it fails."""
+    outcome = worker.run(unit)
+    if outcome.failure:
+        raise RuntimeError(f"{unit.label}: {outcome.failure.message}\n{outcome.failure.detail}")
+
+
+def print_measured(measure: Callable[[str, Path, int, int], dict[str, Any]]) -> None:
+    """The command of a benchmark that has a process of its own: print what it measures as one line of JSON. measure: given the
+    model's name, its folder, threads and repeats."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--repeats", type=int, required=True)
+    args = parser.parse_args()
+    print(json.dumps(measure(args.name, args.folder, args.threads, args.repeats)))
+
+
+def print_run_measured(measure: Callable[[Path, int], dict[str, Any]]) -> None:
+    """As `print_measured`, for a benchmark that is given a run file and repeats."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--repeats", type=int, required=True)
+    args = parser.parse_args()
+    print(json.dumps(measure(args.run_file, args.repeats)))
 
 
 def machine() -> dict[str, Any]:

@@ -198,13 +198,63 @@ def _collectors(results: Mapping[str, Mapping[str, Any]]) -> str:
             ratios = [_spread(_ratios(found[kind][collector], found[kind][""])) for kind in ("wall_s", "cpu_s")]
             if collector:
                 size = found["evidence_bytes"][collector] / found["num_layers"] / 1e6
-                rows.append([name, f"`{collector}`", _spread(seconds), *ratios, f"{size:.3f}"])
-    header = ["model", "collector", "calibrate, s", "wall ratio", "processor ratio", "evidence of a layer, MB"]
+                rows.append([name, f"{found['num_tokens']:,}", f"`{collector}`", _spread(seconds), *ratios, f"{size:.3f}"])
+    header = ["model", "tokens", "collector", "calibrate, s", "times the plain pass", "by processor", "evidence of a layer, MB"]
     return (
-        "## 7. Collectors\n\nEvidence that only some methods require: calibrate with one such collector over calibrate "
-        "without, sums of all layers finished, the layers loaded, one token shard. `output_gram` (`feature: token_wise`) runs "
-        "every expert on every token once more and applies W_down to all of them; `neuron_activations` (`merging.align: "
-        "activation`, `fix_dominant`, `zipit`) runs them on up to 4,096 tokens once more.\n\n" + _table(header, rows)
+        "## 7. Collectors\n\nEvidence that only some methods require: calibrate with one such collector as a multiple of "
+        "calibrate without (the plain pass), sums of all layers finished, the layers loaded, one token shard. `output_gram` "
+        "(`feature: token_wise`) runs every expert on every token once more and applies W_down to all of them; "
+        "`neuron_activations` (`merging.align: activation`, `fix_dominant`, `zipit`) runs them on up to 4,096 tokens once "
+        "more.\n\n" + _table(header, rows)
+    )
+
+
+def _recombine(results: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        [name, f"{found['num_tokens']:,}", target, _spread([one[0] for one in found["parts"][target]], "{:.0f}"),
+         _spread([one[1] for one in found["parts"][target]], "{:.0f}"),
+         _spread([one[1] for one in found["calibrate"]], "{:.1f}"), _spread(found["ratio"][target])]
+        for name, found in results.items()
+        for target in found["parts"]
+    ]  # fmt: skip
+    header = ["model", "tokens", "target", "recombine, s", "processor, s", "calibrate, processor s", "times calibrate"]
+    return (
+        "## 8. Recombine\n\nTo half the experts, one thread, by processor seconds, loading included. Target: recombine at most "
+        "8 times calibrate, reap-refit at most 3 times.\n\n" + _table(header, rows)
+    )
+
+
+def _recombine_scaling(results: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        [name, f"{found['num_tokens']:,}", mode, count, _spread(found["recombine_s"][mode][count], "{:.1f}"),
+         _spread(_ratios(found["recombine_s"][mode]["1"], found["recombine_s"][mode][count]))]
+        for name, found in results.items()
+        for mode in found["recombine_s"]
+        for count in found["recombine_s"][mode]
+    ]  # fmt: skip
+    header = ["model", "tokens", "mode", "workers", "recombine, s", "times as fast as one"]
+    return (
+        "## 8. Recombine on two workers\n\nAs in 5. Target: two workers at least 1.6 times as fast as one in one_shot, 1.4 "
+        "times in sequential.\n\n" + _table(header, rows)
+    )
+
+
+def _recombine_simulation(results: Mapping[str, Mapping[str, Any]]) -> str:
+    (found,) = results.values()
+    counts = sorted({one["workers"] for runs in found["models"].values() for one in runs})
+    rows = [
+        [model, mode, f"{tokens:,}", *(f"{hours[mode, tokens, count]:.2f}" for count in counts)]
+        for model, runs in found["models"].items()
+        for hours in [{(one["mode"], one["tokens"], one["workers"]): one["hours"] for one in runs}]
+        for mode, tokens in dict.fromkeys((one["mode"], one["tokens"]) for one in runs)
+    ]
+    hardware = ", ".join(f"{name} {value:g}" for name, value in found["hardware"].items())
+    return (
+        "## 8. Recombine on simulated clusters\n\nHours of recombine (pairs, neurons chosen, tied, half the experts), without "
+        "calibrate, on so many GPUs: real units, scheduler and driver in virtual time; operations are those that `hcsmoe plan` "
+        "counts, at rates that no GPU has confirmed (`bench/recombine_simulation.py`). In sequential one worker solves a layer "
+        "while others wait, so more GPUs than a layer has slots gain little; one_shot has no such bound. "
+        f"Rates: {hardware}.\n\n" + _table(["model", "mode", "tokens", *(f"{count} GPUs" for count in counts)], rows)
     )
 
 
@@ -217,8 +267,11 @@ _SECTIONS = {
     "simulation": _simulation,
     "overhead": _overhead,
     "collectors": _collectors,
+    "recombine": _recombine,
+    "recombine_scaling": _recombine_scaling,
+    "recombine_simulation": _recombine_simulation,
 }
-_ON_ONE_MODEL = ("overhead", "scaling", "simulation")
+_ON_ONE_MODEL = ("overhead", "scaling", "simulation", "recombine_scaling", "recombine_simulation")
 
 
 def _state(results: Results) -> str:

@@ -18,15 +18,21 @@ import yaml
 from bench import measure
 from bench.models import IDS_FILE, MODELS, generate
 from bench.page import write_page
-from bench.scaling import pinned_calibrate_s
+from bench.scaling import pinned_stage_s
 from stages.contracts.arrow import read_table
 from stages.io.files import write_file, write_json
 
 STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "report")
-BENCHMARKS = ("hand", "compute", "collectors", "transfer", "memory", "overhead", "scaling", "simulation")
-ON_ONE_MODEL = ("overhead", "scaling", "simulation")
+BENCHMARKS = (
+    "hand", "compute", "collectors", "transfer", "memory", "overhead", "scaling", "simulation", "recombine",
+    "recombine_scaling", "recombine_simulation",
+)  # fmt: skip
+ON_ONE_MODEL = ("overhead", "scaling", "simulation", "recombine_scaling", "recombine_simulation")
 SCALING_SEQUENCES = 64
 SCALING_WORKERS = (1, 2, 4)
+RECOMBINE_SEQUENCES = 64
+"""Enough that a neuron sees some tokens: with fewer, factors of a fixed size are most of the work."""
+RECOMBINE_WORKERS = (1, 2)
 MEMORY_TOKENS = 65_536
 """As a run file calibrates by default, 32 sequences of 2,048: more than models have elsewhere."""
 FEWER_TOKENS = (2_048, 32_768)
@@ -127,14 +133,16 @@ class Bench:
 
     def compute(self, name: str) -> dict[str, Any]:
         """Benchmark 2."""
-        options = ["--threads", str(self.num_threads), "--repeats", str(self.repeats)]
-        command = [sys.executable, "-m", "bench.compute", name, str(self.model(name)), *options]
-        return json.loads(measure.run(command, OMP_NUM_THREADS=str(self.num_threads)).output)  # type: ignore[no-any-return]
+        return self._alone("bench.compute", name)
 
     def collectors(self, name: str) -> dict[str, Any]:
         """Benchmark 7."""
+        return self._alone("bench.collectors", name)
+
+    def _alone(self, module: str, name: str) -> dict[str, Any]:
+        """What a module measures on a model, in a process of its own (`measure.print_measured`)."""
         options = ["--threads", str(self.num_threads), "--repeats", str(self.repeats)]
-        command = [sys.executable, "-m", "bench.collectors", name, str(self.model(name)), *options]
+        command = [sys.executable, "-m", module, name, str(self.model(name)), *options]
         return json.loads(measure.run(command, OMP_NUM_THREADS=str(self.num_threads)).output)  # type: ignore[no-any-return]
 
     def transfer(self, name: str) -> dict[str, Any]:
@@ -200,15 +208,42 @@ class Bench:
                 seconds[str(count)].append(self._scaled_s(name, ids, count))
         return {"calibrate_s": seconds, "num_tokens": SCALING_SEQUENCES * spec.sequence_length}
 
-    def _scaled_s(self, name: str, ids: Path, num_workers: int) -> float:
+    def _scaled_s(self, name: str, ids: Path, num_workers: int, stage: str = "calibrate", further: Sequence[str] = ()) -> float:
         run_file = self.run_file(name, f"{num_workers}-workers", num_workers=num_workers, num_gpus=0, num_cpus=1)
         run_dir = self.work_dir / "runs" / f"{name}-{num_workers}-workers"
         shutil.rmtree(run_dir, ignore_errors=True)
-        settings = [f"calibration.data={ids}", f"calibration.num_sequences={SCALING_SEQUENCES}"]
+        settings = [f"calibration.data={ids}", f"calibration.num_sequences={SCALING_SEQUENCES}", *further]
         command = [sys.executable, "-m", "pipeline", "run", str(run_file), "--address", "local"]
-        seconds = pinned_calibrate_s([*command, *(f"--set={setting}" for setting in settings)], run_dir, num_workers)
+        seconds = pinned_stage_s([*command, *(f"--set={setting}" for setting in settings)], run_dir, num_workers, stage)
         shutil.rmtree(run_dir)
         return seconds
+
+    def recombine(self, name: str) -> dict[str, Any]:
+        """Benchmark 8: recombine and reap-refit, as multiples of calibrate."""
+        run_file = self.run_file(name, "recombine")
+        values = yaml.safe_load(run_file.read_text())
+        values["variants"] = ["reap-refit", "recombine"]
+        values["calibration"] |= {"data": str(self._ids(name, RECOMBINE_SEQUENCES)), "num_sequences": RECOMBINE_SEQUENCES}
+        run_file.write_text(yaml.safe_dump(values))
+        command = [sys.executable, "-m", "bench.recombine", str(run_file), "--repeats", str(self.repeats)]
+        threads = str(self.num_threads)
+        found = json.loads(measure.run(command, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads).output)
+        return {**found, "num_tokens": RECOMBINE_SEQUENCES * MODELS[name].sequence_length}
+
+    def recombine_scaling(self, name: str) -> dict[str, Any]:
+        """Benchmark 8: real workers in turn, as in benchmark 5, by mode."""
+        ids, seconds = self._ids(name, SCALING_SEQUENCES), dict[str, dict[str, list[float]]]()
+        for _ in range(self.repeats):
+            for mode in ("one_shot", "sequential"):
+                further = ("clustering.method=pairs", f"refit={{mode: {mode}, neurons: choose}}")
+                for count in RECOMBINE_WORKERS:
+                    found = self._scaled_s(name, ids, count, "recombine", further)
+                    seconds.setdefault(mode, {}).setdefault(str(count), []).append(found)
+        return {"recombine_s": seconds, "num_tokens": SCALING_SEQUENCES * MODELS[name].sequence_length}
+
+    def recombine_simulation(self, _name: str) -> dict[str, Any]:
+        """Benchmark 8, on clusters that are not there; needs no model."""
+        return json.loads(measure.run([sys.executable, "-m", "bench.recombine_simulation"]).output)  # type: ignore[no-any-return]
 
     def simulation(self, _name: str) -> dict[str, Any]:
         """Benchmark 5, on clusters that are not there; needs no model."""

@@ -1,4 +1,4 @@
-"""Real workers on one machine: how much sooner calibrate is done by more of them, each on a core of its own."""
+"""Real workers on one machine: how much sooner a stage is done by more of them, each on a core of its own."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from types import TracebackType
 import psutil
 
 from bench import measure
-from pipeline.state.events import EVENTS_FILE, SEALED, STARTED
+from stages.contracts.events import EVENTS_FILE, SEALED, STARTED
 
 _MARK = "HCSMOE_PINNED"
 _LOOK_S = 0.2
@@ -60,19 +60,19 @@ class Pinned(threading.Thread):
             os.sched_setaffinity(thread.id, {self._cores[pid]})
 
 
-def calibrate_s(run_dir: Path) -> float:
-    """Seconds from the start of calibrate's first unit to the seal of its last, by the run's own log: Ray's start and the
-    stages around it are not in it."""
+def stage_s(run_dir: Path, stage: str) -> float:
+    """Seconds from the start of a stage's first unit to the seal of its last, by the run's own log: Ray's start and the stages
+    around it are not in it."""
     times = []
     for line in (run_dir / EVENTS_FILE).read_text().splitlines():
         event = json.loads(line)
-        if event["event"] in (STARTED, SEALED) and event["unit"].startswith("calibrate-"):
+        if event["event"] in (STARTED, SEALED) and event["unit"].startswith(f"{stage}-"):
             times.append(event["time"])
     return float(times[-1] - times[0])
 
 
-def pinned_calibrate_s(command: Sequence[str], run_dir: Path, num_workers: int) -> float:
-    """Seconds of calibrate of a run on Ray with its workers pinned. Raises RuntimeError when not all of them were found."""
+def pinned_stage_s(command: Sequence[str], run_dir: Path, num_workers: int, stage: str) -> float:
+    """Seconds of a stage of a run on Ray with its workers pinned. Raises RuntimeError when not all of them were found."""
     name = uuid.uuid4().hex
     environment = {
         _MARK: name, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled",
@@ -82,4 +82,4 @@ def pinned_calibrate_s(command: Sequence[str], run_dir: Path, num_workers: int) 
         measure.run(command, False, **environment)
     if pinned.num_pinned < num_workers:
         raise RuntimeError(f"{pinned.num_pinned} worker processes were found to pin, of {num_workers}")
-    return calibrate_s(run_dir)
+    return stage_s(run_dir, stage)

@@ -21,8 +21,9 @@ from pipeline.executors.base import Slot
 from pipeline.run.view import Inputs, RunView
 from stages.calibrate.spec import CalibrateArgs, ReduceArgs
 from stages.contracts.partition import layer_shards
-from stages.contracts.settings import Resources, RunConfig, TextData
+from stages.contracts.settings import Resources, RunConfig
 from stages.contracts.stream_units import LayerShardArgs, StreamArgs
+from stages.contracts.text_settings import TextData
 from stages.contracts.units import Hold, Unit
 
 NUM_WORKERS = (1, 2, 4, 8, 16, 32, 64)
@@ -110,7 +111,10 @@ class SimulatedExecutor:
         else:
             assert isinstance(args, CalibrateArgs)
             seconds += self._pass_s(worker, unit, args.stream)
-        worker.busy_s += seconds
+        self._push(slot, unit, seconds)
+
+    def _push(self, slot: Slot, unit: Unit, seconds: float) -> None:
+        self._workers[slot.id].busy_s += seconds
         heapq.heappush(self._running, (self.now_s + seconds, self._num_submitted, seconds, slot, unit))
         self._num_submitted += 1
 
@@ -180,14 +184,15 @@ def _layers(hold: Hold) -> tuple[int, int]:
     return hold.call.args.first, hold.call.args.stop
 
 
-class _Run:
-    """Calibrate alone, as the driver knows runs."""
+class SimulatedRun:
+    """Units of one stage, as the driver knows runs."""
 
     def __init__(self, units: Sequence[Unit], config: RunConfig) -> None:
         self.run_dir, self.config, self.is_active, self.can_advance = units[0].run_dir, config, True, True
         self._units, self._num_left = list(units), len(units)
 
     def advance(self) -> list[Unit]:
+        """All units at once."""
         units, self._units = self._units, []
         self.can_advance, self.is_active = False, bool(units)
         return units
@@ -195,7 +200,7 @@ class _Run:
     def check_lock(self) -> None:
         """Nobody else has this run."""
 
-    def started(self, unit: Unit) -> None:
+    def started(self, unit: Unit, worker: str) -> None:
         """Nothing to log."""
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
@@ -231,7 +236,7 @@ def simulate(model: Model, hardware: Hardware, num_workers: int, has_prefetch: b
         num_tokens = data.num_sequences * data.sequence_length
         costs = Costs(model, hardware, num_workers, num_tokens, data.sequence_length)
         executor = SimulatedExecutor(costs, data, has_prefetch)
-        run: Any = _Run(units, config)
+        run: Any = SimulatedRun(units, config)
         Driver([run], executor, print, executor.clock).drive()
     room = Resources(worker_memory=hardware.gpu_memory_bytes)
     most = max(stop - first for first, stop in layer_shards(model.survey(), data, room, num_workers=1, num_rounds=1))

@@ -4,19 +4,16 @@ Both read the source's weight files, dropped from the page cache before, and wri
 flushed to the disk; they take turns.
 """
 
-import argparse
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.measure import forget_pages, timed
+from bench.measure import forget_pages, print_run_measured, run_unit, timed
 from pipeline.checks import check
 from pipeline.config import load_config
 from pipeline.driver.worker import Worker
 from pipeline.run.view import RunView
-from stages.contracts.units import Unit
 
 _CHUNK_BYTES = 1 << 24
 
@@ -36,12 +33,6 @@ def copy(source: Path, target: Path, num_bytes: int) -> None:
     assert not left
 
 
-def _run(worker: Worker, unit: Unit) -> None:
-    outcome = worker.run(unit)
-    if outcome.failure:
-        raise RuntimeError(f"{unit.label}: {outcome.failure.message}\n{outcome.failure.detail}")
-
-
 def measure(run_file: Path, repeats: int) -> dict[str, Any]:
     """Bytes and seconds of merge and assemble and of the copy, and the share of its rate that is reached."""
     config = load_config(run_file, [])
@@ -56,7 +47,7 @@ def measure(run_file: Path, repeats: int) -> dict[str, Any]:
 
     def run_units() -> None:
         for unit in (*merge, *assemble):
-            _run(worker, unit)
+            run_unit(worker, unit)
 
     for number in range(repeats + 1):
         shutil.rmtree(run_dir / assemble[0].part_dir)
@@ -77,14 +68,5 @@ def measure(run_file: Path, repeats: int) -> dict[str, Any]:
     return {"read_bytes": read, "written_bytes": written, **found}
 
 
-def main() -> None:
-    """Print one line of JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("run_file", type=Path)
-    parser.add_argument("--repeats", type=int, required=True)
-    args = parser.parse_args()
-    print(json.dumps(measure(args.run_file, args.repeats)))
-
-
 if __name__ == "__main__":
-    main()
+    print_run_measured(measure)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pipeline.hub import resolve_model
 from pipeline.hub_data import Dataset, choose_files, fetch_files, is_dataset_name
-from pipeline.run.identity import files_identity, folder_identity, model_identity
+from pipeline.run.fit import with_fits
+from pipeline.run.identity import files_identity, model_identity, tasks_identity
 from pipeline.run.variants import variants_of
 from pipeline.run.view import Inputs
 from stages.checkpoint.folder import Checkpoint
@@ -14,7 +15,8 @@ from stages.contracts.errors import InputError
 from stages.contracts.keys import Identity
 from stages.contracts.naming import is_hub_name
 from stages.contracts.settings import RunConfig, hub_dir, task_folder
-from stages.contracts.targets import targets_of
+from stages.contracts.targets import targets_of, with_counts
+from stages.contracts.tasks import task_args
 from stages.contracts.texts import Text, texts_of
 from stages.io.storage import absolute, as_path, check_readable, check_writable, is_remote, is_url
 from stages.model.config_checks import check_config
@@ -24,10 +26,16 @@ from stages.registry import stage_specs
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that has passed all checks. datasets: the hub datasets it reads, by the place in the run file that names each."""
+    """A run that has passed all checks.
 
+    config: the run, with every target as numbers of experts and widths. datasets: the hub datasets it reads, by the place in
+    the run file that names each. remarks: lines on how targets were found.
+    """
+
+    config: RunConfig
     inputs: Inputs
     datasets: Mapping[str, Dataset]
+    remarks: tuple[str, ...] = ()
 
 
 def check(config: RunConfig, folder: Path | None = None) -> Checked:
@@ -42,13 +50,15 @@ def check(config: RunConfig, folder: Path | None = None) -> Checked:
         folder = _model_folder(config)
     checkpoint = Checkpoint(folder)
     place = str(checkpoint.folder)
-    num_experts_in(checkpoint.config, place)
+    config = with_counts(config, num_experts_in(checkpoint.config, place))
     family_of(checkpoint.config, place)
     check_config(checkpoint)
+    config, fits = with_fits(config, checkpoint)
     targets = targets_of(config.name, variants_of(config))
     identities: dict[str, Identity] = {}
     if (task_files := task_folder(config)) is not None:
-        identities["tasks"] = folder_identity(task_files, "evaluation.harness.include_path")
+        tasks = [args.task for args in task_args(config)]
+        identities["tasks"] = tasks_identity(task_files, tasks, "evaluation.harness.include_path")
     for spec in stage_specs():
         spec.check(config, targets, checkpoint)
     identities["model"] = model_identity(checkpoint)
@@ -59,7 +69,7 @@ def check(config: RunConfig, folder: Path | None = None) -> Checked:
             identities[place] = {text.data[0]: datasets[place].identity}
         else:
             identities[place] = files_identity(text.data, place)
-    return Checked(Inputs(absolute(checkpoint.folder), identities), datasets)
+    return Checked(config, Inputs(absolute(checkpoint.folder), identities), datasets, tuple(map(str, fits)))
 
 
 def _dataset(config: RunConfig, text: Text, is_run: bool) -> Dataset:

@@ -2,88 +2,94 @@
 
 import gc
 import json
-import signal
+import shlex
 import sys
-from enum import StrEnum
+from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from pipeline.display.printing import show
+from pipeline.driver.interrupts import handle_signals, watch_signals
+from pipeline.errors import BAD_INPUT, EXIT_CODES, FAILED, INTERRUPTED, RunFailed
+from pipeline.options import (
+    Address,
+    AsJson,
+    Batch,
+    Context,
+    ExecutorName,
+    ExecutorOption,
+    GgufType,
+    LogLevel,
+    LogLevelOption,
+    Model,
+    Quiet,
+    Revision,
+    RunDir,
+    RunFile,
+    Settings,
+    StageName,
+    TableFormat,
+    Verify,
+)
 from stages.contracts.errors import InputError
 from stages.io.storage import failures, is_outside
-from stages.registry import STAGES
+from stages.registry import RECOMMENDED
 
 if TYPE_CHECKING:
     from pipeline.commands.run import MakeExecutor
     from pipeline.display.progress import Reporter
+    from pipeline.driver.run_state import RunOptions
     from pipeline.executors.base import Executor
-    from stages.contracts.settings import Resources
+    from stages.contracts.settings import Resources, RunConfig
 
 app = typer.Typer(
     name="hcsmoe",
     help="Shrink a Mixture-of-Experts language model by merging similar experts, on a Ray cluster or on this machine.",
+    epilog="Exit codes: "
+    + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+    + ". NO_COLOR=1 switches colours off.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-StageName = StrEnum("StageName", {name.upper(): name for name in STAGES})  # type: ignore[misc]  # from the registry
-
-
-class ExecutorName(StrEnum):
-    """Where units run."""
-
-    RAY = "ray"
-    LOCAL = "local"
-
-
-class TableFormat(StrEnum):
-    """How a comparison is written."""
-
-    TABLE = "table"
-    MARKDOWN = "markdown"
-    JSON = "json"
-
-
-RunFile = Annotated[Path, typer.Argument(help="Run file (YAML); see examples/tiny-mixtral.yaml.", metavar="RUN.yaml")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a setting, for example clustering.linkage=single. Repeatable.")
-]
-
-
-Address = Annotated[
-    str, typer.Option(help="Ray cluster: auto (the running one, else a new one here), local (a new one here), or ADDRESS.")
-]
-ExecutorOption = Annotated[ExecutorName, typer.Option(help="ray, or local: everything in this process.")]
-Verify = Annotated[bool, typer.Option("--verify", help="Check digests of all finished files, not only sizes.")]
-RunDir = Annotated[str, typer.Argument(help="Run directory, or its URL.", metavar="RUN_DIR")]
 
 
 def _output() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
+def _show_all(items: Iterable[object]) -> None:
+    console = _output()
+    for item in items:
+        show(console, item)
+
+
+def _print_json(values: object) -> None:
+    _output().print_json(data=values, ensure_ascii=True)
+
+
+def _level_setting(level: LogLevel | None) -> list[str]:
+    return [f"resources.log_level={level.value}"] if level is not None else []
+
+
+def _presets() -> list[str]:
+    from pipeline.run.variants import presets
+
+    return sorted(presets())
+
+
 def _executor_maker(name: ExecutorName, address: str, resources: "Resources", reporter: "Reporter") -> "MakeExecutor":
     """Return a function that makes the executor. It is called after the input is checked, because connecting takes seconds."""
 
     def make() -> "Executor":
-        if name is ExecutorName.LOCAL:
-            from pipeline.executors.local import LocalExecutor
+        from pipeline.executors.choice import make_executor
 
-            gc.enable()
-            return LocalExecutor()
-        from pipeline.executors.ray import RayExecutor, connect
-
+        executor = make_executor(None if name is ExecutorName.LOCAL else address, resources, reporter.line)
         gc.enable()
-
-        reporter.line(connect(address))
-        signal.signal(signal.SIGTERM, _on_terminate)  # connecting has installed Ray's own handler for SIGTERM
-        return RayExecutor(resources)
+        handle_signals()  # connecting has installed Ray's own handler for SIGTERM
+        return executor
 
     return make
 
@@ -97,41 +103,58 @@ def run(
     from_stage: Annotated[StageName | None, typer.Option("--from", help="Redo this stage and what follows.")] = None,
     only: Annotated[StageName | None, typer.Option("--only", help="Run this stage and no other.")] = None,
     verify: Verify = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Run every stage that is not finished; the same command resumes."""
-    from pipeline.commands.run import run as run_pipeline
     from pipeline.config import load_config
-    from pipeline.display.comparison import Comparison
-    from pipeline.display.progress import Reporter
-    from pipeline.display.tables import certainty_lines, result_table, super_expert_lines
-    from pipeline.display.task_table import TaskTable
     from pipeline.driver.run_state import RunOptions
-    from pipeline.errors import RunFailed
 
-    config = load_config(run_file, settings or [])
-    reporter = Reporter(Console(stderr=True))
+    config = load_config(run_file, [*(settings or []), *_level_setting(log_level)])
+    options = RunOptions(verify, from_stage.value if from_stage else None, only.value if only else None, _command_line())
+    _run_and_show(config, options, executor, address, as_json, quiet)
 
-    options = RunOptions(verify, from_stage.value if from_stage else None, only.value if only else None)
+
+@app.command()
+def demo(
+    run_dir: Annotated[str, typer.Option(help="Folder for everything that it writes.")] = "runs/demo",
+    settings: Settings = None,
+    address: Address = "local",
+    executor: ExecutorOption = ExecutorName.RAY,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the example model smaller by several methods and compare them; a minute or two on two cores."""
+    from pipeline.commands.demo import demo_config
+    from pipeline.driver.run_state import RunOptions
+
+    config = demo_config(run_dir, settings or [])
+    _run_and_show(config, RunOptions(command=_command_line()), executor, address, as_json, quiet)
+
+
+def _command_line() -> str:
+    return shlex.join(["hcsmoe", *sys.argv[1:]])
+
+
+def _run_and_show(
+    config: "RunConfig", options: "RunOptions", executor: ExecutorName, address: str, as_json: bool, quiet: bool
+) -> None:
+    """Run a run file and print what came out."""
+    from pipeline.commands.run import run as run_pipeline
+    from pipeline.display.outcome import result_values, shown_result
+    from pipeline.display.progress import Reporter
+
+    reporter = Reporter(Console(stderr=True, quiet=quiet))
     result = run_pipeline(config, _executor_maker(executor, address, config.resources, reporter), reporter, options)
-    run_dir = result.report_path.parent
-    console = _output()
-    if result.report["models"]:
-        show(console, result_table(result.report))
-        if (scores := TaskTable.of(result.report)) is not None:
-            show(console, scores.table())
-        if config.variants is not None:
-            first, *_ = Comparison.all_of(result.report)
-            show(console, first.source_line)
-            show(console, first.table())
-        for line in (*super_expert_lines(result.report), *certainty_lines(result.report)):
-            show(console, line)
+    if as_json:
+        _print_json(result_values(result))
+    else:
         for warning in result.report["warnings"]:
             reporter.line(f"warning: {warning}")
-        show(console, f"report       {result.report_path}")
-        show(console, f"checkpoints  {run_dir / 'models'}")
-    show(console, f"{result.num_run} units run, {result.num_reused} reused, {result.elapsed_s:.1f} s")
+        _show_all(shown_result(result, config.variants is not None))
     if result.shortfalls:
-        raise RunFailed("\n".join((*result.shortfalls, "all else is finished; the same command tries these again")))
+        raise RunFailed("\n".join((*result.shortfalls, "all else is finished; try these again by the same command")))
 
 
 @app.command()
@@ -140,6 +163,9 @@ def batch(
     address: Address = "auto",
     executor: ExecutorOption = ExecutorName.RAY,
     verify: Verify = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Run many run files on one cluster; one run's failure does not stop the others."""
     from pipeline.commands.batch import load_batch, run_batch
@@ -147,13 +173,19 @@ def batch(
     from pipeline.driver.run_state import RunOptions
 
     config = load_batch(batch_file)
-    errors = Console(stderr=True)
+    if log_level is not None:
+        resources = config.resources.model_copy(update={"log_level": log_level.value})
+        config = config.model_copy(update={"resources": resources})
+    errors = Console(stderr=True, quiet=quiet)
     make_executor = _executor_maker(executor, address, config.resources, Reporter(errors))
     result = run_batch(config, make_executor, errors, RunOptions(verify))
-    show(_output(), result.table)
-    show(_output(), f"summary  {result.path}")
+    if as_json:
+        _print_json({"runs": list(result.records)})
+    else:
+        show(_output(), result.table)
+        show(_output(), f"summary  {result.path}")
     if result.num_failed:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -164,18 +196,59 @@ def clean(
     """List, and with --yes remove, what no setting of the last run uses."""
     from pipeline.commands.clean import describe_unused, remove_unused
 
-    for line in remove_unused(run_dir) if yes else describe_unused(run_dir):
-        show(_output(), line)
+    _show_all(remove_unused(run_dir) if yes else describe_unused(run_dir))
 
 
 @app.command()
-def plan(run_file: RunFile, settings: Settings = None) -> None:
-    """Check a run file and print stages, units, memory and disk needed. Runs and writes nothing."""
-    from pipeline.commands.plan import describe_plan
+def init(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run file to write.")] = Path("run.yaml"),
+    data: Annotated[list[str] | None, typer.Option(help="Calibration text: a file, or a hub dataset. Repeatable.")] = None,
+    evaluation: Annotated[list[str] | None, typer.Option(help="Held-out text for perplexity. Repeatable.")] = None,
+    method: Annotated[str, typer.Option(help="Preset.", autocompletion=_presets)] = RECOMMENDED,
+    revision: Revision = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run file if it exists.")] = False,
+) -> None:
+    """Write a commented run file that fits a model and the Ray cluster or machine that is found here."""
+    from pipeline.commands.init import init as write
+    from pipeline.machine import find_machines
+
+    _show_all(write(model, revision, output, data or [], evaluation or [], method, find_machines(), force))
+
+
+@app.command()
+def plan(
+    run_file: Annotated[
+        Path, typer.Argument(help="Run file (YAML); with --memory a model, as of inspect.", metavar="RUN.yaml")
+    ],
+    settings: Settings = None,
+    memory: Annotated[str | None, typer.Option(help="Print what of a MODEL fits into so much memory, such as 48GB.")] = None,
+    context: Context = 8192,
+    batch: Batch = 1,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a run file and print stages, units, memory and disk needed. Runs and writes nothing.
+
+    With --memory: the largest number of experts, or width of all, whose weights fit beside a cache of keys and values.
+    """
+    if memory is not None:
+        from pipeline.commands.fits import fit_values, fits_of, shown_fits
+
+        found = fits_of(str(run_file), revision, memory, context, batch)
+        if as_json:
+            _print_json({"ways": fit_values(found)})
+            return
+        _show_all(shown_fits(found))
+        return
+    from pipeline.commands.plan import plan_run, shown_plan
     from pipeline.config import load_config
 
-    for item in describe_plan(load_config(run_file, settings or [])):
-        show(_output(), item)
+    planned = plan_run(load_config(run_file, settings or []))
+    if as_json:
+        _print_json(planned.values())
+        return
+    _show_all(shown_plan(planned))
 
 
 @app.command()
@@ -183,6 +256,7 @@ def compare(
     run_file: RunFile,
     settings: Settings = None,
     output_format: Annotated[TableFormat, typer.Option("--format", help="table, markdown or json.")] = TableFormat.TABLE,
+    as_json: AsJson = False,
 ) -> None:
     """Show a finished run's variants side by side: perplexity of every target and format, over all text and by domain; a star
     marks the best. Scores of tasks too, tasks across."""
@@ -191,9 +265,9 @@ def compare(
 
     found, scores = comparisons(load_config(run_file, settings or []))
     console = _output()
-    if output_format is TableFormat.JSON:
+    if as_json or output_format is TableFormat.JSON:
         tasks = scores.values() if scores is not None else {}
-        console.print_json(data={"comparisons": [one.values() for one in found], **tasks}, ensure_ascii=True)
+        _print_json({"comparisons": [one.values() for one in found], **tasks})
         return
     for one in found:
         for line in (one.source_line, *one.super_lines):
@@ -222,58 +296,93 @@ def schema() -> None:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a model of the hub as org/name.", metavar="MODEL")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: Model,
+    revision: Revision = None,
+    context: Context = 8192,
+    batch: Batch = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint is, whether it is supported and what merged versions would weigh, from its headers alone."""
-    from pipeline.commands.inspect import describe_model, inspect_model
+    from pipeline.commands.inspect import inspect_model, shown_facts
 
-    facts = inspect_model(model, revision)
+    facts = inspect_model(model, revision, context, batch)
     if as_json:
-        _output().print_json(data=facts, ensure_ascii=True)
+        _print_json(facts.values())
         return
-    for item in describe_model(facts):
-        show(_output(), item)
+    _show_all(shown_facts(facts))
+
+
+@app.command("export-gguf")
+def export_gguf(
+    run_dir: RunDir,
+    name: Annotated[str, typer.Argument(help="A stock export's name under RUN_DIR/models.", metavar="NAME")],
+    outtype: Annotated[GgufType, typer.Option(help="Number format; auto: the source's 16-bit one.")] = GgufType.AUTO,
+) -> None:
+    """Convert a finished stock export to GGUF with llama.cpp's converter, which has to be installed."""
+    from pipeline.commands.export_gguf import export_gguf as export
+
+    show(_output(), f"gguf  {export(run_dir, name, outtype.value)}")
 
 
 @app.command()
 def status(
     run_dir: RunDir,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until the run ends.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show how far a run is, from its files alone."""
-    from pipeline.commands.status import describe_status
+    from pipeline.commands.status import describe_status, read_status
 
-    for item in describe_status(run_dir):
-        show(_output(), item)
+    if watch and as_json:
+        raise InputError("--watch and --json exclude each other; leave one out")
+    if watch:
+        from pipeline.commands.watch import watch as watch_run
+
+        watch_run(run_dir, _output())
+        return
+    if as_json:
+        _print_json(read_status(run_dir).values())
+        return
+    _show_all(describe_status(run_dir))
 
 
-def _on_terminate(signum: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt(signal.Signals(signum).name)
+@app.command()
+def push(
+    run_dir: RunDir,
+    name: Annotated[str, typer.Argument(help="Name of a checkpoint, as under RUN_DIR/models.", metavar="NAME")],
+    repo: Annotated[str, typer.Argument(help="Repository of the hub; made if it does not exist.", metavar="ORG/REPO")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    license_id: Annotated[str, typer.Option("--license", help="Licence for the card, such as apache-2.0.")] = "",
+    no_license: Annotated[bool, typer.Option("--no-license", help="Publish although no licence is known.")] = False,
+    incomplete: Annotated[bool, typer.Option("--incomplete", help="Publish although scores of tasks are lacking.")] = False,
+) -> None:
+    """Publish a checkpoint of a finished run on the hub, with its scores in the card; the same command resumes."""
+    from pipeline.commands.push import Told
+    from pipeline.commands.push import push as upload
+
+    show(_output(), upload(run_dir, name, repo, private, Told(license_id, no_license, incomplete)))
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+    """Entry point. Exit codes: `pipeline.errors.EXIT_CODES`.
 
     A bug of this program prints its traceback, even when the bug raises an OSError.
     """
-    from pipeline.errors import RunFailed
-
-    signal.signal(signal.SIGTERM, _on_terminate)
+    watch_signals()
     errors = Console(stderr=True)
     try:
         app()
     except InputError as e:
         show(errors, f"error: {e}")
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
     except RunFailed as e:
         show(errors, f"failed: {e}")
-        sys.exit(1)
+        sys.exit(FAILED)
     except failures() as e:
         if not is_outside(e):
             raise
         reason = " ".join(str(e).split())
         show(errors, f"failed: {reason}; what was finished is kept: mend this and the same command continues from there")
-        sys.exit(1)
+        sys.exit(FAILED)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -6,19 +6,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import ValidationError, create_model
+from pydantic import JsonValue, ValidationError, create_model
 
 from pipeline.display.problems import problems
 from pipeline.run.variants import method_of, variants_of
 from pipeline.yaml_files import parse_yaml, read_yaml
 from stages.contracts.errors import InputError
-from stages.contracts.settings import Clustering, RunConfig, Section
+from stages.contracts.section import Section
+from stages.contracts.settings import Clustering, RunConfig
 from stages.registry import stage_specs
 
 _MAX_DEPTH = 8
 
 
-def apply_setting(values: dict[str, Any], setting: str) -> None:
+def apply_setting(values: dict[str, JsonValue], setting: str) -> None:
     """Apply one `--set KEY=VALUE` in place. KEY is dotted, VALUE is YAML. Raises InputError for any other form."""
     key, equals, text = setting.partition("=")
     if not equals or not key:
@@ -26,7 +27,7 @@ def apply_setting(values: dict[str, Any], setting: str) -> None:
     set_value(values, key, parse_yaml(text, f"the value of --set {setting}"), f"--set {setting}")
 
 
-def set_value(values: dict[str, Any], key: str, value: Any, place: str) -> None:
+def set_value(values: dict[str, JsonValue], key: str, value: JsonValue, place: str) -> None:
     """Set the value at a dotted key. Raises InputError that names `place` for a malformed key, or one that leads through a
     value."""
     *parents, last = key.split(".")
@@ -36,7 +37,7 @@ def set_value(values: dict[str, Any], key: str, value: Any, place: str) -> None:
     for name in parents:
         nested = section.setdefault(name, {})
         if not isinstance(nested, dict):
-            raise InputError(f"{place}: {name} is not a section")
+            raise InputError(f"{place}: {name} is not a section; write the names that lead to the setting")
         section = nested
     section[last] = value
 
@@ -59,7 +60,9 @@ def _class_with(clustering: type[Clustering], further: tuple[tuple[str, type[Sec
     return create_model("RunConfig", __base__=RunConfig, **sections, clustering=(clustering, ...))
 
 
-def load_config(path: Path, settings: Sequence[str], values_on_top: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
+def load_config(
+    path: Path, settings: Sequence[str], values_on_top: Mapping[str, JsonValue] = MappingProxyType({})
+) -> RunConfig:
     """Read a run file, then apply `--set` settings, then override values by their dotted keys.
 
     Raises InputError that names the file, the key and the allowed values.
@@ -69,16 +72,24 @@ def load_config(path: Path, settings: Sequence[str], values_on_top: Mapping[str,
         raise InputError(f"run file {path} must hold keys and values; see examples/tiny-mixtral.yaml")
     for setting in settings:
         apply_setting(values, setting)
+    return config_of(values, values_on_top, str(path))
+
+
+def config_of(values: dict[str, JsonValue], values_on_top: Mapping[str, JsonValue], place: str) -> RunConfig:
+    """Check the values of a run file, with further values by their dotted keys. place: where they come from, for messages.
+
+    Raises InputError that names the place, the key and the allowed values.
+    """
     for key, value in values_on_top.items():
-        set_value(values, key, value, f"set of {path}")
+        set_value(values, key, value, f"set of {place}")
     try:
         config = read_config(values)
         _check_variant_sections(values)
         variants_of(config)
     except ValidationError as e:
-        raise InputError(f"{path}: {problems(e)}") from e
+        raise InputError(f"{place}: {problems(e)}") from e
     except InputError as e:
-        raise InputError(f"{path}: {e}") from e
+        raise InputError(f"{place}: {e}") from e
     return config
 
 

@@ -40,7 +40,9 @@ def model_folder(model: str) -> Path:
     try:
         return Path(model).expanduser()
     except RuntimeError as e:
-        raise InputError(f"model: {model} names no folder: {e}") from e
+        raise InputError(
+            f"model: {model} names no folder: {e}; write org/name for a model of the hub, or a folder that exists"
+        ) from e
 
 
 def resolve_model(model: str, revision: str | None, cache_dir: Path) -> Path:
@@ -101,9 +103,15 @@ def fetch_headers(model: str, revision: str | None, folder: Path) -> Path:
             _write_hole(snapshot / file, header)
         return snapshot
     except (HfHubHTTPError, HFValidationError, SafetensorsParsingError) as e:
-        raise InputError(f"model: {place} cannot be read from the hub: {_one_line(e)}") from e
+        raise InputError(
+            f"model: {place} cannot be read from the hub: {_one_line(e)}; check the name and the revision, and "
+            f"log in with `hf auth login` or HF_TOKEN where the model is gated"
+        ) from e
     except (TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError) as e:
-        raise InputError(f"model: {place} is not a folder and the hub cannot be reached: {_one_line(e)}") from e
+        raise InputError(
+            f"model: {place} is not a folder and the hub cannot be reached: {_one_line(e)}; give a checkpoint "
+            f"folder, or try again when it can be reached"
+        ) from e
 
 
 def _write_hole(path: Path, header: SafetensorsFileMetadata) -> None:
@@ -161,7 +169,10 @@ def _download(model: str, revision: str | None, cache_dir: Path, place: str) -> 
     files = _weight_files(folder, place, present)
     missing = sorted(set(files) - present)
     if missing:
-        raise InputError(f"model: {place}: {INDEX_FILE} names {', '.join(missing)}, which the hub does not have")
+        raise InputError(
+            f"model: {place}: {INDEX_FILE} names {', '.join(missing)}, which the hub does not have; choose "
+            f"another revision, or report it to the model's owner"
+        )
     _fetch(model, commit, cache_dir, files)
     return folder
 
@@ -175,7 +186,10 @@ def _weight_files(folder: Path, place: str, present: Collection[str]) -> list[st
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     files = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
     if not files or any("/" in file or "\\" in file or not file.endswith(".safetensors") for file in files):
-        raise InputError(f"model: {place}: {INDEX_FILE} names {files}; only safetensors files beside it are read")
+        raise InputError(
+            f"model: {place}: {INDEX_FILE} names {files}; only safetensors files beside it are read; choose a "
+            f"revision with safetensors files alone"
+        )
     return files
 
 
@@ -188,6 +202,6 @@ def _cached(model: str, revision: str | None, cache_dir: Path, place: str, reaso
     except LocalEntryNotFoundError:
         raise InputError(
             f"model: {place} is not a folder, is not complete in {cache_dir}, and the hub cannot be reached: "
-            f"{_one_line(reason)}"
+            f"{_one_line(reason)}; give a checkpoint folder, or try again when it can be reached"
         ) from reason
     return folder

@@ -122,7 +122,10 @@ def fetch_files(dataset: Dataset, revision: str | None, cache_dir: Path, place: 
                 hf_hub_download(dataset.repo, file, repo_type="dataset", revision=dataset.commit, cache_dir=cache_dir)
         write_json(_listing_file(cache_dir, dataset.repo, dataset.commit), dict(dataset.listing))
     except _AWAY as e:
-        raise InputError(f"{where} is not complete in {cache_dir}, and the hub cannot be reached: {_one_line(e)}") from e
+        raise InputError(
+            f"{where} is not complete in {cache_dir}, and the hub cannot be reached: {_one_line(e)}; try again "
+            f"when it can be reached"
+        ) from e
 
 
 @contextmanager
@@ -170,19 +173,22 @@ def _chosen_offline(
         )
     except LocalEntryNotFoundError:
         raise InputError(
-            f"{where} is no file, is not in {cache_dir}, and the hub cannot be reached: {_one_line(reason)}"
+            f"{where} is no file, is not in {cache_dir}, and the hub cannot be reached: {_one_line(reason)}; give files, or "
+            f"try again when it can be reached"
         ) from reason
     listing = _listing_file(cache_dir, repo, snapshot.name)
     if not listing.exists():
         raise InputError(
-            f"{where} was not downloaded to {cache_dir} by a run, and the hub cannot be reached: {_one_line(reason)}"
+            f"{where} was not downloaded to {cache_dir} by a run, and the hub cannot be reached: {_one_line(reason)}; give "
+            f"files, or try again when it can be reached"
         ) from reason
     note = f"{where}: the hub cannot be reached; files of commit {snapshot.name} in {cache_dir} are used"
     dataset = _chosen(repo, split, snapshot.name, read_json(listing), snapshot, seed, where, note)
     missing = [name for name in dataset.sizes if not (snapshot / name).exists()]
     if missing:
         raise InputError(
-            f"{where}: {', '.join(missing)} is not in {cache_dir}, and the hub cannot be reached: {_one_line(reason)}"
+            f"{where}: {', '.join(missing)} is not in {cache_dir}, and the hub cannot be reached: {_one_line(reason)}; give "
+            f"files, or try again when it can be reached"
         ) from reason
     return dataset
 

@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         value = float(super().construct_yaml_float(node))
         if not math.isfinite(value):
-            raise ValueError(f"{node.value} in line {_line(node)} is not a finite number")
+            raise ValueError(f"{node.value} in line {_line(node)} is not a finite number; write a finite one")
         return value
 
 
@@ -39,11 +39,11 @@ def read_yaml(path: Path, kind: str) -> Any:
     try:
         text = read_small(path, MAX_FILE_BYTES).decode("utf-8")
     except OSError as e:
-        raise InputError(f"{place} cannot be read: {e.strerror}") from e
+        raise InputError(f"{place} cannot be read: {e.strerror}; give the path of a file that exists and can be read") from e
     except UnicodeDecodeError as e:
-        raise InputError(f"{place} is not YAML: {e}") from e
+        raise InputError(f"{place} is not YAML: {e}; write it as UTF-8") from e
     except InputError as e:
-        raise InputError(f"{place} cannot be read: {e}") from e
+        raise InputError(f"{place} cannot be read: {e}; give the path of a {kind}") from e
     return parse_yaml(text, place)
 
 
@@ -59,11 +59,11 @@ def parse_yaml(text: str, place: str) -> Any:
         _check_keys(node, place, "", set())
         return loader.construct_document(node)
     except RecursionError as e:
-        raise InputError(f"{place} is nested too deeply") from e
+        raise InputError(f"{place} is nested too deeply; write it with fewer levels") from e
     except (yaml.YAMLError, ValueError, OverflowError) as e:  # a date of month 13 is a ValueError
         if isinstance(e, InputError):
             raise
-        raise InputError(f"{place} is not YAML: {' '.join(str(e).split())}") from e
+        raise InputError(f"{place} is not YAML: {' '.join(str(e).split())}; correct it") from e
     finally:
         if loader is not None:
             loader.dispose()
@@ -85,7 +85,7 @@ def _count(node: yaml.Node, place: str, counts: dict[int, int], above: set[int])
     if known is not None:
         return known
     if id(node) in above:
-        raise InputError(f"{place}: the value in line {_line(node)} contains itself by an alias")
+        raise InputError(f"{place}: the value in line {_line(node)} contains itself by an alias; write the value out")
     above.add(id(node))
     counts[id(node)] = count = 1 + sum(_count(child, place, counts, above) for child in _children(node))
     above.remove(id(node))

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # not imported at run time, since the command line must start fast
     from stages.contracts.spec import StageSpec
 
-STAGES = ("prepare", "requests", "calibrate", "cluster", "recombine", "merge", "assemble", "evaluate", "report")
+STAGES = ("prepare", "requests", "calibrate", "cluster", "recombine", "mtp", "merge", "assemble", "evaluate", "report")
 """Folders of `stages/` whose `spec.py` declares a stage as SPEC. Only names, so that the command line can list stages fast."""
+
+RECOMMENDED = "best"
+"""Preset that is suggested to people who have not chosen one."""
 
 _added: "list[StageSpec]" = []
 

@@ -1,15 +1,22 @@
 """Fixtures: tiny checkpoints of real transformers configs, and runs of the whole pipeline over them."""
 
+import gc
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.cli import main
+from stages.checkpoint.folder import Checkpoint
+from stages.model import survey, trial
+from stages.model.adapter import checkpoint_dtype
 from tests import HOME
-from tests.runs import FinishedRun, write_run_file
+from tests.forks import fork_server
+from tests.runs import Call, FinishedRun, write_run_file
 from tests.tiny import FAMILIES, save_checkpoint, save_token_ids
 
 REPOSITORY = Path(__file__).parents[1]
@@ -23,7 +30,9 @@ LONGEST_FIRST = (
     "deploy/test_autoscaling.py",
     "pipeline/test_process.py", "pipeline/test_secrets.py", "cluster/test_storage.py", "ray/test_driver_imports.py",
     "pipeline/test_memory.py", "stages/test_neuron_evidence.py", "pipeline/test_neuron_merges.py", "stages/test_mapped.py",
-    "pipeline/test_hub.py", "pipeline/test_hub_data.py",
+    "stages/test_report_page.py", "pipeline/test_live_progress.py", "pipeline/test_api.py", "ray/test_given_cluster.py",
+    "docs_site/test_blocks.py", "pipeline/test_hub.py", "pipeline/test_hub_data.py", "pipeline/test_fit.py",
+    "pipeline/test_push.py",
 )  # fmt: skip
 
 
@@ -33,16 +42,57 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.relative_to(folder).as_posix(), len(places)))
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported and collected by now stays: the garbage collector need not look at it again and again
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Workers of pytest-xdist share the folder with the process that started them, which removes it when all have ended."""
     if not hasattr(config, "workerinput"):
         shutil.rmtree(HOME, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[None]:
+    """The process that `tests.forks` forks from."""
+    with fork_server():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_trial_a_config() -> Iterator[None]:
+    """Surveys try whether a config's forward goes. Tests survey the same few configs thousands of times: once is enough."""
+    tried = set()
+
+    def try_once(checkpoint: Checkpoint) -> None:
+        key = json.dumps(checkpoint.config, sort_keys=True), checkpoint_dtype(checkpoint)
+        if key not in tried:
+            trial.check_forward(checkpoint)
+            tried.add(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(survey, "check_forward", try_once)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """As a worker computes by default: bits depend on the number of threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Exit code, output and errors of a command, in this process."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["hcsmoe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capfd.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,8 @@ def _task(name: str, data: Path, **values: Any) -> dict[str, Any]:
 
 def write_tasks(folder: Path) -> Path:
     """Write the tasks LOCAL and others: the group `tiny_group` of the first two, `tiny_broken`, whose metric raises,
-    `tiny_mute`, whose sixth question raises, `tiny_unsafe`, which would run code, and `tiny_gone`, whose data is missing."""
+    `tiny_mute`, whose sixth question raises, `tiny_long`, which wants more tokens than a model has positions, `tiny_unsafe`,
+    which would run code, and `tiny_gone`, whose data is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "documents.jsonl"
     data.write_text("".join(json.dumps(one) + "\n" for one in _documents()))
@@ -73,7 +74,7 @@ def write_tasks(folder: Path) -> Path:
     }  # fmt: skip
     answer = {
         "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{word}}",
-        "generation_kwargs": {"until": ["."], "max_gen_toks": 8, "do_sample": False},
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 5, "do_sample": False},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}, {"metric": "chrf"}],
     }  # fmt: skip
     tasks = [
@@ -82,9 +83,10 @@ def write_tasks(folder: Path) -> Path:
               doc_to_target="{{word}}", metric_list=[{"metric": "acc"}, {"metric": "perplexity"}]),
         _task("tiny_rolling", data, output_type="loglikelihood_rolling", doc_to_text="",
               doc_to_target="{{page}}", metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]),
-        _task("tiny_answer", data, **answer),
+        _task("tiny_answer", data, **answer, repeats=2),
         _task("tiny_broken", data, **choice, process_results="!function code.raises"),
         _task("tiny_mute", data, **choice | {"doc_to_text": "!function code.mute"}),
+        _task("tiny_long", data, **answer | {"generation_kwargs": {"until": ["."], "max_gen_toks": 1000}}),
         _task("tiny_gone", folder / "gone.jsonl", **choice),
         _task("tiny_unsafe", data, **answer, unsafe_code=True),
     ]  # fmt: skip

@@ -8,7 +8,8 @@ from pathlib import Path
 from pipeline.cli import main
 
 LIBRARIES = (
-    "datasets", "huggingface_hub", "numpy", "pyarrow", "ray", "safetensors", "scipy", "tokenizers", "torch", "transformers",
+    "compressed_tensors", "datasets", "huggingface_hub", "numpy", "pyarrow", "ray", "safetensors", "scipy", "tokenizers",
+    "torch", "transformers",
 )  # fmt: skip
 
 

@@ -100,6 +100,28 @@ def int4_zeros(generator: torch.Generator, rows: int, columns: int) -> Drawn:
     return Drawn({**drawn.parts, "weight_zero_point": zeros}, values)
 
 
+def int8_rows(generator: torch.Generator, rows: int, columns: int) -> Drawn:
+    numbers = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    scales = (_uniform(generator, rows, 1) / 1000).bfloat16()
+    return Drawn({"weight": numbers, "weight_scale": scales}, numbers * scales.float())
+
+
+def int8_groups(generator: torch.Generator, rows: int, columns: int) -> Drawn:
+    drawn = int8_rows(generator, rows, columns)
+    scales = (_uniform(generator, rows, columns // INT_GROUP) / 1000).bfloat16()
+    zeros = torch.randint(-128, 128, scales.shape, generator=generator, dtype=torch.int8)
+    numbers = drawn.parts["weight"].float() - zeros.float().repeat_interleave(INT_GROUP, 1)
+    parts = {"weight": drawn.parts["weight"], "weight_scale": scales, "weight_zero_point": zeros}
+    return Drawn(parts, numbers * scales.float().repeat_interleave(INT_GROUP, 1))
+
+
+def mxfp4_rows(generator: torch.Generator, rows: int, columns: int) -> Drawn:
+    packed = _bytes(generator, rows, columns // 2)
+    exponents = torch.randint(120, 124, (rows, columns // 32), generator=generator, dtype=torch.uint8)
+    values = fp4_pairs(packed) * torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
+    return Drawn({"weight_packed": packed, "weight_scale": exponents}, values)
+
+
 def nvfp4(generator: torch.Generator, rows: int, columns: int) -> Drawn:
     packed = _bytes(generator, rows, columns // 2)
     scales = _uniform(generator, rows, columns // 16, least=40, most=400).to(torch.float8_e4m3fn)
@@ -114,6 +136,11 @@ def modelopt(generator: torch.Generator, rows: int, columns: int) -> Drawn:
     parts = {"weight": drawn.parts["weight_packed"], "weight_scale": drawn.parts["weight_scale"]}
     scales = {"weight_scale_2": torch.tensor(1 / 8192.0), "input_scale": _uniform(generator)[()]}
     return Drawn({**parts, **scales}, drawn.values)
+
+
+def modelopt_fp8(generator: torch.Generator, rows: int, columns: int) -> Drawn:
+    numbers, scale = _fp8_numbers(generator, rows, columns), _uniform(generator)[()] / 1000
+    return Drawn({"weight": numbers, "weight_scale": scale, "input_scale": _uniform(generator)[()]}, numbers.float() * scale)
 
 
 def gptq(generator: torch.Generator, rows: int, columns: int) -> Drawn:
@@ -169,6 +196,10 @@ SCHEMES: dict[str, tuple[Callable[[torch.Generator, int, int], Drawn], dict[str,
     "int4-zeros": (int4_zeros, _compressed("pack-quantized", **{**_INT4, "symmetric": False})),
     "nvfp4": (nvfp4, _compressed("nvfp4-pack-quantized", **_FP4)),
     "modelopt": (modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*mlp.gate"]}),
+    "modelopt-fp8": (modelopt_fp8, {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "*mlp.gate"]}),
+    "int8": (int8_rows, _compressed("int-quantized", num_bits=8, type="int", strategy="channel")),
+    "int8-groups": (int8_groups, _compressed("int-quantized", **{**_INT4, "num_bits": 8, "symmetric": False})),
+    "mxfp4-rows": (mxfp4_rows, _compressed("mxfp4-pack-quantized", **{**_FP4, "strategy": "group", "group_size": 32})),
     "gptq": (gptq, {"quant_method": "gptq", **_FITTED, "desc_act": False, "sym": False}),
     "awq": (awq, {"quant_method": "awq", **_FITTED, "version": "gemm", "zero_point": True}),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from stages.contracts.settings import RunConfig
 from stages.contracts.units import Unit
 from stages.io.files import sha256_of
 from stages.model.layer_shard import LayerShard
+
+Call = Callable[..., tuple[int, str, str]]
+"""Runs a command; returns its exit code, its output and its errors. See the fixture `call`."""
 
 
 class Recorder(Reporter):
@@ -114,8 +118,15 @@ class FinishedRun:
     ) -> "FinishedRun":
         """A run that another process has finished."""
         checked = check(config)
-        view = RunView(config, checked.inputs)
-        return cls(run_file, config, view, view.run_dir, view.model, report, recorder or Recorder())
+        view = RunView(checked.config, checked.inputs)
+        return cls(run_file, checked.config, view, view.run_dir, view.model, report, recorder or Recorder())
+
+    def copied(self, folder: Path) -> "FinishedRun":
+        """A copy of the run and of what lies beside it, which a test may change."""
+        shutil.copytree(self.run_dir.parent, folder, symlinks=True, dirs_exist_ok=True)
+        for path in (folder / "run.yaml", folder / "run" / "run.json"):
+            path.write_text(path.read_text().replace(str(self.run_dir), str(folder / "run")))
+        return self.found(folder / "run.yaml", load_config(folder / "run.yaml", []), self.report)
 
     def part(self, stage: str, name: str = "") -> Part:
         return self.view.part(stage, name)

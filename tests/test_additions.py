@@ -202,12 +202,12 @@ def test_variants_share_one_calibration_and_carry_their_names(
 @pytest.mark.parametrize(
     ("setting", "message"),
     {
-        "variants=[best]": "variants: best: there is no preset named best; known presets: ean, ",
+        "variants=[finest]": "variants: finest: there is no preset named finest; known presets: best, ",
         "variants=[hc-smoe, hc-smoe]": "variants: 2 are named hc-smoe; give each its own name",
         "variants=[{name: a, colour: {}}]": "variants.0.colour is not a setting",
         "variants=[{name: a, clustering: {linkage: far}}]": "variants: a: clustering.linkage: Input should be 'average'",
         "variants=[{name: a, clustering: {num_experts: 4}}]": "variants: a: clustering.num_experts holds for all variants",
-        "variants=[{name: a-4e}]": "variants.0.name: use at most 48 letters, digits",
+        "variants=[{name: a-4e}]": "variants.0.name: is no name of a variant; use at most 48 letters, digits",
         "variants=[]": "variants is an empty list",
     }.items(),
 )

@@ -9,7 +9,7 @@ import pytest
 from stages.registry import STAGES
 
 REPOSITORY = Path(__file__).parents[1]
-SHARED_ROOMS = ("contracts", "io", "checkpoint", "model", "harness")
+SHARED_ROOMS = ("contracts", "io", "checkpoint", "model", "harness", "engines")
 NUMERIC = {"torch", "transformers", "numpy", "scipy", "safetensors", "datasets", "tokenizers"}
 
 

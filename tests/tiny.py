@@ -205,6 +205,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "solar_open": {**_ROUTED, **_NO_GROUPS, "n_shared_experts": 1, "head_dim": 16},
     "zaya": {**_PLAIN, "num_experts_per_tok": 1, "moe_intermediate_size": 24},
 }  # fmt: skip
+# At least one family a code path; `test_families.py` says what tells them apart, and that none is missing. Where there is a
+# choice, families with a trait of their own: convolution, linear attention, state space, latent attention with an index, sparse
+# mixer, a scale for each expert.
+ONE_A_CODE_PATH = (
+    "aria_text", "deepseek_v2", "deepseek_v32", "ernie4_5_moe", "gemma4_text", "gpt_oss", "granitemoehybrid", "kimi_linear",
+    "laguna", "lfm2_moe", "llama4_text", "minimax_m3_vl_text", "mixtral", "nemotron_h", "phimoe", "qwen3_next",
+)  # fmt: skip
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

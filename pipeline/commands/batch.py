@@ -1,6 +1,6 @@
 """`batch`: many run files on one cluster in one job. Units of all runs interleave; a failed run does not stop the others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,40 +29,44 @@ BATCH_FILE = "batch.json"
 
 
 class BatchEntry(BaseModel):
-    """One run of a batch: a run file (path relative to the current directory) and settings that override it."""
+    """One run of a batch."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     run: Path
+    """Run file; its path is relative to the current directory."""
     set: dict[str, JsonValue] = {}
+    """Settings that override those of the run file, by their dotted names."""
 
 
 class BatchConfig(BaseModel):
     """A batch file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     batch_dir: str
     """Folder in which `batch.json` is written."""
     runs: Annotated[tuple[BatchEntry, ...], Field(min_length=1)]
+    """The runs, in the order in which they are listed."""
     resources: Resources = Resources()
     """Resources of the workers, which all runs share. They replace the `resources` of each run file."""
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Outcome of a batch. num_failed: number of runs that were refused or that failed."""
+    """Outcome of a batch. num_failed: number of runs that were refused or that failed. records: what `batch.json` holds."""
 
     table: Table
     path: Path
     num_failed: int
+    records: tuple[Mapping[str, Any], ...]
 
 
 def load_batch(path: Path) -> BatchConfig:
     """Read a batch file. Raises InputError that names the file, the key and the allowed values."""
     values = read_yaml(path, "batch file")
     if not isinstance(values, dict):
-        raise InputError(f"batch file {path} must hold batch_dir and runs")
+        raise InputError(f"batch file {path} must hold batch_dir and runs; write both")
     try:
         return BatchConfig.model_validate(values)
     except ValidationError as e:
@@ -80,7 +84,7 @@ def run_batch(batch: BatchConfig, make_executor: MakeExecutor, console: Console,
     for number, entry in enumerate(batch.runs):
         try:
             config = _config(batch, entry)
-            state = RunState(config, checks.check(config), Reporter(console, f"[{number + 1}] "), options)
+            state = RunState(checks.check(config), Reporter(console, f"[{number + 1}] "), options)
         except (InputError, RunFailed) as e:
             refused[number] = str(e)
             continue
@@ -98,7 +102,7 @@ def run_batch(batch: BatchConfig, make_executor: MakeExecutor, console: Console,
         for warning in record["warnings"]:
             Reporter(console, f"[{number}] ").line(f"warning: {warning}")
     path = write_json(as_path(batch.batch_dir) / BATCH_FILE, {"runs": records}).path
-    return BatchResult(_summary(records), path, sum(record["error"] is not None for record in records))
+    return BatchResult(_summary(records), path, sum(record["error"] is not None for record in records), tuple(records))
 
 
 def _record(entry: BatchEntry, state: RunState | None, refusal: str | None) -> dict[str, Any]:

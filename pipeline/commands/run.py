@@ -24,7 +24,7 @@ def run(config: RunConfig, make_executor: MakeExecutor, reporter: Reporter, opti
     Raises InputError for bad input; problems that are visible in config, headers and files are raised before any unit starts.
     Raises RunFailed when units fail; units sealed by then are kept.
     """
-    state = RunState(config, checks.check(config), reporter, options)
+    state = RunState(checks.check(config), reporter, options)
     run_all([state], make_executor, reporter)
     return state.result()
 

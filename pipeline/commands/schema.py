@@ -3,15 +3,24 @@
 from collections.abc import Iterable
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, TypedDict
 
 from pydantic import JsonValue, create_model
 
 from pipeline.run.variants import methods, presets
-from stages.contracts.settings import Clustering, RunConfig, Section
+from stages.contracts.section import Section
+from stages.contracts.settings import Clustering, RunConfig
 from stages.registry import stage_specs
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+
+class _Definition(TypedDict):
+    """What is changed of a section's schema."""
+
+    properties: dict[str, dict[str, JsonValue]]
+    required: list[str]
+    oneOf: list[dict[str, list[str]]]
 
 
 def run_file_schema() -> dict[str, JsonValue]:
@@ -23,10 +32,11 @@ def run_file_schema() -> dict[str, JsonValue]:
     schema = create_model(
         "RunFile", __base__=RunConfig, **sections, clustering=(_any_of(one.settings for one in methods().values()), ...)
     ).model_json_schema()
-    definitions = schema["$defs"]
+    definitions: dict[str, _Definition] = schema["$defs"]
     for method in methods().values():
         _refine(definitions[method.settings.__name__], method.name)
-    definitions["VariantEntry"]["properties"]["preset"]["anyOf"] = [{"enum": sorted(presets())}, {"type": "null"}]
+    names: list[JsonValue] = [*sorted(presets())]
+    definitions["VariantEntry"]["properties"]["preset"]["anyOf"] = [{"enum": names}, {"type": "null"}]
     return {"$schema": _DRAFT, **schema, "title": "hcsmoe run file"}
 
 
@@ -34,7 +44,7 @@ def _any_of(kinds: Iterable[type[Section]]) -> Any:
     return reduce(or_, kinds)
 
 
-def _refine(clustering: dict[str, Any], method: str) -> None:
+def _refine(clustering: _Definition, method: str) -> None:
     """`targets` is another name of `num_experts`, and one of them is needed. `method` is needed except for the default."""
     clustering["properties"]["targets"] = clustering["properties"]["num_experts"]
     clustering["required"] = [] if method == Clustering.model_fields["method"].default else ["method"]

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import JsonValue, TypeAdapter
 from rich import filesize
 from rich.table import Table
 
@@ -13,30 +15,67 @@ from pipeline.run.identity import differences
 from pipeline.run.owned import IDENTITY_FILE, read_identity, stage_folders
 from pipeline.run.record import recorded_view
 from pipeline.run.view import RunView
-from pipeline.state.events import EVENTS_FILE, LastRun, last_run
+from pipeline.state.events import LastRun, last_run
 from pipeline.state.lock import describe_holder
 from pipeline.state.manifest import read_manifest
 from stages.contracts.errors import InputError
+from stages.contracts.events import EVENTS_FILE
 from stages.contracts.keys import Part
 
 _MAX_LISTED = 20
 
 
-def describe_status(run_dir: str | Path) -> Iterator[Table | str]:
-    """Lines and tables for the terminal."""
+@dataclass(frozen=True)
+class StageStatus:
+    """How far a stage is, in units. waits_for: the unfinished stage after which its units are known, all counts being 0 till
+    then; else empty. num_bytes, unit_s: bytes and seconds of sealed units."""
+
+    stage: str
+    waits_for: str
+    num_units: int = 0
+    num_sealed: int = 0
+    num_reused: int = 0
+    num_to_run: int = 0
+    num_bytes: int = 0
+    unit_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far a run is. driver: who works on it, in words. problem: why it is not known what ran; else empty. reasons: why
+    stages are redone, a line each."""
+
+    run_dir: str
+    driver: str
+    stages: tuple[StageStatus, ...]
+    last: LastRun
+    problem: str
+    reasons: tuple[str, ...]
+
+    def values(self) -> dict[str, JsonValue]:
+        """For JSON."""
+        values: dict[str, JsonValue] = TypeAdapter(RunStatus).dump_python(self, mode="json")
+        return values
+
+
+def read_status(run_dir: str | Path) -> RunStatus:
+    """How far a run is, from its files alone. Raises InputError when there was no run."""
     view = recorded_view(run_dir)
-    yield describe_holder(view.run_dir)
+    problem = ""
     try:
         last = last_run(view.run_dir)
     except InputError as e:
-        yield f"{e}; what ran is not known"
-        last = LastRun()
-    table = Table("stage", "units", "sealed", "reused", "to run", "bytes", "unit seconds", title=None)
+        last, problem = LastRun(), f"{e}; what ran is not known"
+    stages = tuple(_stages(view, last))
+    return RunStatus(str(view.run_dir), describe_holder(view.run_dir), stages, last, problem, tuple(_reasons(view)))
+
+
+def _stages(view: RunView, last: LastRun) -> Iterator[StageStatus]:
     waits_for = ""
     for spec in view.specs:
         stage = spec.name
         if waits_for:
-            add_row(table, (stage, "?", "", "", f"after {waits_for}", "", ""))
+            yield StageStatus(stage, waits_for)
             continue
         units = view.units(stage)
         to_run = select(units, verify=False)
@@ -44,9 +83,25 @@ def describe_status(run_dir: str | Path) -> Iterator[Table | str]:
         num_bytes = sum(recorded.bytes for manifest in manifests for recorded in manifest.files.values())
         seconds = sum(manifest.elapsed_s for manifest in manifests)
         counts = (len(units), len(manifests), last.reused.get(stage, 0), len(to_run))
-        add_row(table, (stage, *counts, filesize.decimal(num_bytes), f"{seconds:.1f}"))
+        yield StageStatus(stage, "", *counts, num_bytes, seconds)
         if to_run:
             waits_for = stage
+
+
+def describe_status(run_dir: str | Path) -> Iterator[Table | str]:
+    """Lines and tables for the terminal."""
+    status = read_status(run_dir)
+    last = status.last
+    yield status.driver
+    if status.problem:
+        yield status.problem
+    table = Table("stage", "units", "sealed", "reused", "to run", "bytes", "unit seconds", title=None)
+    for one in status.stages:
+        if one.waits_for:
+            add_row(table, (one.stage, "?", "", "", f"after {one.waits_for}", "", ""))
+            continue
+        counts = (one.num_units, one.num_sealed, one.num_reused, one.num_to_run)
+        add_row(table, (one.stage, *counts, filesize.decimal(one.num_bytes), f"{one.unit_s:.1f}"))
     yield table
     yield from _running(last)
     for unit, event in list(last.failed.items())[:_MAX_LISTED]:
@@ -59,7 +114,7 @@ def describe_status(run_dir: str | Path) -> Iterator[Table | str]:
     if last.num_unreadable:
         lines = "1 line" if last.num_unreadable == 1 else f"{last.num_unreadable} lines"
         yield f"{lines} of {EVENTS_FILE} cannot be read"
-    yield from _reasons(view)
+    yield from status.reasons
 
 
 def _running(last: LastRun) -> Iterator[str]:

@@ -88,7 +88,7 @@ class Comparison:
         rows: dict[str, dict[Column, list[Mapping[str, Any]]]] = {}
         counts: dict[str, float] = {}
         for model in models:
-            count, variant = _target_text(model), model.get("variant", "")
+            count, variant = _target_text(model), model.get("variant") or ""
             counts[count] = _target_size(model)
             row = rows.setdefault(labels.get(variant, variant), {})
             row.setdefault((count, model["format"]), []).append(model)
@@ -100,7 +100,10 @@ class Comparison:
 
     @classmethod
     def all_of(cls, report: Mapping[str, Any]) -> "list[Comparison]":
-        """By every measure of the report, the most telling first."""
+        """By every measure of the report, the most telling first; none where tasks alone were evaluated."""
+        source = report["models"][0]
+        if "tasks" in source and "perplexity" not in source:
+            return []
         return [cls.of(report, measure) for measure in measures_of(report)]
 
     @cached_property

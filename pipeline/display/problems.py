@@ -16,9 +16,9 @@ def problems(error: ValidationError) -> str:
         given = problem["input"]
         shown = f" (it is {_shortened(given)})" if isinstance(given, str | int | float | bool) or given is None else ""
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{place} is not a setting")
+            lines.append(f"{place} is not a setting: correct its name, or remove it")
         elif problem["type"] == "missing":
-            lines.append(f"{place} is missing")
+            lines.append(f"{place} is missing: add it")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{place}: {message}{shown}" if place else message)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from pipeline.driver.interrupts import check_signals
 from pipeline.driver.outcome import Failure, Outcome
 from pipeline.driver.retry import how_again, pause_s
 from pipeline.driver.run_state import RunState, UnitFailure
@@ -57,8 +58,10 @@ class Driver:
         self._looked_at = 0.0
 
     def drive(self) -> None:
-        """Loop until every run has finished or failed. Afterwards `RunState.failures` lists the failed units."""
+        """Loop until every run has finished or failed. Afterwards `RunState.failures` lists the failed units.
+        Raises KeyboardInterrupt once a signal has come."""
         while self._advance():
+            check_signals()
             self._resume_paused()
             self._assign()
             self._look_after()
@@ -157,7 +160,7 @@ class Driver:
     def _submit(self, slot: Slot, unit: Unit) -> None:
         run = self._runs[unit.run_dir]
         with self._holding(run):
-            run.started(unit)
+            run.started(unit, slot.id if slot.is_worker else "")
             self._attempts[unit.id] += 1
             self._executor.submit(slot, unit)
             is_opening = unit.hold is not None and self._executor.is_opening(slot)  # a CPU unit may have to wait, too

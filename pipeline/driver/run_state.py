@@ -23,14 +23,26 @@ from pipeline.run.record import write_record
 from pipeline.run.run_dir import check_run_dir
 from pipeline.run.view import RunView
 from pipeline.state import logs
-from pipeline.state.events import FAILED, LOST, RUN_BEGINS, RUN_ENDS, SEALED, STAGE_BEGINS, STARTED, EventLog
+from pipeline.state.events import EventLog
 from pipeline.state.manifest import MANIFESTS_DIR
 from stages.contracts.errors import InputError
+from stages.contracts.events import (
+    FAILED,
+    LOST,
+    RUN_BEGINS,
+    RUN_ENDS,
+    SEALED,
+    STAGE_BEGINS,
+    STARTED,
+    Event,
+    kind_of,
+    now,
+)
 from stages.contracts.paths import REPORT_FILE, TRANSIENT_DIRS
-from stages.contracts.settings import RunConfig
 from stages.contracts.spec import StageSpec
 from stages.contracts.units import Unit, failure_in
 from stages.io.files import write_json
+from stages.io.storage import failures
 
 T = TypeVar("T")
 
@@ -49,12 +61,13 @@ class RunOptions:
     """Options of one invocation.
 
     verify: compare the digests of finished files. from_stage: redo this stage and all later ones. only_stage: run only this
-    stage.
+    stage. command: the command line, for the record.
     """
 
     verify: bool = False
     from_stage: str | None = None
     only_stage: str | None = None
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,17 +84,19 @@ class RunResult:
 
 
 class RunState:
-    """A run in progress. `checked` is the result of `checks.check` for its config.
+    """A run in progress.
 
     A stage begins once all stages that it waits for have finished; several stages may run at the same time. Raises InputError
     or RunFailed when the run cannot work in its run directory.
     """
 
-    def __init__(self, config: RunConfig, checked: Checked, reporter: Reporter, options: RunOptions) -> None:
-        self.config, self.options, self._reporter, self._inputs = config, options, reporter, checked.inputs
-        self._view = RunView(config, checked.inputs)
+    def __init__(self, checked: Checked, reporter: Reporter, options: RunOptions) -> None:
+        self.config, self.options, self._reporter, self._inputs = checked.config, options, reporter, checked.inputs
+        self._view = RunView(self.config, checked.inputs)
         self.run_dir = self._view.run_dir
         check_run_dir(self._view)
+        for line in checked.remarks:
+            reporter.line(line)
         for dataset in checked.datasets.values():
             if dataset.note:
                 reporter.line(dataset.note)
@@ -116,7 +131,8 @@ class RunState:
         self._waiting = list(self._view.specs)
         self._events = EventLog(self.run_dir, check_lock)
         self._persist(self._record)
-        self._events.write(RUN_BEGINS, num_workers=num_workers)
+        names = [spec.name for spec in self._view.specs]
+        self._write(Event(time=now(), event=RUN_BEGINS, num_workers=num_workers, stages=names, command=self.options.command))
 
     def _record(self) -> None:
         self.check_lock()
@@ -203,8 +219,13 @@ class RunState:
         self._num_readers.update(path for unit in selected for path in unit.reads)
         self._num_run += len(selected)
         self._num_reused += len(units) - len(selected)
-        self._reporter.begin(spec.name, len(selected), len(units) - len(selected))
-        self._write(STAGE_BEGINS, stage=spec.name, num_units=len(selected), num_reused=len(units) - len(selected))
+        kinds = Counter(kind_of(unit.name) for unit in selected)
+        self._write(
+            Event(
+                time=now(), event=STAGE_BEGINS, stage=spec.name, num_units=len(selected), num_reused=len(units) - len(selected),
+                kinds=dict(kinds),
+            )
+        )  # fmt: skip
         return selected
 
     def _delete(self, files: Iterable[str]) -> None:
@@ -234,9 +255,11 @@ class RunState:
             publish(self.run_dir, publication, self.check_lock)
             self._is_reported |= publication.name == REPORT_FILE
 
-    def started(self, unit: Unit) -> None:
-        """A unit has been given to a worker."""
-        self._write(STARTED, unit=f"{unit.part_dir}/{unit.name}")
+    def started(self, unit: Unit, worker: str) -> None:
+        """A unit has been given to a worker, or to a task on a CPU, which has no name."""
+        hold = unit.hold.label if unit.hold is not None else ""
+        path = f"{unit.part_dir}/{unit.name}"
+        self._write(Event(time=now(), event=STARTED, stage=unit.stage, unit=path, worker=worker, hold=hold))
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
         """A unit is sealed: delete the transient files that no unit will read: some of its input, perhaps of its output."""
@@ -267,22 +290,35 @@ class RunState:
             self._reporter.line(f"{failure.unit.stage} {failure.unit.label} failed; waiting for what still runs")
         self.failures.append(failure)
         self.is_active = False
-        self._write_event(FAILED, failure.unit, failure.outcome)
+        with contextlib.suppress(*failures()):  # such as the full disk for which the unit failed; the log is for information
+            self._write_event(FAILED, failure.unit, failure.outcome)
 
     def _write_event(self, event: str, unit: Unit, outcome: Outcome) -> None:
-        message = outcome.failure.message if outcome.failure else None
+        num_tokens = outcome.facts.get("num_tokens")
         self._write(
-            event,
-            unit=f"{unit.part_dir}/{unit.name}",
-            host=outcome.host,
-            elapsed_s=round(outcome.elapsed_s, 3),
-            message=message,
+            Event(
+                time=now(),
+                event=event,
+                stage=unit.stage,
+                unit=f"{unit.part_dir}/{unit.name}",
+                host=outcome.host,
+                elapsed_s=max(0.0, round(outcome.elapsed_s, 3)),
+                open_s=max(0.0, round(outcome.open_s, 3)),
+                peak_bytes=outcome.peak_bytes,
+                gpu_peak_bytes=outcome.gpu_peak_bytes,
+                bytes_read=outcome.bytes_read,
+                bytes_written=outcome.bytes_written,
+                num_tokens=num_tokens if isinstance(num_tokens, int) else 0,
+                message=outcome.failure.message if outcome.failure else "",
+            )
         )
 
-    def _write(self, event: str, **fields: Any) -> None:
+    def _write(self, event: Event) -> None:
+        """Log an event and show it."""
         events = self._events
         assert events is not None
-        self._persist(lambda: events.write(event, **fields))
+        self._reporter.note(event)
+        self._persist(lambda: events.write(event))
 
     def refuse(self, error: InputError) -> None:
         """Stop the run because of a mistake in the user's input."""
@@ -297,10 +333,12 @@ class RunState:
 
     def close(self) -> None:
         """End the progress bars and the event log, with or without success."""
+        event = Event(time=now(), event=RUN_ENDS, num_failed=len(self.failures))
+        self._reporter.note(event)
         self._reporter.end_all()
         if self._events is not None:
-            with contextlib.suppress(LockLost):  # then the other driver logs how the run ended
-                self._events.write(RUN_ENDS, num_failed=len(self.failures))
+            with contextlib.suppress(LockLost, *failures()):  # then the other driver logs how the run ended, or nobody can
+                self._events.write(event)
 
     def result(self) -> RunResult:
         """The result of the run. Raises InputError or RunFailed (also its subclass LockLost) if the run failed."""
@@ -321,7 +359,9 @@ class RunState:
             return InputError("\n".join(dict.fromkeys(lines)))
         if kinds == {"outside"}:  # one cause, such as a full disk, fails every unit that writes
             others = f" (and {len(lines) - 1} more units)" if len(lines) > 1 else ""
-            return RunFailed(f"{lines[0]}{others}; what was finished is kept, and the same command continues from there")
+            return RunFailed(
+                f"{lines[0]}{others}; what was finished is kept: mend this and the same command continues from there"
+            )
         lines.append(f"What was finished is kept in {self.run_dir}; the same command continues from there.")
         return RunFailed("\n".join(lines))
 

@@ -42,6 +42,9 @@ class Schedule:
         self._followers: dict[str, list[str]] = defaultdict(list)
         self._num_awaited: dict[str, int] = {}
         self._groups: dict[str, _Group] = {}
+        """In order of their first units."""
+        self._ready: set[str] = set()
+        """Keys of groups with a hold that have ready units."""
         self._claims: dict[str, str] = {}
         self._next: dict[str, str] = {}
         self._num_unfinished: dict[str, int] = defaultdict(int)
@@ -81,11 +84,15 @@ class Schedule:
 
     def _push(self, unit: Unit) -> None:
         heapq.heappush(self._groups[_group_key(unit)].ready, (self._order[unit.id], unit.id))
+        if unit.hold is not None:
+            self._ready.add(unit.hold.key)
 
     def _pop(self, key: str) -> Unit | None:
         group = self._groups.get(key)
         while group is not None and group.ready:
             unit = self._units.get(heapq.heappop(group.ready)[1])
+            if not group.ready:
+                self._ready.discard(key)
             if unit is not None:  # else its run was dropped
                 return unit
         return None
@@ -103,11 +110,7 @@ class Schedule:
         own = self._claims.get(slot_id)
         if own is not None and self._groups[own].ready:
             return self._pop(own)
-        free = [
-            (group.order, key)
-            for key, group in self._groups.items()
-            if group.ready and group.hold is not None and self._is_free(key, slot_id)
-        ]
+        free = [(self._groups[key].order, key) for key in self._ready if self._is_free(key, slot_id)]
         if not free or (own is not None and self._groups[own].order < min(free)[0]):
             return None
         self._claim(slot_id, min(free)[1])
@@ -150,14 +153,16 @@ class Schedule:
     def _first_free(self, slot_id: str) -> str | None:
         own = self._claims.get(slot_id)
         after = -1 if own is None else self._groups[own].order
-        free = (
-            (group.order, key)
-            for key, group in self._groups.items()
-            if group.hold is not None
-            and group.order > after
-            and (group.claimed_by is None or (own is None and self._is_free(key, slot_id)))
+        return next(
+            (
+                key
+                for key, group in self._groups.items()
+                if group.hold is not None
+                and group.order > after
+                and (group.claimed_by is None or (own is None and self._is_free(key, slot_id)))
+            ),
+            None,
         )
-        return min(free, default=(0, None))[1]
 
     def _settle(self, slot_id: str, key: str) -> Hold:
         group = self._groups[key]
@@ -210,6 +215,7 @@ class Schedule:
                 if group.claimed_by is not None and chosen.get(group.claimed_by) == key:
                     del chosen[group.claimed_by]
             del self._groups[key]
+            self._ready.discard(key)
 
     def requeue(self, unit: Unit, alone: bool = False) -> None:
         """Make a unit ready again whose worker is gone. alone: it must run while nothing else does."""

@@ -12,7 +12,7 @@ from pipeline.imports import resolve
 from pipeline.state import logs
 from pipeline.state.manifest import seal
 from stages.contracts.errors import InputError
-from stages.contracts.units import Facts, Held, HeldJob, Hold, Job, Unit, UnitResult
+from stages.contracts.units import Call, Facts, Held, HeldJob, Hold, Job, Unit, UnitResult
 from stages.io.storage import as_path, is_passing, remedy_for
 
 
@@ -25,6 +25,7 @@ class Worker:
         self._has_own_process = has_own_process
         prepare_to_compute()
         self._hold_key: str | None = None
+        self._hold_call: Call | None = None
         self._held: Held | None = None
         self._opened_bytes = 0
         self._open_s = 0.0
@@ -43,6 +44,9 @@ class Worker:
         key = hold.key if hold else None
         if key == self._hold_key:
             return
+        if hold is not None and hold.call == self._hold_call:  # another lane of the same work
+            self._hold_key = key
+            return
         self.close()  # close the old hold before opening the next: both may not fit in memory
         if hold is not None:
             self._has_failed_open = True
@@ -54,7 +58,7 @@ class Worker:
             log.info("%s: loaded in %.1f s", hold.label, time.time() - started)
             self._has_failed_open = False
             assert isinstance(held, Held), hold.call.function
-            self._held = held
+            self._held, self._hold_call = held, hold.call
             self._opened_bytes += held.bytes_read
             self._open_s += time.time() - started
         self._hold_key = key
@@ -63,7 +67,7 @@ class Worker:
         """Close the hold and free its memory."""
         if self._held is not None:
             self._held.close()
-        self._hold_key, self._held = None, None
+        self._hold_key, self._hold_call, self._held = None, None, None
         if self._has_failed_open:  # a failed open leaves objects without an owner
             gc.collect()
             self._has_failed_open = False

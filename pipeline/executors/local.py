@@ -66,7 +66,8 @@ class LocalExecutor:
         return "every unit runs in this process"
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Free the layer shard that the worker holds: this process may live on."""
+        self._worker.close()
 
     def disconnect(self) -> None:
         """Nothing to disconnect from."""

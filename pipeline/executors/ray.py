@@ -36,8 +36,13 @@ def connect(address: str) -> str:
     """Connect to a cluster, or start one on this machine. Returns a line that says which of the two happened.
 
     address: "local" starts a cluster; "auto" connects to the one named by RAY_ADDRESS or running on this machine, else starts
-    one; any other value is an address. Raises InputError when no cluster answers at that address.
+    one; any other value is an address. Raises InputError when no cluster answers at that address, or when this process is
+    connected already: then only "auto" goes, which keeps that connection.
     """
+    if ray.is_initialized():
+        if address != "auto":
+            raise InputError(f"address {address}: this process is connected to a Ray cluster; use auto, or call ray.shutdown()")
+        return f"uses the connection of this process to the Ray cluster at {ray.get_runtime_context().gcs_address}"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == "auto":
         with contextlib.suppress(ConnectionError):
@@ -83,8 +88,9 @@ class RayExecutor:
     A unit without a hold runs as a CPU task, or on an idle worker if workers occupy all CPUs.
     """
 
-    def __init__(self, resources: Resources) -> None:
-        self._resources = resources
+    def __init__(self, resources: Resources, keeps_connection: bool = False) -> None:
+        """keeps_connection: `disconnect` does nothing, because the connection is the caller's."""
+        self._resources, self._keeps_connection = resources, keeps_connection
         self._totals: dict[str, float] = {}
         self._totals_at = 0.0
         self._num_gpus = resources.num_gpus if resources.num_gpus is not None else min(1.0, self._total("GPU"))
@@ -251,7 +257,8 @@ class RayExecutor:
         if self._num_failed_starts >= _MAX_FAILED_STARTS and value.failure is not None:
             raise RunFailed(
                 f"workers cannot start ({self._num_failed_starts} tries): {value.failure.message}\n{value.failure.detail}\n"
-                "every node needs hcsmoe and what it depends on: by image, by ray job submit --working-dir, or by runtime_env"
+                "every node needs hcsmoe and what it depends on: install them by an image, ray job submit --working-dir, or "
+                "runtime_env"
             )
 
     def _failure(self, slot: Slot, error: RayError) -> Failure:
@@ -308,7 +315,8 @@ class RayExecutor:
 
     def disconnect(self) -> None:
         """Leave the cluster. A cluster that `connect` started ends."""
-        ray.shutdown()
+        if not self._keeps_connection:
+            ray.shutdown()
 
 
 def _run_task(unit: Unit, log_level: str) -> Outcome:

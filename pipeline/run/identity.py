@@ -9,6 +9,7 @@ from pipeline.run.weights_identity import weights_identity
 from stages.checkpoint.folder import CONFIG_FILE, INDEX_FILE, Checkpoint
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Identity
+from stages.harness.files import TaskFolder
 from stages.io.files import sha256_of
 from stages.io.texts import TextFile, list_files
 
@@ -27,22 +28,35 @@ def files_identity(data: Sequence[str], place: str) -> dict[str, JsonValue]:
     return {f"{number} {file.name}": _digest(file, place) for number, file in enumerate(list_files(data, place), 1)}
 
 
-def folder_identity(folder: Path, place: str) -> dict[str, JsonValue]:
-    """Digests of all files below a folder, by path. Raises InputError for a folder that is missing or cannot be read."""
-    if not folder.is_dir():
-        raise InputError(f"{place}: {folder} is not a folder")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+def tasks_identity(folder: Path, tasks: Sequence[str], place: str) -> dict[str, JsonValue]:
+    """For each task, digests of the files in a folder that it reads, by path. Raises InputError for a folder that is missing,
+    or that holds a file that cannot be read."""
+    found = TaskFolder(folder, place)
+    digests: dict[Path, str] = {}
+
+    def named(path: Path) -> str:
+        return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
+
+    def digest(path: Path) -> str:
+        if path not in digests:
+            digests[path] = sha256_of(path)
+        return digests[path]
+
     try:
-        return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+        return {task: {named(path): digest(path) for path in found.files_of(task)} for task in tasks}
     except OSError as e:
-        raise InputError(f"{place}: {e.filename} cannot be read: {e.strerror or e}") from e
+        raise InputError(
+            f"{place}: {e.filename} cannot be read: {e.strerror or e}; change its permissions, or give another file"
+        ) from e
 
 
 def _digest(file: TextFile, place: str) -> str:
     try:
         return sha256_of(file.path)
     except OSError as e:
-        raise InputError(f"{place}.data: {file.path} cannot be read: {e.strerror or e}") from e
+        raise InputError(
+            f"{place}.data: {file.path} cannot be read: {e.strerror or e}; change its permissions, or give another file"
+        ) from e
 
 
 def differences(old: Identity, new: Identity, prefix: str = "") -> Iterator[str]:

@@ -9,10 +9,10 @@ from pipeline.run.owned import IDENTITY_FILE, check_unlinked
 from pipeline.run.publish import MODELS_DIR
 from pipeline.run.record import RUN_FILE, check_no_older_run
 from pipeline.run.view import RunView
-from pipeline.state.events import EVENTS_FILE
 from pipeline.state.manifest import MANIFESTS_DIR
 from stages.contracts.errors import InputError
-from stages.contracts.paths import REPORT_FILE, TRANSIENT_DIRS
+from stages.contracts.events import EVENTS_FILE
+from stages.contracts.paths import REPORT_FILE, REPORT_PAGE_FILE, TRANSIENT_DIRS
 from stages.io.storage import is_remote
 
 
@@ -35,7 +35,7 @@ def check_run_dir(view: RunView) -> None:
             check_unlinked(run_dir, run_dir / name / part)
             _check_folder(run_dir / name / part)
         _check_file(run_dir / name / IDENTITY_FILE)
-    for name in (RUN_FILE, EVENTS_FILE, REPORT_FILE):
+    for name in (RUN_FILE, EVENTS_FILE, REPORT_FILE, REPORT_PAGE_FILE):
         _check_file(run_dir / name)
     models = run_dir / MODELS_DIR
     check_unlinked(run_dir, models)

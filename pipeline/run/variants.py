@@ -10,6 +10,7 @@ from pipeline.display.problems import problems
 from stages.contracts.budget import BudgetKind, BudgetKinds
 from stages.contracts.errors import InputError
 from stages.contracts.method import Method, Methods, Preset
+from stages.contracts.section import Section
 from stages.contracts.settings import (
     Budget,
     Clustering,
@@ -17,11 +18,10 @@ from stages.contracts.settings import (
     Merging,
     Refit,
     RunConfig,
-    Section,
     VariantEntry,
-    WidthTarget,
     check_target_formats,
 )
+from stages.contracts.target_settings import WidthTarget
 from stages.contracts.targets import Variant
 from stages.registry import stage_specs
 

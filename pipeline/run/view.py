@@ -18,7 +18,8 @@ from pipeline.state.manifest import read_manifest
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Identity, Part
 from stages.contracts.paths import SURVEY_FILE, TENSORS_FILE
-from stages.contracts.settings import RunConfig, Section, hub_dir
+from stages.contracts.section import Section
+from stages.contracts.settings import RunConfig, hub_dir
 from stages.contracts.spec import Sealed, StageSpec
 from stages.contracts.survey import Survey, read_survey
 from stages.contracts.targets import Target, Variant, targets_of

@@ -49,7 +49,9 @@ def _identity(checkpoint: Checkpoint, name: str, tag: str | None) -> str:
         ranges = _ends(header, file_bytes) if is_remote(path) else sampled_ranges(header, file_bytes)
         return f"{file_bytes}:{_digest(path, ranges)}"
     except OSError as e:
-        raise InputError(f"{path} cannot be read: {e.strerror or e}; the checkpoint is incomplete") from e
+        raise InputError(
+            f"{path} cannot be read: {e.strerror or e}; the checkpoint is incomplete; download the checkpoint again"
+        ) from e
 
 
 def _header_end(header: SafetensorsHeader, file_bytes: int) -> int:

@@ -1,32 +1,35 @@
-"""`events.jsonl`: log of events in a run directory, one JSON object per line, for people and dashboards.
-
-Object storage cannot append to an object. There the log is a folder `events/` of such files, ordered by name.
-"""
+"""Writes the log of a run's events (`stages.contracts.events`), and reads from it what the last run did."""
 
 import contextlib
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import LockLost
-from stages.io.files import write_bytes
+from stages.contracts.events import (
+    EVENTS_DIR,
+    EVENTS_FILE,
+    FAILED,
+    LOST,
+    RUN_BEGINS,
+    RUN_ENDS,
+    STAGE_BEGINS,
+    STARTED,
+    Event,
+    parse_events,
+    read_events,
+)
+from stages.io.files import named, write_bytes
 from stages.io.storage import is_remote
-from stages.io.untrusted import check_regular, read_small
+from stages.io.untrusted import check_regular
 
-EVENTS_FILE = "events.jsonl"
-EVENTS_DIR = "events"
 FLUSH_S = 2.0
 PART_CHARACTERS = 1 << 18
-_MAX_LINE_BYTES = 1 << 20
-RUN_BEGINS, RUN_ENDS, STAGE_BEGINS = "run begins", "run ends", "stage begins"
-STARTED, SEALED, LOST, FAILED = "started", "sealed", "lost", "failed"
+_MAX_READ_BYTES = 1 << 24
 
 
 class EventLog:
@@ -40,22 +43,15 @@ class EventLog:
         self._path, self._check = run_dir / EVENTS_FILE, check
         self._parts = _Parts(run_dir / EVENTS_DIR, check) if is_remote(run_dir) else None
 
-    def write(self, event: str, **fields: Any) -> None:
-        """Append one event with the time in seconds since 1970. Fields that are None are left out."""
-        record = {"time": round(time.time(), 3), "event": event}
-        record |= {name: _encodable(value) for name, value in fields.items() if value is not None}
-        line = json.dumps(record, ensure_ascii=False) + "\n"
+    def write(self, event: Event) -> None:
+        """Append one event. Fields with default values are left out."""
+        line = json.dumps(event.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
         if self._parts is not None:
-            self._parts.append(line, is_urgent=event in (RUN_BEGINS, RUN_ENDS))
+            self._parts.append(line, is_urgent=event.event in (RUN_BEGINS, RUN_ENDS))
             return
         self._check()
-        with open(self._path, "a", encoding="utf-8") as out:
+        with named(self._path), open(self._path, "a", encoding="utf-8") as out:
             out.write(line)
-
-
-def _encodable(value: Any) -> Any:
-    """Replace lone surrogates, which file names may contain and JSON readers reject."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 class _Parts:
@@ -97,20 +93,6 @@ class _Parts:
                 self._name, self._lines = self._new_name(), []
 
 
-class Event(BaseModel):
-    """One parsed event. Fields that a kind of event does not have are empty."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    time: Annotated[float, Field(ge=0, le=1e11)]
-    event: str
-    unit: str = ""
-    stage: str = ""
-    num_reused: int = 0
-    host: str = ""
-    message: str = ""
-
-
 @dataclass
 class LastRun:
     """Facts about the last run, taken from the log. Units are given by their path in the run directory.
@@ -128,35 +110,10 @@ class LastRun:
     num_unreadable: int = 0
 
 
-def _lines(run_dir: Path) -> Iterator[bytes]:
-    """All lines of the log, cut at the length of the longest event. Raises InputError if the log is not a regular file."""
-    if is_remote(run_dir):
-        for path in sorted((run_dir / EVENTS_DIR).glob("*.jsonl"), key=str):
-            yield from read_small(path).splitlines()
-        return
-    path = run_dir / EVENTS_FILE
-    try:
-        check_regular(path)
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as lines:
-            while line := lines.readline(_MAX_LINE_BYTES):
-                yield line
-    except FileNotFoundError:
-        return
-
-
-def _events(run_dir: Path) -> Iterator[Event | None]:
-    """All events; None for a line that is not an event."""
-    for line in _lines(run_dir):
-        try:
-            yield Event.model_validate_json(line)
-        except ValidationError:
-            yield None
-
-
 def last_run(run_dir: Path) -> LastRun:
     """Facts about the last run; empty if there was none."""
     found, num_unreadable = LastRun(), 0
-    for event in _events(run_dir):
+    for event in read_events(run_dir):
         if event is None:
             num_unreadable += 1
         elif event.event == RUN_BEGINS:
@@ -174,3 +131,36 @@ def last_run(run_dir: Path) -> LastRun:
                 found.failed[event.unit] = event
     found.num_unreadable = num_unreadable
     return found
+
+
+class Follower:
+    """Reads a log of events while it grows."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._offset = 0
+        self._num_seen = 0
+
+    def new_events(self) -> list[Event]:
+        """Events since the last call. A line that is not complete is left for the next call. Lines that are no events are left
+        out. Raises InputError if the log is not a regular file."""
+        if is_remote(self._run_dir):
+            events = list(read_events(self._run_dir))
+            new, self._num_seen = events[self._num_seen :], len(events)
+        else:
+            new = list(parse_events(self._new_lines()))
+        return [event for event in new if event is not None]
+
+    def _new_lines(self) -> list[bytes]:
+        path = self._run_dir / EVENTS_FILE
+        try:
+            check_regular(path)
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as log:
+                if os.fstat(log.fileno()).st_size < self._offset:
+                    self._offset = 0  # another log has taken its place
+                log.seek(self._offset)
+                whole, line_break, _ = log.read(_MAX_READ_BYTES).rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._offset += len(whole) + len(line_break)
+        return whole.splitlines()

@@ -113,7 +113,10 @@ class RunLock:
         if self._lost is None:
             self._look()
         if self._lost is not None:
-            raise LockLost(f"lost the lock of {self._run_dir}{self._lost}; nothing more is written")
+            raise LockLost(
+                f"lost the lock of {self._run_dir}{self._lost}; nothing more is written; run the same command again "
+                "when no other driver runs here"
+            )
 
     def _look(self) -> None:
         now = _clock()

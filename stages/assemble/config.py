@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping
 from copy import deepcopy
 from typing import Any
 
+from pydantic import JsonValue
+
 from stages.checkpoint.quantised import SOURCE_DTYPE, quantisation_config
 from stages.checkpoint.side_files import without_model_code
 from stages.model.families import expert_count_fields, mtp_fields, num_experts_in, text_config
@@ -13,8 +15,19 @@ from stages.model.widths import narrowed
 _IGNORE_LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
 """Names by which the schemes list modules that are not packed."""
 
+_WITH_ROPE_THETA = frozenset({
+    "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "gpt_oss", "granitemoe", "hunyuan_v1_moe", "minimax",
+    "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+})  # fmt: skip
+"""Families whose configs had `rope_theta` beside no other rotary setting before transformers 5 put both into
+`rope_parameters`. Other engines (mlx-lm) still read the older name alone, and take their own default without it."""
 
-def stock_config(config: Mapping[str, Any], num_merged: int) -> dict[str, Any]:
+
+RawConfig = dict[str, JsonValue]
+"""A `config.json` that is edited."""
+
+
+def stock_config(config: Mapping[str, Any], num_merged: int) -> RawConfig:
     """Config of the same architecture with fewer experts."""
     edited = deepcopy(dict(config))
     text = text_config(edited)
@@ -35,7 +48,7 @@ def target_config(
     written_names: Collection[str] = (),
     merges_mtp: bool = False,
     num_neurons: int | None = None,
-) -> dict[str, Any]:
+) -> RawConfig:
     """Config of a merged checkpoint.
 
     architecture: transformers class of the language model. auto_classes: class that each transformers Auto class gives for the
@@ -54,7 +67,9 @@ def target_config(
         assert isinstance(text, dict)
         text.update(narrowed(config, num_neurons, "config.json"))
     is_whole = num_neurons is None and min(num_merged.values()) == num_experts_in(config, "config.json")
-    if not is_whole and not (merges_mtp and export_format == "stock" and num_neurons is None):
+    if not is_whole:
+        _add_rope_theta(edited)
+    if not is_whole and not (merges_mtp and num_neurons is None):
         _without_mtp(edited)
     if quantisation_config(config) is not None:
         if value_dtype == SOURCE_DTYPE:
@@ -64,8 +79,22 @@ def target_config(
     return edited
 
 
+def _add_rope_theta(config: RawConfig) -> None:
+    """Write the base of rotary angles under its older name too, where that says all that `rope_parameters` says."""
+    text = text_config(config)
+    assert isinstance(text, dict)
+    rope = text.get("rope_parameters")
+    if (
+        text.get("model_type") in _WITH_ROPE_THETA
+        and isinstance(rope, dict)
+        and set(rope) == {"rope_theta", "rope_type"}
+        and rope["rope_type"] == "default"
+    ):
+        text.setdefault("rope_theta", rope["rope_theta"])
+
+
 def _keep_quantisation(
-    config: dict[str, Any], export_format: str, source_names: Collection[str], written_names: Collection[str]
+    config: RawConfig, export_format: str, source_names: Collection[str], written_names: Collection[str]
 ) -> None:
     """Make the section true of what is written. Entries that named only modules which are no longer there leave its lists; all
     others stay, patterns too.
@@ -73,14 +102,15 @@ def _keep_quantisation(
     A tied export asks transformers for values instead of packed experts: its own modules of packed experts have as many experts
     as the config says.
     """
-    text = text_config(config)
-    sections = [section for section in (config, text) if isinstance(section.get("quantization_config"), dict)]
     lost = _modules(source_names) - _modules(written_names)
-    for section in sections:
-        quantisation = section["quantization_config"]
+    for section in (config, text_config(config)):
+        quantisation = section.get("quantization_config")
+        if not isinstance(quantisation, dict):
+            continue
         for name in _IGNORE_LISTS:
-            if isinstance(quantisation.get(name), list):
-                quantisation[name] = [one for one in quantisation[name] if one not in lost]
+            listed = quantisation.get(name)
+            if isinstance(listed, list):
+                quantisation[name] = [one for one in listed if one not in lost]
         if export_format == "tied":
             quantisation["dequantize"] = True
 
@@ -94,7 +124,7 @@ def _modules(names: Collection[str]) -> set[str]:
     return found
 
 
-def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+def _without_origin(config: Mapping[str, Any]) -> RawConfig:
     """A copy without the path that the source was loaded from, which is often local, and without the names of model code. The
     code is not exported, and transformers would look for it under trust_remote_code."""
     edited = deepcopy(dict(config))
@@ -108,14 +138,14 @@ def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
     return edited
 
 
-def _without_mtp(config: dict[str, Any]) -> None:
+def _without_mtp(config: RawConfig) -> None:
     text = text_config(config)
     assert isinstance(text, dict)
     for name in mtp_fields(config):
         text[name] = 0
 
 
-def _without_quantisation(config: dict[str, Any], value_dtype: str) -> None:
+def _without_quantisation(config: RawConfig, value_dtype: str) -> None:
     text = text_config(config)
     assert isinstance(text, dict)
     for section in (config, text):

@@ -7,10 +7,12 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from stages.contracts.naming import hub_name
-from stages.contracts.settings import Budget, Merging, Refit, RunConfig, Section, TextData
+from stages.contracts.section import Section
+from stages.contracts.settings import Budget, Merging, Refit, RunConfig
 from stages.contracts.spec import Run, counts_of, narrowed_to
 from stages.contracts.targets import Target
 from stages.contracts.tensors import num_neurons
+from stages.contracts.text_settings import TextData
 from stages.contracts.texts import Text, texts_in
 
 
@@ -69,7 +71,7 @@ def card_facts(run: Run, target: Target) -> CardFacts:
         router=variant.export.router,
         method=variant.method.title,
         method_source=variant.method.source,
-        calibration=f"{data.num_sequences} sequences of {data.sequence_length} tokens of "
+        calibration=f"{data.num_sequences} sequences of {'at most ' * data.has_padding}{data.sequence_length} tokens of "
         f"{', '.join(text.described for text in texts)}, seed {data.seed}{sampled}",
         clustering=", ".join(f"{key} {value}" for key, value in clustering.items()),
         budget=f"{variant.kind.title} ({variant.kind.source})" if compares else "",
@@ -89,24 +91,28 @@ def _refit_text(refit: Refit) -> str:
         return ""
     chosen = "whole neurons of each expert, or cluster of experts, are kept; " if refit.neurons == "choose" else ""
     how = "layer after layer" if refit.mode == "sequential" else "every layer on the source's own hidden states"
-    return f"{chosen}the down projections are solved anew in closed form, {how} (ridge {refit.ridge})"
+    shared = "of experts, and of a shared expert where there is one, " if refit.shared_expert else ""
+    return f"{chosen}the down projections {shared}are solved anew in closed form, {how} (ridge {refit.ridge})"
 
 
 @dataclass(frozen=True)
 class _Published:
-    """A text as the card states it. names: of its files, or of its hub dataset. revision: commit of that dataset, or None."""
+    """A text as the card states it. names: of its files, or of its hub dataset. revision: commit of that dataset, or None.
+    packing: whether documents are joined."""
 
     domain: str
     names: tuple[str, ...]
     revision: str | None
+    packing: bool
 
     @classmethod
     def of(cls, text: Text, commit: str | None) -> "_Published":
-        return cls(text.domain, text.data if commit else tuple(Path(name).name for name in text.data), commit)
+        return cls(text.domain, text.data if commit else tuple(Path(name).name for name in text.data), commit, text.packing)
 
     @property
     def described(self) -> str:
         names = ", ".join(self.names) + (f" (revision {self.revision})" if self.revision else "")
+        names += "" if self.packing else ", one document a sequence"
         return f"{self.domain} ({names})" if self.domain else names
 
     @property

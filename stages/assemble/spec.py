@@ -50,7 +50,7 @@ class Assemble(StageSpec):
     """Makes a complete, loadable checkpoint folder for every target."""
 
     name = "assemble"
-    version = 6
+    version = 7
     libraries = ("transformers",)
     after = ("prepare", "merge")
 
@@ -89,7 +89,7 @@ def _unit(run: Run, target: Target, files: Mapping[str, str]) -> Unit:
         architecture=run.survey.architecture,
         format=target.format,
         value_dtype=target.variant.export.dtype,
-        merges_mtp=target.variant.export.mtp == "merge",
+        merges_mtp=target.merges_mtp,
         card=card_facts(run, target),
         num_neurons=narrowed_to(run, target),
     )

@@ -12,13 +12,14 @@ from stages.calibrate.token_sample import RULE, ShardPlace, num_sampled
 from stages.contracts import paths
 from stages.contracts.keys import Part
 from stages.contracts.partition import held_bytes
-from stages.contracts.settings import Calibration
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.stream_units import LayerShardArgs, Stream, StreamArgs, partition, stream_plan, stream_units
 from stages.contracts.survey import Survey
 from stages.contracts.tensors import num_neurons
+from stages.contracts.text_settings import Calibration
 from stages.contracts.texts import DomainShards, domain_shards
 from stages.contracts.units import Hold, HoldCall, Unit, UnitCall
+from stages.contracts.work import work_text
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class CalibrateArgs:
 
 @dataclass(frozen=True)
 class CalibrateFacts:
-    """num_tokens: tokens in the token shard."""
+    """num_tokens: tokens in the token shard, without padding."""
 
     num_tokens: int
 
@@ -81,8 +82,6 @@ class ReduceFacts:
     never_routed: tuple[int, ...]
 
 
-RATES = (100e12, 1e12)
-"""Rates, in operations a second, for which `plan` states times: scale them by what your hardware reaches."""
 MANY_SHARDS = 1024
 """Token shards above which `plan` suggests larger ones: their sums and units take time and files."""
 
@@ -172,8 +171,7 @@ class Calibrate(StageSpec):
 def _work_lines(survey: Survey, data: Calibration) -> list[str]:
     """How much there is to compute, and how long that takes at stated rates; and whether there are very many units."""
     flops = data.num_sequences * data.sequence_length * flops_a_token(survey, data)
-    times = ", ".join(f"{_duration(flops / rate)} at {rate / 1e12:g} TFLOP/s" for rate in RATES)
-    lines = [f"calibrate computes about {flops / 1e12:.3g} TFLOP: one worker takes {times}; n workers, an n-th of it"]
+    lines = [f"calibrate computes about {work_text(flops)}"]
     if data.num_shards > MANY_SHARDS:
         lines.append(
             f"  {data.num_shards:,} token shards are very many; with tokens_per_shard "
@@ -191,10 +189,6 @@ def flops_a_token(survey: Survey, data: Calibration) -> float:
     experts = sum(survey.layer_expert_bytes) / survey.itemsize
     rest = sum(survey.layer_bytes) / survey.itemsize - experts
     return 2 * (rest + experts * (2 / 3 * up + 1 / 3 * routed))
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.1f} s"
 
 
 def _collector_lines(run: Run) -> list[str]:

@@ -166,5 +166,6 @@ def _check_finite(layer: int, columns: Mapping[str, Array], dtype: torch.dtype) 
         if not all(np.isfinite(columns[name][expert]).all() for name in _FINITE):
             raise InputError(
                 f"layer {layer}: the outputs or router logits of expert {expert} on the calibration set are not "
-                f"finite; its weights hold NaN or infinity, or overflow {dtype}"
+                f"finite; its weights hold NaN or infinity, or overflow {dtype}; download the checkpoint again, or compute "
+                f"in a dtype that holds them"
             )

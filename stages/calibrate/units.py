@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stages.calibrate.cells import ALL_TOKENS, Cells, Sample
 from stages.calibrate.collectors.base import Collector
@@ -20,7 +21,9 @@ from stages.checkpoint.folder import Checkpoint
 from stages.contracts.evidence import LayerEvidence, write_column, write_groups, write_statistics
 from stages.contracts.paths import column_file, domain_dir, groups_file, partial_evidence_file, statistics_file, tokens_file
 from stages.contracts.texts import DomainShards
+from stages.contracts.tokens import read_place
 from stages.contracts.units import HeldJob, UnitResult
+from stages.contracts.windows import NO_TOKEN
 from stages.io.files import WrittenFile
 from stages.model.families import Family, family_of
 from stages.model.layer_shard import LayerShard
@@ -56,15 +59,16 @@ class CalibrationShard:
         cells: Cells = ALL_TOKENS,
         gathered: Sequence[Collector] = DEFAULT,
         place: ShardPlace | None = None,
+        is_token_T: Tensor | None = None,
     ) -> AbstractContextManager[object]:
         """Watch a layer while it runs. Does nothing for a dense layer. place: of the token shard, for collectors that keep
-        tokens one by one."""
+        tokens one by one. is_token_T: False for padding; None if there is none."""
         if layer not in self.routers:
             return nullcontext()
         router = self.shard.adapted.model.get_submodule(self.routers[layer])
         weights = self.shard.expert_weights(layer)
         bias_E = choice_bias(self.shard.adapted.layers[layer], weights.num_experts)
-        into[layer] = Watcher(layer, weights, router, self.family, cells, gathered, place, bias_E)
+        into[layer] = Watcher(layer, weights, router, self.family, cells, gathered, place, bias_E, is_token_T)
         return into[layer]
 
 
@@ -79,20 +83,25 @@ def calibrate_unit(job: HeldJob[CalibrateArgs, CalibrationShard]) -> UnitResult[
     """Pass a token shard through the held layer shard. Writes the sums of each MoE layer, and the hidden states for the next
     layer shard. All these files are transient."""
     args, held, number = job.args.stream, job.held, job.args.stream.shard
-    token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(number))
+    path = job.run_dir / args.tokens_dir / tokens_file(number)
+    token_ids_ST, place = read_token_ids(path), job.args.place
+    is_token_T = (token_ids_ST != NO_TOKEN).flatten()
+    num_tokens = int(is_token_T.sum())
+    if place is not None and (unpacked := read_place(path)) is not None:
+        place = replace(place, num_tokens=num_tokens, first=unpacked.first, domain_tokens=unpacked.num_tokens)
     cells = Sample.of(job.args.sample) if job.args.sample else ALL_TOKENS
     gathered = collectors(job.args.collectors)
     watched: dict[int, Watcher] = {}
     stream = Stream(
         *hidden_files(job.part_dir, args, held.shard),
-        around=lambda layer: held.watch(layer, watched, cells, gathered, job.args.place),
+        around=lambda layer: held.watch(layer, watched, cells, gathered, place, None if is_token_T.all() else is_token_T),
     )
     passed = pass_through(held.shard, token_ids_ST, args.micro_batch, {"source": stream})
     sums = [
         write_partial_sums(partial_evidence_file(job.part_dir, layer, number), watcher.result())
         for layer, watcher in watched.items()
     ]
-    return UnitResult(CalibrateFacts(token_ids_ST.numel()), transient=(*sums, *passed.files))
+    return UnitResult(CalibrateFacts(num_tokens), transient=(*sums, *passed.files))
 
 
 def reduce_unit(job: HeldJob[ReduceArgs, CalibrationShard]) -> UnitResult[ReduceFacts]:

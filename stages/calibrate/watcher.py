@@ -32,7 +32,8 @@ class Watcher:
 
     router: the module that returns the router logits [T, E]. family: states how logits become scores, and whether gates
     multiply inputs or outputs. place: of the token shard; needed by collectors that keep tokens one by one. choice_bias_E: what
-    the router adds to scores where it picks experts; None for nothing.
+    the router adds to scores where it picks experts; None for nothing. is_token_T: False for padding of the token shard; None
+    if there is none. The experts run on tokens alone, so no collector sees padding; its place in their output is zero.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class Watcher:
         collectors: Sequence[Collector],
         place: ShardPlace | None = None,
         choice_bias_E: Tensor | None = None,
+        is_token_T: Tensor | None = None,
     ) -> None:
         self.layer, self.weights, self.router = layer, weights, router
         self.cells, self.collectors = cells, collectors
         self.samples = {collector.name: _sample(collector, weights, place) for collector in collectors}
         self.choice_bias_E = torch.zeros(weights.num_experts) if choice_bias_E is None else choice_bias_E
-        self.forward = ExpertsForward(weights)
+        self.forward = ExpertsForward(weights, pads_unrouted=is_token_T is not None)
         self._score, self._gates_input = SCORES[family.score], family.gates_input
         sizes = {"C": cells.num_cells, "D": weights.hidden_size, "E": weights.num_experts, "F": weights.intermediate}
         self.sums: dict[str, dict[str, Tensor]] = {
@@ -64,13 +66,14 @@ class Watcher:
             }
             for collector in collectors
         }
+        self._is_token_T, self._num_places = is_token_T, 0
+        self._tokens_R: Tensor | None = None
         self.num_tokens = 0
         self.num_unrouted_C = np.zeros(cells.num_cells, dtype=np.int64)
         self._replaced = ExitStack()
 
     def __enter__(self) -> Self:
-        forward = self._input_gated if self._gates_input else self._output_gated
-        self._replaced.enter_context(replaced_forward(self.weights.experts, forward))
+        self._replaced.enter_context(replaced_forward(self.weights.experts, self._run))
         self._replaced.callback(self.router.register_forward_hook(self._watch_router).remove)
         return self
 
@@ -79,15 +82,41 @@ class Watcher:
 
     def _watch_router(self, _module: nn.Module, args: Any, output: Any) -> None:
         if self._gates_input:
-            self._hidden_TD: Tensor = args[0]
-            self._scores_TE, logits = output
+            scores_TE, logits = output
         else:
             logits = output[0] if isinstance(output, tuple) else output
         logits_TE = logits.reshape(-1, self.weights.num_experts).float()
+        self._tokens_R = self._next_tokens(len(logits_TE), logits_TE.device)
+        logits_TE = self._of_tokens(logits_TE)
+        if self._gates_input:
+            self._hidden_TD: Tensor = self._of_tokens(args[0])
+            self._scores_TE: Tensor = self._of_tokens(scores_TE)
         self._logits_TE = logits_TE
         view = RouterView(logits_TE, self._score(logits_TE))
         for collector in self.collectors:
             collector.observe_router(self.sums[collector.name], view)
+
+    def _next_tokens(self, num_places: int, device: torch.device) -> Tensor | None:
+        """Which of the next places of the token shard hold tokens; None for all."""
+        first, self._num_places = self._num_places, self._num_places + num_places
+        if self._is_token_T is None:
+            return None
+        return self._is_token_T[first : self._num_places].nonzero().flatten().to(device)
+
+    def _of_tokens(self, values: Tensor) -> Tensor:
+        """Rows of the micro-batch without those of padding."""
+        return values if self._tokens_R is None else values[self._tokens_R]
+
+    def _run(self, *given: Tensor) -> Tensor:
+        """The experts' forward. Their rows of padding are left out, and are zeros in the result."""
+        run: Callable[..., Tensor] = self._input_gated if self._gates_input else self._output_gated
+        if self._tokens_R is None:
+            return run(*given)
+        if not self._gates_input:
+            return torch.zeros_like(given[0]).index_copy(0, self._tokens_R, run(*map(self._of_tokens, given)))
+        rows_ETD = given[0].view(self.weights.num_experts, -1, given[0].shape[-1])
+        output_ERD = run(rows_ETD[:, self._tokens_R].flatten(0, 1)).view(len(rows_ETD), -1, rows_ETD.shape[-1])
+        return torch.zeros_like(rows_ETD).index_copy(1, self._tokens_R, output_ERD).view_as(given[0])
 
     def _output_gated(self, hidden_TD: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> Tensor:
         see_routed = self._begin(hidden_TD)

@@ -37,7 +37,10 @@ class Checkpoint:
         """The raw `config.json`."""
         value = read_json(self.folder / CONFIG_FILE, _MAX_CONFIG_BYTES)
         if not isinstance(value, dict) or not isinstance(value.get("model_type"), str):
-            raise InputError(f"{self.folder / CONFIG_FILE} has no model_type; it does not describe a transformers model")
+            raise InputError(
+                f"{self.folder / CONFIG_FILE} has no model_type; it does not describe a transformers model; "
+                f"restore the config of the checkpoint"
+            )
         return value
 
     @cached_property
@@ -64,7 +67,7 @@ class Checkpoint:
             self._refuse_without_safetensors()
         index = read_json(path, _MAX_INDEX_BYTES)
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
-            raise InputError(f"{path} has no weight_map")
+            raise InputError(f"{path} has no weight_map; download it again")
         _check_metadata(index.get("metadata"), path)
         return index
 
@@ -75,9 +78,14 @@ class Checkpoint:
         for name, file in weight_map.items():
             if not _is_file_name(file):
                 place = f"{path}: tensor {shown(name)} is said to lie in {shown(repr(file))}"
-                raise InputError(f"{place}; only files in the folder itself are read")
+                raise InputError(
+                    f"{place}; only files in the folder itself are read; put the weights there, and name files without folders"
+                )
             if not file.endswith(".safetensors"):
-                raise InputError(f"{path}: tensor {shown(name)} lies in {shown(repr(file))}, which is not a safetensors file")
+                raise InputError(
+                    f"{path}: tensor {shown(name)} lies in {shown(repr(file))}, which is not a safetensors "
+                    f"file; convert the weights to safetensors"
+                )
         return weight_map
 
     @cached_property
@@ -108,11 +116,15 @@ class Checkpoint:
         if not total:
             raise InputError(f"{self.folder} holds no tensor: {', '.join(self.files)} describes none; download it again")
         if total != len(found):
-            raise InputError(f"{self.folder}: the same tensor name stands in several weight files")
+            raise InputError(
+                f"{self.folder}: the same tensor name stands in several weight files; remove the files that "
+                f"are left from another version"
+            )
         for name, file in self._weight_map.items():
             if found.get(name) != file:
                 raise InputError(
-                    f"{self.folder / INDEX_FILE} puts tensor {shown(name)} in {shown(file)}, which does not hold it"
+                    f"{self.folder / INDEX_FILE} puts tensor {shown(name)} in {shown(file)}, which does not hold it; "
+                    f"download both again"
                 )
         return headers
 
@@ -156,4 +168,6 @@ def _check_metadata(metadata: Any, path: Path) -> None:
     try:
         json.dumps(dict(metadata or {}), ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as e:
-        raise InputError(f"{path}: metadata must be an object of numbers and text that JSON can hold: {shown(str(e))}") from e
+        raise InputError(
+            f"{path}: metadata must be an object of numbers and text that JSON can hold: {shown(str(e))}; remove what is not"
+        ) from e

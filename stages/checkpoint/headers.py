@@ -85,9 +85,11 @@ def read_header(path: Path) -> SafetensorsHeader:
     fields = _parsed(path, text)
     metadata = fields.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{path}: the safetensors header's __metadata__ must map strings to strings")
+        raise InputError(f"{path}: the safetensors header's __metadata__ must map strings to strings; download the file again")
     if not all(_is_unicode(value) for pair in metadata.items() for value in pair):
-        raise InputError(f"{path}: the safetensors header's __metadata__ holds half a character (a lone surrogate)")
+        raise InputError(
+            f"{path}: the safetensors header's __metadata__ holds half a character (a lone surrogate); download the file again"
+        )
     data_begin = 8 + len(text)
     entries = [_entry(path, name, value, data_begin, file_bytes) for name, value in fields.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.num_bytes))
@@ -96,7 +98,8 @@ def read_header(path: Path) -> SafetensorsHeader:
         if entry.begin != position:
             problem = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
             raise InputError(
-                f"{path}: tensor {entry.name} begins at byte {entry.begin:,} instead of {position:,}: it {problem}"
+                f"{path}: tensor {entry.name} begins at byte {entry.begin:,} instead of {position:,}: it {problem}; "
+                f"download it again"
             )
         position += entry.num_bytes
     if position != file_bytes:
@@ -135,7 +138,10 @@ def _header_text(path: Path) -> tuple[bytes, int]:
 def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     num_values = sum(text.count(sign) for sign in (b",", b"[", b"{"))
     if num_values > _MAX_VALUES:
-        raise InputError(f"{path}: the safetensors header has some {num_values:,} values; at most {_MAX_VALUES:,} are read")
+        raise InputError(
+            f"{path}: the safetensors header has some {num_values:,} values; at most {_MAX_VALUES:,} are read; "
+            f"merge its tensors into fewer, or report the model"
+        )
     twice: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -168,15 +174,15 @@ def _entry(path: Path, name: str, value: Any, data_begin: int, file_bytes: int) 
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as e:
-        raise InputError(f"{path}: tensor {name} lacks dtype, shape or two data_offsets") from e
+        raise InputError(f"{path}: tensor {name} lacks dtype, shape or two data_offsets; download it again") from e
     if not isinstance(shape, list):
-        raise InputError(f"{path}: tensor {name} lacks dtype, shape or two data_offsets")
+        raise InputError(f"{path}: tensor {name} lacks dtype, shape or two data_offsets; download it again")
     if len(shape) > _MAX_AXES:
-        raise InputError(f"{path}: tensor {name} has {len(shape):,} axes; at most {_MAX_AXES} are read")
+        raise InputError(f"{path}: tensor {name} has {len(shape):,} axes; at most {_MAX_AXES} are read; download it again")
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MAX_SIZE for n in (*shape, begin, end)):
         raise InputError(
             f"{path}: tensor {name} has shape {shown(str(shape))} and offsets {shown(str([begin, end]))}; all must be "
-            f"integers >= 0 and below 2^63"
+            f"integers >= 0 and below 2^63; download it again"
         )
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InputError(f"{path}: tensor {name} has the unknown dtype {shown(repr(dtype))}; known: {', '.join(DTYPE_BITS)}")
@@ -186,10 +192,13 @@ def _entry(path: Path, name: str, value: Any, data_begin: int, file_bytes: int) 
             f"{path}: tensor {name} ({dtype} {shape}) needs more bytes than the {file_bytes:,} of its file; download it again"
         )
     if num_bits % 8:
-        raise InputError(f"{path}: tensor {name} ({dtype} {shape}) ends within a byte, which the format does not allow")
+        raise InputError(
+            f"{path}: tensor {name} ({dtype} {shape}) ends within a byte, which the format does not allow; download it again"
+        )
     if end - begin != num_bits // 8:
         raise InputError(
-            f"{path}: tensor {name} ({dtype} {shape}) needs {num_bits // 8:,} bytes but its offsets span {end - begin:,}"
+            f"{path}: tensor {name} ({dtype} {shape}) needs {num_bits // 8:,} bytes but its offsets span {end - begin:,}; "
+            f"download it again"
         )
     return TensorEntry(name, path.name, dtype, tuple(shape), data_begin + begin, num_bits // 8)
 

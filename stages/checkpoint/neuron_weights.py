@@ -41,7 +41,7 @@ class NeuronWeights(AbstractContextManager["NeuronWeights"]):
         self._rows: Sequence[TensorRow] = [row for row in of_experts if row.neuron_axis is not None and row.expert in (None, 0)]
         for row in self._rows:
             if row.expert_axis not in (None, 0):
-                raise ValueError(f"{self._source.place(row.name)}: the experts are not along its first axis")
+                raise ValueError(f"{self._source.place(row.name)}: the experts are not along its first axis; report the family")
 
     def __exit__(self, *_: object) -> None:
         self._source.__exit__()

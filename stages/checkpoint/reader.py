@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stages.checkpoint.codec import dequantise
 from stages.checkpoint.folder import Checkpoint
 from stages.checkpoint.headers import TensorEntry
 from stages.checkpoint.schemes import Scheme
@@ -39,6 +38,8 @@ class PackedView:
         assert self._ndim == 3 or index == slice(None), "rows of a matrix share scales"
         # a part may be a single number, which has no axis to be cut along
         parts = {part: view[index] if view.get_shape() else view[...] for part, view in self._parts.items()}
+        from stages.checkpoint.codec import dequantise  # slow to import, and only quantised sources need it
+
         return dequantise(self._scheme, parts)
 
 

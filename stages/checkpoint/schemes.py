@@ -19,11 +19,12 @@ FITTED = ("gptq", "awq")
 class Scheme:
     """How the values of a tensor [rows, columns] are packed.
 
-    name: "fp8" (one byte a value), "mxfp4" (gpt-oss: four bits, one power of two per 32 rows of the transposed tensor), "nvfp4"
-    (four bits, an FP8 scale per 16 columns and one of the tensor), "int" (whole numbers of num_bits, from compressed-tensors),
-    "gptq" or "awq". block: rows and columns that share a scale; larger than the tensor where all do. is_symmetric: without
-    zero points. has_whole_exponents: whether scales are powers of two. zero_offset: what "gptq" subtracts from every zero point
-    that it stores.
+    name: "fp8" (one byte a value), "mxfp4" (gpt-oss: four bits, one power of two per 32 rows of the transposed tensor),
+    "mxfp4_rows" (the same numbers of a tensor that is stored as it is, from compressed-tensors), "nvfp4" (four bits, an FP8
+    scale per 16 columns and one of the tensor), "int" (whole numbers of num_bits, from compressed-tensors, packed in words),
+    "int_bytes" (the same, a byte each), "gptq" or "awq". block: rows and columns that share a scale; larger
+    than the tensor where all do. is_symmetric: without zero points. has_whole_exponents: whether scales are powers of two.
+    zero_offset: what "gptq" subtracts from every zero point that it stores.
     """
 
     name: str

@@ -43,7 +43,9 @@ def _round_into(total: Tensor, out: Tensor, place: str) -> None:
         return
     if is_finite(total):
         raise InputError(f"{place}: the merged expert exceeds {dtype_name(out.dtype)}; set export.dtype to bfloat16")
-    raise InputError(f"{place}: the merged expert is not finite; a source expert holds NaN or infinity")
+    raise InputError(
+        f"{place}: the merged expert is not finite; a source expert holds NaN or infinity: download the checkpoint again"
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from stages.cluster.linkage import cut
 from stages.contracts.arrow import Array
+from stages.contracts.dendrogram import cut
 from stages.contracts.evidence import LayerEvidence, OutputGroups
 
 NUM_DRAWS = 32

@@ -58,23 +58,30 @@ FEATURES: dict[str, Callable[[LayerEvidence], Array]] = {
     "weight": weight,
     "token_wise": token_wise,
 }
+"""Vectors of the experts, [E, D] or [E, E], whose distances are compared; each function says where it is from."""
 DISTANCES: dict[str, Callable[[Array], Array]] = {
     "euclidean": lambda feature_ED: spatial.pdist(feature_ED, "euclidean"),
     "cosine": lambda feature_ED: spatial.pdist(feature_ED, "cosine"),
 }
+"""Of each pair: ||x_i - x_j||, or 1 - x_i . x_j / (||x_i|| ||x_j||), which a vector of zeros does not have."""
 LINKAGES: dict[str, Callable[[Array], Array]] = {
     "average": hierarchy.average,
     "single": hierarchy.single,
     "complete": hierarchy.complete,
     "ward": hierarchy.ward,
 }
+"""Distance of clusters A and B, of which the nearest two are merged (scipy's): the mean over pairs of A x B, the least, the
+largest, or sqrt(2 |A| |B| / (|A| + |B|)) times that of their centroids (Ward, 1963), for euclidean distances alone."""
 
 
 def check_finite(feature_ED: Array, place: str) -> None:
     """Raise InputError naming an expert whose feature is not finite."""
     for expert, row in enumerate(feature_ED):
         if not np.isfinite(row).all():
-            raise InputError(f"{place}: the feature of expert {expert} is not finite; its weights hold NaN or infinity")
+            raise InputError(
+                f"{place}: the feature of expert {expert} is not finite; its weights hold NaN or infinity: "
+                f"download the checkpoint again"
+            )
 
 
 def link(feature_ED: Array, distance: str, linkage: str, place: str) -> Array:
@@ -88,26 +95,3 @@ def link(feature_ED: Array, distance: str, linkage: str, place: str) -> Array:
                 "set clustering.distance to euclidean"
             )
     return LINKAGES[linkage](DISTANCES[distance](feature_ED))
-
-
-def cut(linkage_Z: Array, num_clusters: int) -> Array:
-    """Labels [E] of the cut to exactly num_clusters: the first E-K merges of the dendrogram, replayed.
-
-    Replayed, since `fcluster` returns fewer clusters than asked for when distances tie. Clusters are numbered by their
-    smallest member.
-    """
-    num_experts = len(linkage_Z) + 1
-    assert 1 <= num_clusters <= num_experts
-    members: dict[int, list[int]] = {expert: [expert] for expert in range(num_experts)}
-    for step in range(num_experts - num_clusters):
-        left, right = int(linkage_Z[step, 0]), int(linkage_Z[step, 1])
-        members[num_experts + step] = members.pop(left) + members.pop(right)
-    labels = np.empty(num_experts, dtype=np.int32)
-    for label, cluster in enumerate(sorted(members.values(), key=min)):
-        labels[cluster] = label
-    return labels
-
-
-def all_cuts(linkage_Z: Array) -> Array:
-    """Labels [K, E] of the cuts to 1, 2, ... E clusters."""
-    return np.stack([cut(linkage_Z, k) for k in range(1, len(linkage_Z) + 2)])

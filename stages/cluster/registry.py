@@ -13,6 +13,7 @@ MODULES = (
     "stages.cluster.methods.ream",
     "stages.cluster.methods.pairs",
     "stages.cluster.methods.slim",
+    "stages.cluster.methods.best",
     "stages.cluster.methods.random",
     "stages.cluster.methods.f_prune",
     "stages.cluster.methods.s_prune",

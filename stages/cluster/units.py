@@ -1,6 +1,7 @@
 """Units of cluster: the dendrogram of one layer; protected experts, budget and plans of a target."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from stages.cluster.allocation import allocate
 from stages.cluster.budgets.registry import budgets
 from stages.cluster.certainty import relative_standard_errors, stability
 from stages.cluster.domains import read_mixed
-from stages.cluster.linkage import all_cuts
 from stages.cluster.neurons import with_neurons
 from stages.cluster.protection import least_slots, planned, super_experts
 from stages.cluster.registry import method_at
@@ -26,7 +26,7 @@ from stages.cluster.spec import (
 )
 from stages.contracts.budget import BudgetFacts, LayerCosts, Planner, read_budget, read_costs, write_budget, write_costs
 from stages.contracts.certainty import write_errors, write_stability
-from stages.contracts.dendrogram import write_dendrogram, write_labels
+from stages.contracts.dendrogram import all_cuts, write_dendrogram, write_labels
 from stages.contracts.layer_plan import write_plan
 from stages.contracts.method import Method, PlanSettings
 from stages.contracts.paths import (
@@ -73,7 +73,8 @@ def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
     plan = planner.plan(num_slots)
     if len(plan.slots) != num_slots:
         raise ValueError(
-            f"layer {args.layer}: method {planner.method.name} planned {len(plan.slots)} slots instead of {num_slots}"
+            f"layer {args.layer}: method {planner.method.name} planned {len(plan.slots)} slots instead of {num_slots}; mend "
+            f"the method that made the plan"
         )
     merging = _merging(args.planning, planner.method)
     if merging.align == "weight":
@@ -84,7 +85,12 @@ def plan_unit(job: Job[PlanArgs]) -> UnitResult[PlanFacts]:
             plan = with_neurons(plan, planner.evidence, merging, weights.between, args.planning.max_bytes)
     else:
         plan = with_neurons(plan, planner.evidence, merging, None, args.planning.max_bytes)
-    return UnitResult(PlanFacts(args.layer, plan.unweighted_slots), [write_plan(plan_file(job.part_dir, args.layer), plan)])
+    files = [write_plan(plan_file(job.part_dir, args.layer), plan)]
+    for name in planner.method.alternatives_in("tied" if args.planning.router is None else "stock"):
+        other = replace(planner.method, plan=planner.method.alternatives[name].plan)
+        found = planned(other, planner.evidence, num_slots, planner.settings)
+        files.append(write_plan(plan_file(job.part_dir / name, args.layer), found))
+    return UnitResult(PlanFacts(args.layer, plan.unweighted_slots), files)
 
 
 def _merging(planning: Planning, method: Method[Any]) -> Merging:

@@ -6,7 +6,9 @@ Dimensions: E experts. labels_E[e] is the cluster of expert e; the weights of a 
 from collections.abc import Callable
 
 import numpy as np
+from scipy.spatial.distance import pdist, squareform
 
+from stages.cluster.linkage import expert_output
 from stages.cluster.saliency import reap
 from stages.contracts.arrow import Array
 from stages.contracts.evidence import LayerEvidence
@@ -47,21 +49,34 @@ def _dominant(evidence: LayerEvidence, labels_E: Array) -> list[Weighted]:
     return [[(min(members, key=lambda expert: (-used_E[expert], expert)), 1.0)] for members in clusters_of(labels_E)]
 
 
+def _central(evidence: LayerEvidence, labels_E: Array) -> list[Weighted]:
+    used_E, output_ED = evidence["num_routed_tokens"], expert_output(evidence)
+
+    def medoid(members: list[int]) -> int:
+        distance_M = squareform(pdist(output_ED[members])).sum(1)
+        return min(zip(distance_M, -used_E[members], members, strict=True))[-1]
+
+    return [[(medoid(members), 1.0)] for members in clusters_of(labels_E)]
+
+
 COMBINATIONS: dict[str, Callable[[LayerEvidence, Array], list[Weighted]]] = {
     "frequency": _frequency,
     "average": _average,
     "saliency": _saliency,
     "dominant": _dominant,
+    "central": _central,
     "fix_dominant": _average,
     "zipit": _average,
 }
 """Rules of a merge and of stock router rows: by use (HC-SMoE, arXiv:2410.08589, eq. 6), equal, by REAP's saliency
-(arXiv:2510.13999), or the most used member alone. What is merged by neurons has equal weights, and is no rule of rows."""
+(arXiv:2510.13999), the most used member alone, or the most central one: the medoid, whose mean output over all tokens has the
+least sum of euclidean distances to its cluster's others (Kaufman and Rousseeuw, 1987); of two, which are equally central, the
+more used one. What is merged by neurons has equal weights, and is no rule of rows."""
 
 
 def unweighted_clusters(evidence: LayerEvidence, labels_E: Array, rule: str) -> set[int]:
     """Clusters whose members no token was sent to, under a rule that weighs by use: their members get equal weights."""
-    if COMBINATIONS[rule] is _average:
+    if COMBINATIONS[rule] in (_average, _central):
         return set()
     used_E = evidence["num_routed_tokens"]
     return {number for number, members in enumerate(clusters_of(labels_E)) if not used_E[members].any()}

@@ -73,8 +73,8 @@ class LayerEvidence:
         """A column. Raises InputError if no collector has gathered it."""
         if name not in self.columns:
             raise InputError(
-                f"layer {self.layer}: the evidence has no column {name}, only {', '.join(sorted(self.columns))}; a method that "
-                f"names {name} among the columns that it requires has calibrate gather it"
+                f"layer {self.layer}: the evidence has no column {name}, only {', '.join(sorted(self.columns))}; name it "
+                "among the columns that the method requires, so that calibrate gathers it"
             )
         return self.columns[name]
 
@@ -159,10 +159,9 @@ def write_column(path: Path, evidence: LayerEvidence, column: Column) -> Written
     return write_table(path, {**filled, column.name: _arrow(column, values)}, schema)
 
 
-def write_groups(path: Path, groups: OutputGroups) -> WrittenFile:
-    """Write output sums by group of sequences, ordered by group and then by expert."""
-    num_experts, num_groups, hidden_size = groups.output_sum_EGD.shape
-    schema = pa.schema(
+def groups_schema(hidden_size: int) -> pa.Schema:
+    """Columns of a file of output sums by group of sequences."""
+    return pa.schema(
         [
             pa.field("group", pa.int32(), False),
             pa.field("expert", pa.int32(), False),
@@ -175,6 +174,11 @@ def write_groups(path: Path, groups: OutputGroups) -> WrittenFile:
             "output_sum": "[D] sum over those of E_e(x), not gated; x is the input of the MoE block",
         },
     )
+
+
+def write_groups(path: Path, groups: OutputGroups) -> WrittenFile:
+    """Write output sums by group of sequences, ordered by group and then by expert."""
+    num_experts, num_groups, hidden_size = groups.output_sum_EGD.shape
     sums = np.ascontiguousarray(groups.output_sum_EGD.transpose(1, 0, 2)).reshape(-1, hidden_size)
     columns = {
         "group": np.repeat(np.arange(num_groups, dtype=np.int32), num_experts),
@@ -182,7 +186,7 @@ def write_groups(path: Path, groups: OutputGroups) -> WrittenFile:
         "num_sampled_tokens": np.repeat(groups.num_tokens_G, num_experts),
         "output_sum": list_column(sums, pa.float64()),
     }
-    return write_table(path, columns, schema)
+    return write_table(path, columns, groups_schema(hidden_size))
 
 
 def read_groups(path: Path) -> OutputGroups:

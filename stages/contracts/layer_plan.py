@@ -44,7 +44,7 @@ def neuron_places(neurons: Sequence[int] | None, num_places: int, order: str) ->
     chosen_F = np.arange(num_neurons) if neurons is None else np.asarray(neurons, dtype=np.int64)
     outside_F = chosen_F[(chosen_F < 0) | (chosen_F >= num_neurons)]
     if len(outside_F):
-        raise ValueError(f"the layer plan names neuron {outside_F[0]} of {num_neurons}")
+        raise ValueError(f"the layer plan names neuron {outside_F[0]} of {num_neurons}; mend the method that made the plan")
     if order == "halves":
         return [chosen_F, chosen_F + num_neurons]
     if order == "interleaved":
@@ -86,7 +86,10 @@ def pooled_places(slot: Slot, num_places: int, order: str) -> list[tuple[Array, 
     given = [member.places for member in slot.members if member.places is not None]
     num_neurons = num_places if order == "single" else num_places // 2
     if {len(places) for places in given} != {num_neurons} or max(map(max, given)) + 1 != num_neurons:
-        raise ValueError(f"the layer plan fills {max(map(max, given)) + 1} of {num_neurons} places of neurons")
+        raise ValueError(
+            f"the layer plan fills {max(map(max, given)) + 1} of {num_neurons} places of neurons; mend the "
+            f"method that made the plan"
+        )
     weights = np.repeat([member.weight for member in slot.members], num_neurons)
     share_MF = (weights / np.bincount(np.concatenate(given), weights)[np.concatenate(given)]).reshape(len(given), -1)
     lists = [neuron_places(places, num_places, order) for places in given]
@@ -101,7 +104,8 @@ class LayerPlan:
     """Slots of one MoE layer, in the order of the result's experts.
 
     num_experts: E. replaced: parameters of the model, by their name in transformers, whose values are solved ones instead of
-    the members'; they lie in the file `stages.contracts.paths.replaced_file` beside the plan, the slots along their first axis.
+    the members'; they lie in the file `stages.contracts.paths.replaced_file` beside the plan, the slots along their first axis;
+    or those of a shared expert.
 
     Raises ValueError for a plan that no checkpoint can express; the message says what a method has to return.
     """
@@ -115,12 +119,20 @@ class LayerPlan:
         for number, slot in enumerate(self.slots):
             problem = _problem(slot, self.num_experts)
             if problem:
-                raise ValueError(f"layer plan of layer {self.layer}: slot {number} {problem}")
+                raise ValueError(
+                    f"layer plan of layer {self.layer}: slot {number} {problem}; mend the method that made the plan"
+                )
         sent = [expert for slot in self.slots for expert in slot.experts]
         if len(sent) != len(set(sent)):
-            raise ValueError(f"layer plan of layer {self.layer}: an expert belongs to two slots; each has at most one")
+            raise ValueError(
+                f"layer plan of layer {self.layer}: an expert belongs to two slots; each has at most one; mend "
+                f"the method that made the plan"
+            )
         if not self.slots or len({slot.row is None for slot in self.slots}) > 1:
-            raise ValueError(f"layer plan of layer {self.layer}: it needs slots, and a router row in all of them or in none")
+            raise ValueError(
+                f"layer plan of layer {self.layer}: it needs slots, and a router row in all of them or in "
+                f"none; mend the method that made the plan"
+            )
 
     @property
     def slot_E(self) -> Array:
@@ -169,15 +181,6 @@ def _problem_of_places(slot: Slot) -> str:
 
 _PART = pa.struct([pa.field("expert", pa.int32(), False), pa.field("weight", pa.float64(), False)])
 _MEMBER = pa.struct([*_PART, pa.field("neurons", pa.list_(pa.int32()))])
-_SCHEMA = pa.schema(
-    [
-        pa.field("experts", pa.list_(pa.int32()), False),
-        pa.field("members", pa.list_(_MEMBER), False),
-        pa.field("is_joined", pa.bool_(), False),
-        pa.field("row", pa.list_(_PART)),
-        pa.field("is_unweighted", pa.bool_(), False),
-    ]
-)
 _MEANINGS = {
     "table": "layer plan: one slot (expert of the result) a row, in order",
     "experts": "experts of the source whose tokens the slot gets; an expert in no list is dropped",
@@ -186,6 +189,16 @@ _MEANINGS = {
     "row": "rows of the source's router that are added up to the slot's, with weights; null where the router stays as it is",
     "is_unweighted": "no calibration token was sent to the members",
 }
+_SCHEMA = pa.schema(
+    [
+        pa.field("experts", pa.list_(pa.int32()), False),
+        pa.field("members", pa.list_(_MEMBER), False),
+        pa.field("is_joined", pa.bool_(), False),
+        pa.field("row", pa.list_(_PART)),
+        pa.field("is_unweighted", pa.bool_(), False),
+    ],
+    metadata=_MEANINGS,
+)
 _PLACES = "places"
 _PLACES_TYPE = pa.list_(pa.list_(pa.int32()))
 _PLACES_MEANING = "by member, the place in the slot of each of its neurons; those that share one are averaged; null: in order"

@@ -7,7 +7,7 @@ Dimensions: E experts.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import JsonValue
 
@@ -17,6 +17,11 @@ from stages.contracts.layer_plan import LayerPlan
 from stages.contracts.settings import Clustering, Merging
 
 S = TypeVar("S", bound=Clustering)
+
+PairCost = Literal["elimination", "importance", "auto"]
+"""By what pairs of experts are compared. importance: the importance of the neurons that find no room. elimination: the error of
+the layer's output that is left once a slot's neurons are chosen and what they feed is solved. auto: elimination where a layer's
+pairs, compared by all neurons, take at most 1e15 floating-point operations, else importance."""
 
 Preset = Mapping[str, Mapping[str, JsonValue]]
 """Settings by section: clustering, budget, merging, refit, export."""
@@ -52,9 +57,10 @@ class Method(Generic[S]):
     alone. predicts_routing: whether it predicts what the router picks among fewer experts, which not all families allow.
     reads_merging: whether it reads the section `merging`. reads_groups: whether it keeps slots within groups of a stock
     router. keeps_all: every expert is a slot, and a target's number of experts says how wide they are: as many parameters as so
-    many experts have. needs_choice: its slots only list whose neurons are to be chosen from (`refit.neurons: choose`). linkage:
-    the dendrogram that its plans are cuts of, as scipy's matrix [E-1, 4], where there is one. presets: named settings for
-    variants.
+    many experts have. needs_choice: its slots only list whose neurons are to be chosen from (`refit.neurons: choose`).
+    pair_cost: given its settings, by what recombine compares pairs; importance leaves the method's own. alternatives: further
+    plans by name, each in the formats that it names, of which recombine takes the best in every layer. linkage: the dendrogram
+    that its plans are cuts of, as scipy's matrix [E-1, 4], where there is one. presets: named settings for variants.
     """
 
     name: str
@@ -71,8 +77,22 @@ class Method(Generic[S]):
     needs_choice: bool = False
     keeps_protected: bool = False
     predicts_routing: bool = False
+    pair_cost: Callable[[S], PairCost] = lambda settings: "importance"
+    alternatives: Mapping[str, "Alternative"] = field(default_factory=dict)
     linkage: Callable[[LayerEvidence, S], Array] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
+
+    def alternatives_in(self, export_format: str) -> tuple[str, ...]:
+        """Names of the alternatives that a format can express, in order."""
+        return tuple(name for name, one in self.alternatives.items() if export_format in one.formats)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another plan of a method, as `Method.plan` makes it, and the formats that can express it."""
+
+    plan: Callable[[LayerEvidence, int, PlanSettings[Any]], LayerPlan]
+    formats: tuple[str, ...] = ("tied", "stock")
 
 
 Methods = Mapping[str, Method[Any]]

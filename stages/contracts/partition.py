@@ -9,8 +9,9 @@ from pathlib import Path
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from stages.contracts.errors import InputError
-from stages.contracts.settings import Calibration, Evaluation, Resources, TextData
+from stages.contracts.settings import Resources
 from stages.contracts.survey import Survey
+from stages.contracts.text_settings import Calibration, Evaluation, TextData
 from stages.io.untrusted import read_small
 
 LayerRange = tuple[int, int]

@@ -9,6 +9,7 @@ SCORES_FILE = "scores.json"
 GENERATION_FILE = "generation.json"
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.json"
+REPORT_PAGE_FILE = "report.html"
 TRANSIENT_DIRS = ("hidden", "partial")
 
 
@@ -30,6 +31,31 @@ def hidden_file(part_dir: Path, layer: int, shard: int) -> Path:
 def student_file(part_dir: Path, layer: int, shard: int) -> Path:
     """Hidden states of a token shard as they enter a layer, behind layers that are already refitted; transient."""
     return part_dir / TRANSIENT_DIRS[0] / f"layer-{layer:04d}" / f"student-{shard:04d}.safetensors"
+
+
+def given_file(part_dir: Path, layer: int, shard: int) -> Path:
+    """What a layer's experts are given and have to give, of a token shard; transient."""
+    return part_dir / TRANSIENT_DIRS[0] / f"layer-{layer:04d}" / f"given-{shard:04d}.safetensors"
+
+
+def pairs_file(part_dir: Path, layer: int, expert: int) -> Path:
+    """What a slot loses that an expert shares with each later one; transient."""
+    return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / f"pairs-{expert:04d}.safetensors"
+
+
+def start_file(part_dir: Path, layer: int, name: str) -> Path:
+    """The solution of one of a layer's plans as it is, from which its neurons are chosen; transient."""
+    return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / name / "start.safetensors"
+
+
+def start_plan_file(part_dir: Path, layer: int, name: str) -> Path:
+    """One of a layer's plans, with pairs that are chosen anew; transient."""
+    return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / name / "plan.arrow"
+
+
+def chosen_file(part_dir: Path, layer: int, name: str, slot: int) -> Path:
+    """Neurons that a slot of one of a layer's plans keeps; transient."""
+    return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / name / f"slot-{slot:04d}.safetensors"
 
 
 def partial_evidence_file(part_dir: Path, layer: int, shard: int) -> Path:
@@ -55,6 +81,11 @@ def column_file(part_dir: Path, layer: int, column: str) -> Path:
 def plan_file(part_dir: Path, layer: int) -> Path:
     """The layer plan: which experts of one layer are kept or merged."""
     return part_dir / f"layer-{layer:04d}.plan.arrow"
+
+
+def distances_file(part_dir: Path, layer: int) -> Path:
+    """Distances of one layer's experts by their weights."""
+    return part_dir / f"layer-{layer:04d}.distances.arrow"
 
 
 def costs_file(part_dir: Path, layer: int) -> Path:

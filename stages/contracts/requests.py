@@ -32,20 +32,23 @@ class TaskArgs:
     apply_chat_template: bool
     confirm_run_unsafe_code: bool
     trust_remote_code: bool
-    bootstrap_iters: int = 100_000
+    bootstrap_iters: int
 
 
 @dataclass(frozen=True)
 class RequestsFacts:
     """kinds: methods of the harness's model class that the task calls. num_requests: distinct log-likelihood requests.
-    num_shards: their shards. longest: tokens of the longest row; 0 without requests. num_tokens: tokens of all rows. versions:
-    of the tasks, by name. failure: why the task asks nothing; None if it does."""
+    num_shards: their shards. longest: tokens of the longest row; 0 without requests. num_tokens: tokens of all rows.
+    num_prompts: prompts that a model continues. num_slices: slices of them. versions: of the tasks, by name. failure: why the
+    task asks nothing; None if it does."""
 
     kinds: tuple[str, ...]
     num_requests: int
     num_shards: int
     longest: int
     num_tokens: int
+    num_prompts: int
+    num_slices: int
     versions: Mapping[str, str]
     failure: str | None = None
 

@@ -16,10 +16,13 @@ from stages.contracts.budget import BUDGET_UNIT, BudgetFacts, BudgetKinds
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Identity, Part
 from stages.contracts.method import Methods
-from stages.contracts.settings import RunConfig, Section
+from stages.contracts.section import Section
+from stages.contracts.settings import RunConfig
 from stages.contracts.survey import Survey
-from stages.contracts.targets import NumExperts, Target, Variant
+from stages.contracts.target_settings import NumExperts
+from stages.contracts.targets import Target, Variant
 from stages.contracts.tensors import TensorRow, num_neurons
+from stages.contracts.texts import sections_of, texts_in, tokens_unit_name
 from stages.contracts.units import Call, Facts, Hold, Unit
 from stages.contracts.widths import kept_neurons
 
@@ -155,12 +158,30 @@ def plans_of(run: Run, target: Target) -> Part:
     return refitted[0] if refitted else run.part("cluster", target.part)
 
 
+def text_facts(run: Run, section: str, fact: str) -> dict[str, int]:
+    """A number that prepare found of the text of each domain of a section (`TokensFacts`), by domain; without those domains of
+    which it is not known."""
+    names = {tokens_unit_name(text.domain): text.domain for text in texts_in(section, sections_of(run.config)[section])}
+    found: dict[str, int] = {}
+    for unit in run.units("prepare"):
+        sealed = run.sealed(unit) if unit.part_dir == run.part("prepare", section).dir else None
+        value = sealed.facts.get(fact) if sealed is not None else None
+        if isinstance(value, int):
+            found[names[unit.name]] = value
+    return found
+
+
 def narrowed_to(run: Run, target: Target) -> int | None:
     """Neurons that each expert of a target keeps; None for all. Raises InputError as `kept_neurons` does."""
-    share = target.share(run.survey.num_experts)
+    return kept_width(target, run.survey, run.tensors)
+
+
+def kept_width(target: Target, survey: Survey, tensors: Sequence[TensorRow]) -> int | None:
+    """The same of the checkpoint that a survey and its tensors describe."""
+    share = target.share(survey.num_experts)
     if share == 1:
         return None
-    return kept_neurons(num_neurons(run.tensors), share, target.variant.refit.width_multiple)
+    return kept_neurons(num_neurons(tensors), share, target.variant.refit.width_multiple)
 
 
 def counts_of(run: Run, target: Target) -> dict[int, int]:
@@ -226,6 +247,11 @@ class StageSpec(ABC):
     def check_surveyed(self, run: Run) -> None:
         """Raise InputError for settings that the survey shows to be impossible."""
         return
+
+    def weights_bytes(self, target: Target, survey: Survey, tensors: Sequence[TensorRow]) -> int:
+        """Bytes of the weight files that the stage would write for a target; 0 for a stage that writes none.
+        Raises InputError for a width that is not possible."""
+        return 0
 
     def remarks(self, run: Run) -> Iterable[str]:
         """Lines for the log, once the survey can be read."""

@@ -9,8 +9,8 @@ from pydantic import JsonValue
 from stages.contracts import paths
 from stages.contracts.keys import Part, key_of
 from stages.contracts.partition import LayerRange, held_bytes, layer_shards, read_partition
-from stages.contracts.settings import TextData
 from stages.contracts.spec import Run
+from stages.contracts.text_settings import TextData
 from stages.contracts.units import Call, Hold, Unit
 from stages.io.files import write_json
 

@@ -23,8 +23,9 @@ class Survey:
     of values in all tensors. total_bytes: size of all tensors on disk. mtp_tensors, first_mtp_tensor: number of tensors of
     layers that predict further tokens (MTP), and the first one as messages name it. unloaded_tensors, first_unloaded_tensor:
     the same for tensors that transformers does not load. ignored_files: weight files that transformers does not read.
-    outside_bytes: bytes of tensors outside the layers. layer_bytes: bytes of each layer. layer_expert_bytes: bytes of each
-    layer's experts. layer_held_bytes: bytes of each layer in a worker, where experts that are packed on disk stay packed.
+    outside_bytes: bytes of tensors outside the layers that transformers loads. layer_bytes: bytes of each layer.
+    layer_expert_bytes: bytes of each layer's experts. layer_held_bytes: bytes of each layer in a worker, where experts that are
+    packed on disk stay packed.
     """
 
     family: str

@@ -1,6 +1,7 @@
 """Targets: the checkpoints that a run makes."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +9,9 @@ from stages.contracts.budget import BudgetKind
 from stages.contracts.keys import key_of
 from stages.contracts.method import Method
 from stages.contracts.protection import REQUIRED
-from stages.contracts.settings import Budget, Clustering, Export, Merging, Refit, WidthTarget
+from stages.contracts.settings import Budget, Clustering, Export, Merging, Refit, RunConfig
 from stages.contracts.survey import Survey
-
-NumExperts = int | tuple[int, ...]
-"""Experts that each MoE layer keeps: one number for all layers, or one per layer."""
+from stages.contracts.target_settings import AskedTarget, MemoryTarget, NumExperts, ShareTarget, WidthTarget
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,12 @@ class Target:
         """Name of the target's part in a stage."""
         return f"{self.label}-{self.format}"
 
+    @property
+    def merges_mtp(self) -> bool:
+        """Whether layers that predict further tokens are to have as few experts as the others. A tied export never has such
+        layers: nothing that loads it reads them."""
+        return self.format == "stock" and self.variant.export.mtp == "merge"
+
     def kept_experts(self, num_experts: int) -> NumExperts:
         """Experts that layers of num_experts keep."""
         return num_experts if self.variant.method.keeps_all else self.num_experts
@@ -94,8 +99,26 @@ def targets_of(name: str, variants: Sequence[Variant]) -> tuple[Target, ...]:
     )
 
 
-def _asked(entry: NumExperts | WidthTarget) -> tuple[NumExperts, float]:
+def with_counts(config: RunConfig, num_experts: int) -> RunConfig:
+    """The same run for a model whose layers have num_experts: shares in `clustering.num_experts` become numbers of experts."""
+    asked = config.clustering.num_experts
+    return with_targets(config, [_count_of(one.share, num_experts) if isinstance(one, ShareTarget) else one for one in asked])
+
+
+def with_targets(config: RunConfig, targets: Iterable[AskedTarget]) -> RunConfig:
+    """The same run with other targets."""
+    clustering = config.clustering.model_copy(update={"num_experts": tuple(targets)})
+    return config.model_copy(update={"clustering": clustering})
+
+
+def _count_of(share: float, num_experts: int) -> int:
+    """The nearest number of experts, at least one; halves are rounded up."""
+    return max(1, math.floor(share * num_experts + 0.5))
+
+
+def _asked(entry: AskedTarget) -> tuple[NumExperts, float]:
     """Experts and width of an element of `clustering.num_experts`."""
+    assert not isinstance(entry, ShareTarget | MemoryTarget), "they become numbers before"
     return (entry.experts, entry.width) if isinstance(entry, WidthTarget) else (entry, 1.0)
 
 

@@ -23,7 +23,7 @@ def expanded(names: Sequence[str]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for name in names:
         if re.fullmatch(r"[\w.+-]+", name, re.ASCII) is None:
-            raise InputError(f"evaluation.tasks: {name!r} is no name of a task; it has letters, digits and . _ + - alone")
+            raise InputError(f"evaluation.tasks: {name!r} is no name of a task; write letters, digits and . _ + - alone")
         found |= dict.fromkeys(GROUPS.get(name, (name,)))
     return tuple(found)
 
@@ -61,6 +61,7 @@ def task_args(config: RunConfig) -> list[TaskArgs]:
             apply_chat_template=harness.apply_chat_template,
             confirm_run_unsafe_code=harness.confirm_run_unsafe_code,
             trust_remote_code=config.trust_remote_code,
+            bootstrap_iters=harness.bootstrap_iters,
         )
         for name in expanded(data.tasks)
     ]

@@ -34,7 +34,8 @@ _SCHEMA = pa.schema(
     metadata={
         "table": "tensors of a checkpoint as they are stored, in the order of their bytes",
         "parameter": "name of the transformers parameter that this tensor becomes part of",
-        "layer": "decoder layer, null outside of the layers",
+        "layer": "decoder layer, null outside of the layers; where like is set, the number of the layer that predicts further "
+        "tokens, counted on from the decoder layers",
         "role": "copy | expert (one expert's) | fused_expert (all experts') | router (rows by expert) | mtp (further tokens)",
         "expert": "index of the expert for role expert",
         "expert_axis": "axis of the experts for roles fused_expert and router",
@@ -83,6 +84,11 @@ class TensorRow:
         return replace(
             self, name=self.values, template=self.values_template, shape=self.values_shape, dtype=dtype, scheme="", part=""
         )
+
+
+def mtp_layers(rows: Iterable[TensorRow]) -> list[int]:
+    """Numbers of the layers with experts that predict further tokens, ascending."""
+    return sorted({row.layer for row in rows if row.role == "mtp" and row.like and row.layer is not None})
 
 
 def num_neurons(rows: Iterable[TensorRow]) -> int:

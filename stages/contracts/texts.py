@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from stages.contracts.settings import Domain, Format, RunConfig, TextData
+from stages.contracts.settings import RunConfig
+from stages.contracts.text_settings import Domain, Format, TextData
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,7 @@ class Text:
     """Documents of one kind, and the sequences drawn from them.
 
     place: where the run file names it, `calibration` or `calibration.data.code`. section: `calibration` or `evaluation`.
-    domain: its name; empty if the section has no domains. data, text_field, format, revision, seed, num_sequences,
+    domain: its name; empty if the section has no domains. data, text_field, format, packing, revision, seed, num_sequences,
     sequence_length: as in `TextData`. shards: its token shards, numbered through the section.
     """
 
@@ -20,6 +21,7 @@ class Text:
     data: tuple[str, ...]
     text_field: str
     format: Format
+    packing: bool
     revision: str | None
     seed: int
     num_sequences: int
@@ -48,8 +50,10 @@ def domain_shards(data: TextData) -> tuple[DomainShards, ...]:
 
 def sections_of(config: RunConfig) -> dict[str, TextData]:
     """The sections that name texts, by name."""
-    sections = {"calibration": config.calibration, "evaluation": config.evaluation}
-    return {name: data for name, data in sections.items() if data is not None}
+    sections: dict[str, TextData] = {"calibration": config.calibration}
+    if config.evaluation is not None and config.evaluation.has_text:
+        sections["evaluation"] = config.evaluation
+    return sections
 
 
 def texts_of(config: RunConfig) -> dict[str, Text]:
@@ -71,6 +75,7 @@ def texts_in(section: str, data: TextData) -> list[Text]:
             domain.data,
             domain.text_field or data.text_field,
             domain.format or data.format,
+            data.packing if domain.packing is None else domain.packing,
             domain.revision,
             data.seed,
             data.sequences_by_domain[name],

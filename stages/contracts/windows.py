@@ -11,7 +11,7 @@ import numpy as np
 from stages.contracts.arrow import Array
 
 NO_TOKEN = -1
-"""Fills the rows of a token shard behind the end of a text."""
+"""Padding of a token shard: fills a row where the text, or the document that has the row for itself, has ended."""
 
 
 def scored(token_ids_ST: Array, first_sequence: int, stride: int | None) -> Array:

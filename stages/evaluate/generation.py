@@ -8,8 +8,8 @@ from rich import filesize
 
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
-from stages.contracts.settings import Evaluation
 from stages.contracts.spec import Run, StageSpec
+from stages.contracts.text_settings import Evaluation
 from stages.contracts.units import NoFacts, Unit, UnitCall
 from stages.evaluate.models import hold_whole, models, whole_bytes
 

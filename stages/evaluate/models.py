@@ -7,9 +7,9 @@ from pathlib import Path
 from stages.contracts.keys import Part
 from stages.contracts.partition import held_bytes
 from stages.contracts.paths import CHECKPOINT_DIR
-from stages.contracts.settings import TextData
 from stages.contracts.spec import Run
 from stages.contracts.stream_units import LayerShardArgs
+from stages.contracts.text_settings import TextData
 from stages.contracts.units import Hold, HoldCall
 
 OPEN = HoldCall("stages.model.layer_shard:open_layer_shard", LayerShardArgs)

@@ -1,21 +1,24 @@
 """The stage evaluate: perplexity of the source and of every merged checkpoint on held-out text, in all and by domain; their
 answers to prompts, and their scores on tasks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.keys import Part
-from stages.contracts.settings import Evaluation, RunConfig
-from stages.contracts.spec import Run, StagePlan, StageSpec
+from stages.contracts.settings import RunConfig
+from stages.contracts.spec import Run, StagePlan, StageSpec, text_facts
 from stages.contracts.stream_units import Stream, StreamArgs, stream_plan, stream_units
 from stages.contracts.targets import Target
 from stages.contracts.tasks import task_args
-from stages.contracts.texts import DomainShards, domain_shards, tokens_unit_name
+from stages.contracts.text_settings import Evaluation
+from stages.contracts.texts import DomainShards, domain_shards
 from stages.contracts.units import NoFacts, Unit, UnitCall
+from stages.evaluate.backends import backend_lines, check_backend, check_engine, check_whole_tasks
 from stages.evaluate.generation import check_generation, generation_parts, generation_units
 from stages.evaluate.models import OPEN, SOURCE_PART, Model, models
-from stages.evaluate.tasks import backend_lines, check_backend, check_whole_tasks, task_parts, task_units
+from stages.evaluate.tasks import task_parts, task_units
+from stages.harness.notes import notes_of
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ class Evaluate(StageSpec):
     after = ("prepare", "requests", "assemble")
 
     def parts(self, run: Run) -> Iterator[Part]:
-        """One part for the source and one per target, and further ones for their answers; none without held-out text."""
+        """For the source and each target: a part for the held-out text, one for answers to prompts, and one for each task."""
         data = run.config.evaluation
         if data is None:
             return
-        tokens = run.part("prepare", "evaluation")
-        for model in models(run):
+        for model in models(run) if data.has_text else ():
+            tokens = run.part("prepare", "evaluation")
             yield run.new_part(self, model.part, {}, {"model": model.made_by, "tokens": tokens})
         yield from generation_parts(self, run, data)
         yield from task_parts(self, run, data)
@@ -80,7 +83,7 @@ class Evaluate(StageSpec):
         data = run.config.evaluation
         if data is None:
             return
-        for model in models(run):
+        for model in models(run) if data.has_text else ():
             yield from _model_units(run, data, model)
         yield from generation_units(run, data)
         yield from task_units(run, data)
@@ -91,24 +94,29 @@ class Evaluate(StageSpec):
         if data is None:
             return StagePlan("", "workers")
         num_models = 1 + len(run.targets)
-        shards = stream_plan(run, run.part(self.name, SOURCE_PART), data)
-        answers = f" + {num_models} answers to prompts" if data.generate else ""
-        answers += f" + {num_models} x {len(task_args(run.config))} tasks" if data.tasks else ""
-        return StagePlan(f"{num_models} models x {shards} + {num_models} scores{answers}", "workers")
+        units = []
+        if data.has_text:
+            shards = stream_plan(run, run.part(self.name, SOURCE_PART), data)
+            units += [f"{num_models} models x {shards}", f"{num_models} scores"]
+        units += [f"{num_models} answers to prompts"] if data.generate else []
+        units += [f"{num_models} x {len(task_args(run.config))} tasks"] if data.tasks else []
+        return StagePlan(" + ".join(units), "workers")
 
     def check_surveyed(self, run: Run) -> None:
-        """Refuse whole models that are too large for a worker."""
+        """Refuse whole models that are too large for a worker, and tied exports that an engine cannot run."""
         if run.config.evaluation is not None:
             check_generation(run, run.config.evaluation)
-            check_whole_tasks(run, run.config.evaluation)
+            check_engine(run, run.config.evaluation)
+            check_whole_tasks(run, run.config.evaluation, notes_of(run.config, run.model))
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
         """Refuse a backend that cannot run the tasks."""
-        check_backend(config)
+        check_backend(config, targets, notes_of(config, checkpoint.folder))
 
-    def remarks(self, run: Run) -> Iterator[str]:
+    def remarks(self, run: Run) -> Iterable[str]:
         """Which backend runs each task."""
-        return backend_lines(run.config)
+        data = run.config.evaluation
+        return backend_lines(data, notes_of(run.config, run.model)) if data is not None else ()
 
 
 def _model_units(run: Run, data: Evaluation, model: Model) -> Iterator[Unit]:
@@ -121,20 +129,8 @@ def _model_units(run: Run, data: Evaluation, model: Model) -> Iterator[Unit]:
     units = stream_units(run, stream)
     yield from units
     last = [unit for unit in units if not unit.writes]
-    args = ScoreArgs(domain_shards(data), _num_bytes(run, data))
+    args = ScoreArgs(domain_shards(data), text_facts(run, "evaluation", "num_bytes"))
     yield run.unit(part, "perplexity", SCORE.on(args), f"{model.name}, perplexity", after=last)
-
-
-def _num_bytes(run: Run, data: Evaluation) -> dict[str, int]:
-    """Bytes of the predicted text by domain, where prepare has found them."""
-    domains = {tokens_unit_name(name): name for name in data.shards_by_domain}
-    found: dict[str, int] = {}
-    for unit in run.units("prepare"):
-        sealed = run.sealed(unit) if unit.part_dir == run.part("prepare", "evaluation").dir else None
-        num_bytes = sealed.facts.get("num_bytes") if sealed is not None else None
-        if isinstance(num_bytes, int):
-            found[domains[unit.name]] = num_bytes
-    return found
 
 
 SPEC = Evaluate()

@@ -1,4 +1,4 @@
-"""Units for tasks of lm-evaluation-harness: answer requests in layer shards, and compute scores.
+"""Units for tasks of lm-evaluation-harness: answer requests in layer shards, and compute scores from answers.
 
 Dimensions: S rows, B rows of a micro-batch, T tokens, D hidden size, N scored positions, V vocabulary.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.paths import RESULTS_FILE
+from stages.contracts.prompts import Prompt, prompts_file, read_prompts, read_texts, texts_file
 from stages.contracts.requests import (
     Request,
     Row,
@@ -21,7 +22,7 @@ from stages.contracts.requests import (
     write_answers,
 )
 from stages.contracts.units import HeldJob, Job, NoFacts, UnitResult
-from stages.evaluate.tasks import AnswerArgs, TaskFacts, TaskScoreArgs, WholeTaskArgs
+from stages.evaluate.tasks import AnswerArgs, TaskFacts, TaskScoreArgs
 from stages.harness.attempts import attempted
 from stages.io.files import write_bytes
 from stages.model.layer_shard import LayerShard
@@ -35,7 +36,7 @@ def answer_unit(job: HeldJob[AnswerArgs, LayerShard]) -> UnitResult[NoFacts]:
     """Pass a shard of requests through the held layer shard. After the last layer, write the answers."""
     args = job.args.stream
     rows = read_requests(requests_file(job.run_dir / args.tokens_dir, args.shard))
-    token_ids_ST = torch.from_numpy(padded(rows)).clamp(min=0)  # what stands behind a row's end changes nothing before it
+    token_ids_ST = torch.from_numpy(padded(rows))
     micro_batch = max(1, job.args.tokens_per_micro_batch // token_ids_ST.shape[1])
     stream = Stream(*hidden_files(job.part_dir, args, job.held))
     passed = pass_through(job.held, token_ids_ST, micro_batch, {"model": stream})
@@ -99,28 +100,27 @@ def _score(job: Job[TaskScoreArgs]) -> UnitResult[TaskFacts]:
     from stages.harness.tasks import quiet, results_of, results_text
 
     args = job.args
+    shards, slices = range(args.num_shards), range(args.num_slices)
+    expected = [answers_file(job.part_dir, number) for number in shards] + [
+        texts_file(job.part_dir, number) for number in slices
+    ]
+    lacking = [path.name for path in expected if not path.exists()]
+    if lacking:
+        return UnitResult(
+            TaskFacts(f"{len(lacking)} of {len(expected)} files of answers are missing: {', '.join(lacking)}"[:400])
+        )
+    requests_dir = job.run_dir / args.requests_dir
     answers: dict[Request, tuple[float, bool]] = {}
-    for shard in range(args.num_shards):
-        rows = read_requests(requests_file(job.run_dir / args.requests_dir, shard))
-        asked = [request for row in rows for request in row.requests]
+    for shard in shards:
+        asked = [request for row in read_requests(requests_file(requests_dir, shard)) for request in row.requests]
         answers |= dict(zip(asked, read_answers(answers_file(job.part_dir, shard)), strict=True))
+    texts: dict[Prompt, list[str]] = {}
+    for number in slices:
+        prompts = read_prompts(prompts_file(requests_dir, number))
+        for prompt, text in zip(prompts, read_texts(texts_file(job.part_dir, number)), strict=True):
+            texts.setdefault(prompt, []).append(text)
     with quiet():
-        model = Replay(Checkpoint(args.model), args.task.trust_remote_code, args.task.max_length, answers)
-        text = results_text(results_of(model, args.task, args.name))
-    return UnitResult(TaskFacts(), (write_bytes(job.part_dir / RESULTS_FILE, text.encode()),))
-
-
-def whole_task_unit(job: HeldJob[WholeTaskArgs, LayerShard]) -> UnitResult[TaskFacts]:
-    """Run the harness on the held model and write its results."""
-    return attempted(job.part_dir, lambda: _run_whole(job), TaskFacts)
-
-
-def _run_whole(job: HeldJob[WholeTaskArgs, LayerShard]) -> UnitResult[TaskFacts]:
-    from stages.harness.models import whole_model
-    from stages.harness.tasks import quiet, results_of, results_text
-
-    args = job.args
-    with quiet():
-        model = whole_model(job.held, args.task.trust_remote_code, args.task.max_length, args.batch_size)
-        text = results_text(results_of(model, args.task, args.name))
+        model = Replay(Checkpoint(args.model), args.task.trust_remote_code, args.task.max_length, answers, texts)
+        kind = "vllm" if args.backend == "vllm" else "hf"
+        text = results_text(results_of(model, args.task, args.name, kind))
     return UnitResult(TaskFacts(), (write_bytes(job.part_dir / RESULTS_FILE, text.encode()),))

@@ -1,30 +1,20 @@
-"""Tasks of lm-evaluation-harness: what the stage declares of them, and which backend answers.
+"""Tasks of lm-evaluation-harness: parts and units of the stage. Requests are answered shard by shard, whoever answers
+(`backends.py`), and then scored from the stored answers."""
 
-streamed: requests pass through layer shards as a text's sequences do, so that a worker needs the memory of one layer shard. hf:
-one worker holds the whole model and runs the harness on it.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from pydantic import JsonValue
 
-from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.requests import RequestsFacts, TaskArgs
-from stages.contracts.settings import Evaluation, Harness, RunConfig, TextData
 from stages.contracts.spec import Run, StageSpec
 from stages.contracts.stream_units import Stream, StreamArgs, stream_units
 from stages.contracts.tasks import sealed_requests, task_args, task_part
+from stages.contracts.text_settings import Evaluation, Harness, TextData
 from stages.contracts.units import NoFacts, Unit, UnitCall
-from stages.evaluate.generation import check_fits_whole
+from stages.evaluate.backends import ROOM_TOKENS, Backend, backend_of, engine_version, hold_engine
 from stages.evaluate.models import OPEN, Model, hold_whole, models, whole_bytes
-from stages.harness.notes import TaskNote, notes_of
-
-_GENERATES = "generate_until"
-_ROOM_TOKENS = 2048
-"""Tokens of a request for which a whole model's memory is counted."""
 
 
 @dataclass(frozen=True)
@@ -38,40 +28,48 @@ class AnswerArgs:
 @dataclass(frozen=True)
 class TaskScoreArgs:
     """Arguments for the scores of a task whose requests are answered. model, name: checkpoint folder and name of the model.
-    requests_dir: of the shards of requests, relative to the run directory."""
+    requests_dir: of the shards of requests and the slices of prompts, relative to the run directory. backend: who has
+    answered."""
 
     task: TaskArgs
     model: str
     name: str
     requests_dir: str
     num_shards: int
+    num_slices: int
+    backend: Backend
 
 
 @dataclass(frozen=True)
-class WholeTaskArgs:
-    """Arguments for a task that one worker runs on a whole model. name: of the model. batch_size: as in `Harness`."""
+class WholeArgs:
+    """Arguments for a shard of requests, or a slice of prompts, that a whole model answers. number: of the shard or slice.
+    requests_dir: as in `TaskScoreArgs`. batch_size: as in `Harness`."""
 
     task: TaskArgs
-    name: str
+    requests_dir: str
+    number: int
     batch_size: int
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """failure: why there are no scores; None if there are."""
+    """failure: why there are no scores, or no answers; None if there are."""
 
     failure: str | None = None
 
 
 ANSWER = UnitCall("stages.evaluate.task_units:answer_unit", AnswerArgs, NoFacts)
 TASK_SCORE = UnitCall("stages.evaluate.task_units:score_task_unit", TaskScoreArgs, TaskFacts)
-WHOLE_TASK = UnitCall("stages.evaluate.task_units:whole_task_unit", WholeTaskArgs, TaskFacts)
+WHOLE_ANSWERS = UnitCall("stages.evaluate.whole_units:answers_unit", WholeArgs, TaskFacts)
+WHOLE_TEXTS = UnitCall("stages.evaluate.whole_units:texts_unit", WholeArgs, TaskFacts)
 
 
 def task_parts(spec: StageSpec, run: Run, data: Evaluation) -> Iterator[Part]:
     """One part for each task and model."""
     harness = data.harness
     settings: dict[str, JsonValue] = harness.model_dump(include={"backend", "batch_size", "tokens_per_micro_batch"})
+    if harness.backend == "vllm":
+        settings["vllm"] = engine_version()
     for model in models(run):
         for args in task_args(run.config):
             upstream = {"model": model.made_by, "requests": run.part("requests", args.task)}
@@ -79,40 +77,43 @@ def task_parts(spec: StageSpec, run: Run, data: Evaluation) -> Iterator[Part]:
 
 
 def task_units(run: Run, data: Evaluation) -> Iterator[Unit]:
-    """For each model and task: units that pass shards of requests through layer shards, and one unit for the scores; or one
-    unit that holds the whole model. None for a task whose requests could not be made."""
+    """For each model and task: units that pass shards of requests through layer shards, or a unit for each shard and slice that
+    holds the whole model; and one unit for the scores. None for a task whose requests could not be made."""
     found = sealed_requests(run)
     harness = data.harness
     asked = {args.task: (args, found[args.task]) for args in task_args(run.config) if args.task in found}
-    streamed = [facts for _, facts in asked.values() if not _needs_whole(harness, facts.kinds)]
+    streamed = [facts for _, facts in asked.values() if backend_of(harness, facts.kinds) == "streamed"]
     # one partition for all tasks, so that a worker reads each layer shard once for all of them
     longest = max((facts.longest for facts in streamed), default=0)
     for model in models(run):
         for args, facts in asked.values():
             if facts.failure is not None:
                 continue
-            if _needs_whole(harness, facts.kinds):
-                yield _whole_unit(run, harness, model, args)
+            backend = backend_of(harness, facts.kinds)
+            part, requests = run.part("evaluate", task_part(args.task, model.part)), run.part("requests", args.task)
+            if backend == "streamed":
+                units = _streamed_units(run, part, requests, harness, model, facts, longest)
             else:
-                yield from _streamed_units(run, harness, model, args, facts, longest)
+                units = list(_whole_units(run, part, requests, harness, model, args, facts, backend))
+            yield from units
+            score = TaskScoreArgs(
+                args, str(model.folder), model.name, requests.dir, facts.num_shards, facts.num_slices, backend
+            )
+            after = [unit for unit in units if not unit.writes]
+            yield run.unit(part, "scores", TASK_SCORE.on(score), f"{model.name}, {args.task}, scores", after=after)
 
 
 def _streamed_units(
-    run: Run, harness: Harness, model: Model, args: TaskArgs, facts: RequestsFacts, longest: int
-) -> Iterator[Unit]:
-    part, requests = run.part("evaluate", task_part(args.task, model.part)), run.part("requests", args.task)
+    run: Run, part: Part, requests: Part, harness: Harness, model: Model, facts: RequestsFacts, longest: int
+) -> list[Unit]:
     shape = _shape(harness, longest)
     shape = shape.model_copy(update={"num_sequences": facts.num_shards * shape.sequences_per_shard})
     stream = Stream(
-        part, requests, shape, str(model.folder), f"{model.name}, {args.task}, ", OPEN.on,
+        part, requests, shape, str(model.folder), f"{model.name}, {requests.name}, ", OPEN.on,
         lambda stream: ANSWER.on(AnswerArgs(stream, harness.tokens_per_micro_batch)),
         shares_layers=True,
     )  # fmt: skip
-    units = stream_units(run, stream)
-    yield from units
-    last = [unit for unit in units if not unit.writes]
-    score = TaskScoreArgs(args, str(model.folder), model.name, requests.dir, facts.num_shards)
-    yield run.unit(part, "scores", TASK_SCORE.on(score), f"{model.name}, {args.task}, scores", after=last)
+    return stream_units(run, stream)
 
 
 def _shape(harness: Harness, longest: int) -> TextData:
@@ -126,56 +127,15 @@ def _shape(harness: Harness, longest: int) -> TextData:
     )
 
 
-def _whole_unit(run: Run, harness: Harness, model: Model, args: TaskArgs) -> Unit:
-    return run.unit(
-        run.part("evaluate", task_part(args.task, model.part)), "scores",
-        WHOLE_TASK.on(WholeTaskArgs(args, model.name, harness.batch_size)), f"{model.name}, {args.task}",
-        hold=hold_whole(run, model), on_worker=True, memory_bytes=whole_bytes(run, harness.batch_size * _ROOM_TOKENS),
-    )  # fmt: skip
-
-
-def _needs_whole(harness: Harness, kinds: tuple[str, ...]) -> bool:
-    return harness.backend == "hf" or (harness.backend == "auto" and _GENERATES in kinds)
-
-
-def backend_lines(config: RunConfig) -> Iterator[str]:
-    """Which backend runs each task, and why."""
-    data = config.evaluation
-    notes = notes_of(config) if data is not None else {}
-    for name, note in notes.items():
-        assert data is not None
-        if data.harness.backend != "auto":
-            yield f"backend      {name}: {data.harness.backend}, as evaluation.harness.backend says"
-        elif _needs_whole(data.harness, note.kinds):
-            yield f"backend      {name}: hf, since it generates text: the whole model on a worker"
-        else:
-            yield f"backend      {name}: streamed, since it needs log-likelihoods alone: a layer shard on a worker"
-
-
-def check_backend(config: RunConfig) -> None:
-    """Raise InputError for a backend that cannot run the tasks."""
-    data = config.evaluation
-    if data is None or not data.tasks:
-        return
-    if data.harness.backend == "vllm":
-        reason = "is not installed" if find_spec("vllm") is None else "this version does not run tasks on"
-        raise InputError(
-            f"evaluation.harness.backend is vllm, which {reason}; use streamed, hf or auto, or run `lm_eval --model vllm` on "
-            "stock exports"
-        )
-    for name, note in notes_of(config).items():
-        if data.harness.backend == "streamed" and note.generates:
-            raise InputError(
-                f"evaluation.harness.backend is streamed, but {name} generates text, which needs the whole model at once; use "
-                f"hf "
-                "or auto"
-            )
-
-
-def check_whole_tasks(run: Run, data: Evaluation) -> None:
-    """Raise InputError if a task needs the whole model and that is too large for a worker."""
-    notes: Mapping[str, TaskNote] = notes_of(run.config)
-    whole = [name for name, note in notes.items() if _needs_whole(data.harness, note.kinds)]
-    if whole:
-        place = f"evaluation.tasks ({', '.join(whole)})"
-        check_fits_whole(run, data.harness.batch_size * _ROOM_TOKENS, place, "leave these tasks out")
+def _whole_units(
+    run: Run, part: Part, requests: Part, harness: Harness, model: Model, args: TaskArgs, facts: RequestsFacts, backend: Backend
+) -> Iterator[Unit]:
+    hold = hold_engine(run, model) if backend == "vllm" else hold_whole(run, model)
+    memory_bytes = whole_bytes(run, harness.batch_size * ROOM_TOKENS)
+    label = f"{model.name}, {args.task}, "
+    for call, kind, count in ((WHOLE_ANSWERS, "requests", facts.num_shards), (WHOLE_TEXTS, "prompts", facts.num_slices)):
+        for number in range(count):
+            yield run.unit(
+                part, f"{kind}-{number:04d}", call.on(WholeArgs(args, requests.dir, number, harness.batch_size)),
+                f"{label}{kind} {number + 1}/{count}", hold=hold, on_worker=True, memory_bytes=memory_bytes,
+            )  # fmt: skip

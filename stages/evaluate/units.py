@@ -11,7 +11,7 @@ from torch.nn import functional
 from stages.contracts.losses import Losses, read_losses, write_losses
 from stages.contracts.paths import SCORES_FILE, losses_file, tokens_file
 from stages.contracts.units import HeldJob, Job, NoFacts, UnitResult
-from stages.contracts.windows import scored
+from stages.contracts.windows import NO_TOKEN, scored
 from stages.evaluate.spec import EvaluateArgs, ScoreArgs, Scores
 from stages.io.files import write_json
 from stages.model.layer_shard import LayerShard
@@ -23,7 +23,7 @@ def sequence_losses(logits_BTV: Tensor, token_ids_BT: Tensor, is_scored_BT: Tens
     is_scored_BT: which tokens are predicted, bool."""
     predicted = logits_BTV[:, :-1].float().flatten(0, 1)
     actual = token_ids_BT[:, 1:].to(predicted.device)
-    losses = functional.cross_entropy(predicted, actual.flatten(), reduction="none")
+    losses = functional.cross_entropy(predicted, actual.flatten(), ignore_index=NO_TOKEN, reduction="none")
     return losses.double().view(actual.shape).where(is_scored_BT[:, 1:].to(losses.device), 0.0).sum(1).cpu()
 
 
@@ -34,7 +34,6 @@ def evaluate_unit(job: HeldJob[EvaluateArgs, LayerShard]) -> UnitResult[NoFacts]
     num_predictions: list[int] = []
     token_ids_ST = read_token_ids(job.run_dir / args.tokens_dir / tokens_file(args.shard))
     is_scored_ST = torch.from_numpy(scored(token_ids_ST.numpy(), job.args.first_sequence, job.args.stride))
-    token_ids_ST = token_ids_ST.clamp(min=0)  # any token will do behind the end of the text: nothing before it sees it
 
     def see_logits(logits_BTV: Tensor, token_ids_BT: Tensor) -> None:
         is_scored_BT = is_scored_ST[len(losses) : len(losses) + len(token_ids_BT)]

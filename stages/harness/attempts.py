@@ -10,14 +10,15 @@ from stages.contracts.units import UnitResult
 from stages.io.files import write_bytes
 from stages.io.storage import is_outside, is_passing
 
-FAILURE_FILE = "failure.txt"
 _MAX_REASON = 400
 
 F = TypeVar("F")
 
 
-def attempted(part_dir: Path, act: Callable[[], UnitResult[F]], failed: Callable[[str], F]) -> UnitResult[F]:
-    """The result of `act`; if it raises, facts with the reason, and the traceback in a file.
+def attempted(
+    part_dir: Path, act: Callable[[], UnitResult[F]], failed: Callable[[str], F], name: str = "failure"
+) -> UnitResult[F]:
+    """The result of `act`; if it raises, facts with the reason, and the traceback in a text file of that name.
 
     Raised on are errors that are not the task's: bad input, lack of memory, and what a file server or the machine does.
     """
@@ -29,5 +30,5 @@ def attempted(part_dir: Path, act: Callable[[], UnitResult[F]], failed: Callable
         if is_passing(e) or is_outside(e) or type(e).__name__ == "OutOfMemoryError":
             raise
         reason = " ".join(f"{type(e).__name__}: {e}".split())
-        written = write_bytes(part_dir / FAILURE_FILE, traceback.format_exc().encode())
+        written = write_bytes(part_dir / f"{name}.txt", traceback.format_exc().encode())
         return UnitResult(failed(reason[:_MAX_REASON]), (written,))

@@ -48,9 +48,18 @@ def known_names(names: tuple[str, ...], include_path: str | None) -> frozenset[s
     return frozenset(names) & frozenset(manager_of(names, include_path).all_tasks)
 
 
+def _seed_of(args: TaskArgs) -> int:
+    return int(DEFAULT_OTHER_SEED) if args.seed is None else args.seed
+
+
+def seed_model(args: TaskArgs, number: int) -> None:
+    """Seed what a model draws in a slice of that number."""
+    torch.manual_seed(_seed_of(args) + number)
+
+
 def load_task(args: TaskArgs) -> TaskDict:
     """Load one task or group, its data included, with seeds and number of examples as in `lm_eval.simple_evaluate`."""
-    other = DEFAULT_OTHER_SEED if args.seed is None else args.seed
+    other = _seed_of(args)
     random.seed(DEFAULT_RANDOM_SEED if args.seed is None else args.seed)
     np.random.seed(other)  # the generator that tasks of the harness use
     torch.manual_seed(other)
@@ -84,8 +93,9 @@ def requests_of(loaded: TaskDict, model: LM, args: TaskArgs) -> Mapping[str, lis
     return found
 
 
-def results_of(model: LM, args: TaskArgs, name: str) -> dict[str, Any]:
-    """The harness's results of one task for a model, in the form that its viewers read. name: of the model."""
+def results_of(model: LM, args: TaskArgs, name: str, kind: str) -> dict[str, Any]:
+    """The harness's results of one task for a model, in the form that its viewers read. name: of the model. kind: name that the
+    harness has for the class that answered, hf or vllm."""
     loaded = load_task(args)
     with _without_forks():
         results: dict[str, Any] = evaluate(
@@ -100,14 +110,14 @@ def results_of(model: LM, args: TaskArgs, name: str) -> dict[str, Any]:
         )
     seed = args.seed
     results["config"] = {
-        "model": "hf",
+        "model": kind,
         "model_args": {"pretrained": name},
         "limit": args.limit,
         "bootstrap_iters": args.bootstrap_iters,
         "random_seed": DEFAULT_RANDOM_SEED if seed is None else seed,
         **{f"{kind}_seed": DEFAULT_OTHER_SEED if seed is None else seed for kind in ("numpy", "torch", "fewshot")},
     }
-    results |= {"model_source": "hf", "model_name": name, "lm_eval_version": lm_eval.__version__}
+    results |= {"model_source": kind, "model_name": name, "lm_eval_version": lm_eval.__version__}
     return results
 
 
@@ -116,10 +126,13 @@ def results_text(results: Mapping[str, Any]) -> str:
     return json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
 
 
-def facts_of(task: Any) -> tuple[str, str, int, bool]:
+def facts_of(task: Any, limit: int | float | None) -> tuple[str, str, int, bool]:
     """Of a loaded task: kind of its requests, name of its data set, documents that are evaluated, whether it runs code that a
-    model has written."""
-    return str(task.OUTPUT_TYPE), str(task.DATASET_PATH), len(task.eval_docs), bool(getattr(task, "UNSAFE_CODE", False))
+    model has written. limit: as in `Harness`."""
+    num_documents = len(task.eval_docs)
+    if limit is not None:
+        num_documents = min(num_documents, get_sample_size(task, limit))
+    return str(task.OUTPUT_TYPE), str(task.DATASET_PATH), num_documents, bool(getattr(task, "UNSAFE_CODE", False))
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Add the file name to an OSError without one, such as that of a write to a full disk."""
     try:
         yield
@@ -129,7 +129,7 @@ def write_file(path: Path, write: Callable[[DigestingFile], object]) -> WrittenF
     """
     if storage.is_remote(path):
         return _upload(path, write)
-    with _named(path), _temporary(path) as temporary:
+    with named(path), _temporary(path) as temporary:
         with open(temporary, "wb") as raw:
             with closing(DigestingFile(raw)) as out:
                 write(out)
@@ -138,6 +138,20 @@ def write_file(path: Path, write: Callable[[DigestingFile], object]) -> WrittenF
         os.replace(temporary, path)
     _sync_folder(path.parent)
     return WrittenFile(path, out.num_bytes, out.sha256())
+
+
+def write_by_program(path: Path, run: Callable[[Path], object]) -> None:
+    """Let another program write a local file. `run` is given the temporary path to write to. The file's name appears only when
+    the program has succeeded and all bytes are on disk.
+
+    Whatever `run` raises leaves no file behind. Raises OSError as the file system does.
+    """
+    with named(path), _temporary(path) as temporary:
+        run(temporary)
+        with open(temporary, "rb") as raw:
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+    _sync_folder(path.parent)
 
 
 def _upload(path: Path, write: Callable[[DigestingFile], object]) -> WrittenFile:

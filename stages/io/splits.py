@@ -20,7 +20,9 @@ def split_files(place: str, names: Sequence[str], readme: bytes | None, split: s
         folder = Path(temporary).resolve()  # `datasets` looks only at names, so empty files suffice
         for name in names:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise InputError(f"{place}: it has a file named {name!r}, which leads out of its folder")
+                raise InputError(
+                    f"{place}: it has a file named {name!r}, which leads out of its folder; give its files instead"
+                )
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
         if readme is not None:

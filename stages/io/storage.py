@@ -80,7 +80,7 @@ def as_path(text: str | Path) -> Path:
     """The path that a text denotes. Raises InputError for a null character, and for a URL of an unknown kind of storage or one
     whose package is not installed."""
     if "\0" in str(text):
-        raise InputError(f"{str(text)!r} holds a null character, which no path can have")
+        raise InputError(f"{str(text)!r} holds a null character, which no path can have; remove it")
     if not isinstance(text, str) or not is_url(text):
         return Path(text) if isinstance(text, str) else text
     scheme, _, place = text.partition("://")
@@ -96,10 +96,10 @@ def as_path(text: str | Path) -> Path:
         path = UPath(text.rstrip("/"), use_listings_cache=False, **_OPTIONS.get(scheme, {}))
         _ = path.fs
     except ImportError as e:
-        extra = "; pip install 'hcsmoe[s3]'" if scheme == "s3" else "; and universal_pathlib"
+        extra = "; install it with pip install 'hcsmoe[s3]'" if scheme == "s3" else "; install it and universal_pathlib"
         raise InputError(f"{text}: {scheme}:// needs a package that is not installed: {e}{extra}") from e
     except ValueError as e:
-        raise InputError(f"{text}: this URL cannot be used: {e}") from e
+        raise InputError(f"{text}: this URL cannot be used: {e}; correct it, or write a path") from e
     return cast(Path, path)
 
 
@@ -111,7 +111,9 @@ def absolute(text: str | Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as e:  # the type depends on the version of Python
-        raise InputError(f"{path} cannot be followed: {e}; its links lead in a circle, or a name is too long") from e
+        raise InputError(
+            f"{path} cannot be followed: {e}; its links lead in a circle, or a name is too long: give another path"
+        ) from e
 
 
 def file_system(path: Path) -> tuple[Any, str]:
@@ -269,6 +271,17 @@ def read_range(path: Path, begin: int, num_bytes: int) -> bytes:
             return raw.read(num_bytes)
     system, name = file_system(path)
     return bytes(system.cat_file(name, start=begin, end=begin + num_bytes)) if num_bytes else b""
+
+
+def read_start(path: Path, max_bytes: int) -> bytes:
+    """The first bytes of a remote file, all if it has no more, in one request. Raises FileNotFoundError when there is none."""
+    system, name = file_system(path)
+    try:
+        return bytes(system.cat_file(name, start=0, end=max_bytes))
+    except OSError as e:
+        if isinstance(e, FileNotFoundError) or system.size(name):
+            raise
+        return b""  # stores refuse any range of an empty object
 
 
 def read_ranges_into(path: Path, begin: int, view: memoryview) -> None:

@@ -72,12 +72,18 @@ def _mode(path: Path, place: str) -> int:
         return path.stat().st_mode
     except FileNotFoundError as e:
         if path.is_symlink():
-            raise InputError(f"{place}.data: {path} is a link to {path.readlink()}, which does not exist") from e
+            raise InputError(
+                f"{place}.data: {path} is a link to {path.readlink()}, which does not exist; replace the link, "
+                f"or name another file"
+            ) from e
         raise InputError(
             f"{place}.data: {path} does not exist; give a file, or a dataset of the hub as org/name[:split]"
         ) from e
     except (OSError, ValueError) as e:  # no permission, or a name that is too long or has a zero byte
-        raise InputError(f"{place}.data: {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+        raise InputError(
+            f"{place}.data: {path} cannot be read: {getattr(e, 'strerror', None) or e}; change its "
+            f"permissions, or name another file"
+        ) from e
 
 
 def _check_file(path: Path, place: str) -> None:
@@ -88,14 +94,18 @@ def _check_file(path: Path, place: str) -> None:
     except InputError as e:
         raise InputError(f"{place}.data: {e}") from e
     except OSError as e:
-        raise InputError(f"{place}.data: {path} cannot be read: {e.strerror}") from e
+        raise InputError(
+            f"{place}.data: {path} cannot be read: {e.strerror}; change its permissions, or name another file"
+        ) from e
 
 
 def _below(folder: Path, place: str) -> Iterator[TextFile]:
     found: list[TextFile] = []
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{place}.data: {error.filename} cannot be read: {error.strerror}") from error
+        raise InputError(
+            f"{place}.data: {error.filename} cannot be read: {error.strerror}; change its permissions, or name another file"
+        ) from error
 
     for parent, subfolders, names in os.walk(folder, onerror=refuse):
         for name in subfolders:
@@ -107,7 +117,10 @@ def _below(folder: Path, place: str) -> Iterator[TextFile]:
         paths = [Path(parent) / name for name in names if not name.startswith(_HIDDEN)]
         found += [TextFile(path, path.relative_to(folder).as_posix()) for path in paths]
     if not found:
-        raise InputError(f"{place}.data: {folder} is a folder without files (names that begin with . or _ do not count)")
+        raise InputError(
+            f"{place}.data: {folder} is a folder without files (names that begin with . or _ do not count); "
+            f"put files there, or name another folder"
+        )
     yield from sorted(found, key=lambda file: file.name)
 
 
@@ -120,7 +133,7 @@ def _check_kinds(files: Sequence[TextFile], place: str) -> None:
         first.setdefault(kind, file)
     if len(first) > 1:
         found = " and ".join(str(file.path) for file in first.values())
-        raise InputError(f"{place}.data: {found} are of different kinds; files must be of one kind")
+        raise InputError(f"{place}.data: {found} are of different kinds; name files of one kind")
     if "ids" in first and len(files) > 1:
         raise InputError(f"{place}.data names {len(files)} files of token ids; give one file")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contracts.errors import InputError
-from stages.io.storage import is_remote
+from stages.io.storage import is_remote, read_start
 
 MAX_SMALL_BYTES = 1 << 28
 """Bound for configs, indices and tokenizers. The largest known, an index of 90,000 tensors, takes 10 MB."""
@@ -49,17 +49,20 @@ def read_small(path: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
     """
     check_regular(path)
     if is_remote(path):
-        num_bytes = path.stat().st_size
-        data = path.read_bytes() if num_bytes <= max_bytes else b""
+        data = read_start(path, max_bytes + 1)
+        num_bytes = len(data) if len(data) <= max_bytes else path.stat().st_size
     else:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as raw:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InputError(f"{path} is not a regular file")
+                raise InputError(f"{path} is not a regular file; put one there")
             data = raw.read(max_bytes + 1)
             num_bytes = max(len(data), os.fstat(descriptor).st_size)
     if num_bytes > max_bytes:
-        raise InputError(f"{path} has {num_bytes:,} bytes; at most {max_bytes:,} are read of a file of this kind")
+        raise InputError(
+            f"{path} has {num_bytes:,} bytes; at most {max_bytes:,} are read of a file of this kind: remove "
+            f"what does not belong there, or give another file"
+        )
     return data
 
 
@@ -68,8 +71,8 @@ def read_json(path: Path, max_bytes: int = MAX_SMALL_BYTES) -> Any:
     try:
         return json.loads(read_small(path, max_bytes).decode("utf-8"))
     except FileNotFoundError as e:
-        raise InputError(f"{path} does not exist") from e
+        raise InputError(f"{path} does not exist; restore it") from e
     except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, an endless number or too deep a nesting
         if isinstance(e, InputError):
             raise
-        raise InputError(f"{path} is not valid JSON: {e}") from e
+        raise InputError(f"{path} is not valid JSON: {e}; restore it") from e

@@ -72,7 +72,7 @@ class Stretch:
         try:
             read_into(self.path, self.begin + offset, out.numpy().data)
         except EOFError as e:
-            raise InputError(f"{e}; it was changed during the run") from e
+            raise InputError(f"{e}; it was changed during the run: leave the files alone, and run again") from e
 
 
 class Readable(Protocol):

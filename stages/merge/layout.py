@@ -63,6 +63,7 @@ def _output_tensors(
     mtp: str,
     num_neurons: int | None,
 ) -> list[OutputTensor]:
+    """What becomes of a tensor of the source. mtp: what becomes of layers that predict further tokens: copy, merge or drop."""
     if row.scheme and value_dtype != SOURCE_DTYPE:
         if row.part != WEIGHT:
             return []
@@ -73,18 +74,19 @@ def _output_tensors(
     if role == "mtp":
         if mtp == "drop":
             return []
-        layer, role = max(num_merged, default=None), row.like if mtp == "merge" and row.like else "copy"
+        role = row.like if mtp == "merge" and row.like else "copy"
     if role == "copy" or (role == "router" and export_format == "tied"):
         return [OutputTensor(name, dtype, shape, "copy", layer, row)]
     assert layer is not None, f"{name}: experts and routers belong to a layer"
+    num_slots = num_merged[layer] if layer in num_merged else num_merged[max(num_merged)]
     if role == "expert":
         assert row.expert is not None, name
-        if row.expert >= num_merged[layer]:
+        if row.expert >= num_slots:
             return []
         return [OutputTensor(name, dtype, shape, "expert", layer, row, slot=row.expert, written=values)]
     axis = row.expert_axis
     assert axis is not None, name
-    shorter = (*shape[:axis], num_merged[layer], *shape[axis + 1 :])
+    shorter = (*shape[:axis], num_slots, *shape[axis + 1 :])
     return [OutputTensor(name, dtype, shorter, role, layer, row, written=values[:axis] + values[axis + 1 :])]
 
 
@@ -107,7 +109,9 @@ def _part_shape(row: TensorRow, values: tuple[int, ...]) -> tuple[int, ...]:
     axes = (first + 1, first) if row.scheme == "mxfp4" else (first, first + 1)  # stored transposed
     for axis, values_axis in enumerate(axes, first):
         old, new = row.values_shape[values_axis], values[values_axis]
-        is_shared = axis >= len(shape) or (shape[axis] == 1 and row.scheme == "fp8")  # one scale, however many values it has
+        is_shared = axis >= len(shape) or (
+            shape[axis] == 1 and row.scheme in ("fp8", "int_bytes")
+        )  # one scale, however many values it has
         if old == new or is_shared:
             continue
         if shape[axis] * new % old:
@@ -138,15 +142,15 @@ def output_files(
 
     num_merged: merged experts r of each MoE layer. value_dtype: how the values of a quantised tensor are written, a value of
     `export.dtype`. num_neurons: of an expert, where it keeps fewer than it has. MTP layers are kept where every layer keeps all
-    of its experts, and these all of their neurons; and with merges_mtp in stock exports, where they follow the last MoE layer,
-    if its experts keep all of their neurons. Tensors of wider dtypes come first in a file, so that all are aligned.
+    of its experts, and these all of their neurons; and with merges_mtp, with as many experts as the last MoE layer, if all of
+    these keep all of their neurons. Tensors of wider dtypes come first in a file, so that all are aligned.
 
     Raises InputError where fewer neurons do not divide into the blocks of a scheme.
     """
     groups: dict[str, list[OutputTensor]] = {}
     mapped: set[int | None] = set()
     is_whole = all(count == num_experts for count in num_merged.values())
-    mtp = "copy" if is_whole else "merge" if merges_mtp and export_format == "stock" else "drop"
+    mtp = "copy" if is_whole else "merge" if merges_mtp else "drop"
     if num_neurons is not None:
         mtp = "drop"
     for row in rows:

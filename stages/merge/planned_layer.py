@@ -1,7 +1,7 @@
 """A layer's plan and the values that it replaces, read when the first of its tensors is written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.checkpoint.headers import TensorEntry, read_header
 from stages.checkpoint.reader import TORCH_DTYPES
-from stages.contracts.layer_plan import LayerPlan, Member, Slot, read_plan
+from stages.contracts.layer_plan import LayerPlan, Slot, read_plan
 from stages.contracts.paths import plan_file, replaced_file
 from stages.io.files import read_into
 from stages.merge.layout import OutputTensor
@@ -29,12 +29,6 @@ class PlannedLayer:
         return read_plan(plan_file(self.plan_dir, self.layer))
 
     @cached_property
-    def for_mtp(self) -> "PlannedLayer":
-        """The same for a layer that predicts further tokens: same experts and router rows, but whole experts, and nothing that
-        was chosen or solved for the values of this layer."""
-        return _MtpLayer(self.plan_dir, self.layer)
-
-    @cached_property
     def _replaced(self) -> dict[str, TensorEntry]:
         """Where solved values lie, by parameter."""
         path = replaced_file(self.plan_dir, self.layer)
@@ -45,29 +39,13 @@ class PlannedLayer:
         path, entry = replaced_file(self.plan_dir, self.layer), self._replaced[parameter]
         found = entry.shape if slot is None else entry.shape[1:]
         if found != shape:
-            raise ValueError(f"{path}: {parameter} has shape {list(found)} where {list(shape)} is needed")
+            raise ValueError(
+                f"{path}: {parameter} has shape {list(found)} where {list(shape)} is needed; run again with --from recombine"
+            )
         num_bytes = entry.num_bytes if slot is None else entry.num_bytes // entry.shape[0]
         values = torch.empty(num_bytes, dtype=torch.uint8)
         read_into(path, entry.begin + (slot or 0) * num_bytes, values.numpy().data)
         return values.view(TORCH_DTYPES[entry.dtype]).view(shape)
-
-
-@dataclass(frozen=True)
-class _MtpLayer(PlannedLayer):
-    @cached_property
-    def plan(self) -> LayerPlan:
-        """The layer's plan without its neurons and solved values."""
-        plan = read_plan(plan_file(self.plan_dir, self.layer))
-        return replace(plan, slots=tuple(map(_of_whole_experts, plan.slots)), replaced=())
-
-
-def _of_whole_experts(slot: Slot) -> Slot:
-    """A slot whose members are added up whole: with their weights; where neurons were chosen, which says nothing about another
-    layer, with equal ones."""
-    if not slot.is_joined and all(member.neurons is None for member in slot.members):
-        return replace(slot, members=tuple(replace(member, places=None) for member in slot.members))
-    experts = sorted({member.expert for member in slot.members})
-    return replace(slot, members=tuple(Member(expert, 1 / len(experts)) for expert in experts), is_joined=False)
 
 
 def slots_of(tensor: OutputTensor, plan: LayerPlan) -> Sequence[Slot]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stages.checkpoint.codec import dequantise, quantise
 from stages.checkpoint.reader import STORED_DTYPES, TensorReader
 from stages.checkpoint.schemes import WEIGHT, Scheme
 from stages.contracts.errors import InputError
@@ -72,6 +71,8 @@ class PackedSlots:
         kept = self._kept.get(key, {})
         if row.part in kept:
             return kept[row.part]
+        from stages.checkpoint.codec import dequantise
+
         values, parts = self._packed(tensor, layer, number, slot)
         self._kept[key] = {part: made for part, made in parts.items() if part != WEIGHT}
         if row.part == WEIGHT and row.role != "mtp":
@@ -83,6 +84,8 @@ class PackedSlots:
 
     def _packed(self, tensor: OutputTensor, layer: PlannedLayer, number: int, slot: Slot) -> tuple[Tensor, dict[str, Tensor]]:
         """Values float32 of a slot's part, and the parts that they are packed into."""
+        from stages.checkpoint.codec import quantise
+
         row, place, scheme = tensor.source, self.source.place(tensor.source.name), self._scheme(tensor.source.values)
         if not scheme.is_written:
             raise InputError(

@@ -82,7 +82,10 @@ class ExpertTensors:
         for bound in (min, max):  # the parts of a piece are added up, so they must be equally long
             num_chosen = sum(bound(len(part.index) for part in piece) for piece in pieces)
             if num_chosen != self.written[axis]:
-                raise ValueError(f"{self.place}: the layer plan fills {num_chosen} of {self.written[axis]} places of neurons")
+                raise ValueError(
+                    f"{self.place}: the layer plan fills {num_chosen} of {self.written[axis]} places of "
+                    f"neurons; mend the method that made the plan"
+                )
         experts = [member.expert for member in slot.members]
         if any(self.stretch(expert) is None for expert in experts) or is_remote(self.source.checkpoint.folder):
             yield self._in_memory(pieces, axis)

@@ -11,8 +11,10 @@ from stages.checkpoint.schemes import FITTED
 from stages.contracts.errors import InputError
 from stages.contracts.keys import Part
 from stages.contracts.settings import RunConfig
-from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec, counts_of, narrowed_to, plans_of
+from stages.contracts.spec import PlannedCheckpoint, Run, StagePlan, StageSpec, counts_of, kept_width, narrowed_to, plans_of
+from stages.contracts.survey import Survey
 from stages.contracts.targets import Target
+from stages.contracts.tensors import TensorRow
 from stages.contracts.units import Unit, UnitCall
 from stages.merge.layout import OutputFile, output_files
 from stages.model.families import num_experts_in, stock_targets, top_k_in
@@ -23,8 +25,9 @@ class MergeArgs:
     """One output file of a target.
 
     model: source folder. survey_dir, plan_dir: relative to the run directory. num_merged: experts that each MoE layer keeps.
-    value_dtype: of `export.dtype`. merges_mtp: whether `export.mtp` is merge. max_file_bytes: a larger file is split. file: its
-    position. num_neurons: of an expert, where it keeps fewer than it has.
+    value_dtype: of `export.dtype`. mtp_plan_dir: plans of layers that predict further tokens, relative to the run directory;
+    None where these are not merged. max_file_bytes: a larger file is split. file: its position. num_neurons: of an expert,
+    where it keeps fewer than it has.
     """
 
     model: str
@@ -34,7 +37,7 @@ class MergeArgs:
     num_merged: Mapping[int, int]
     format: str
     value_dtype: str
-    merges_mtp: bool
+    mtp_plan_dir: str | None
     max_file_bytes: int
     num_threads: int
     file: int
@@ -66,9 +69,9 @@ class Merge(StageSpec):
     """The weight files of every target."""
 
     name = "merge"
-    version = 3
+    version = 4
     libraries = ("compressed-tensors", "numpy", "torch")
-    after = ("prepare", "cluster", "recombine")
+    after = ("prepare", "cluster", "recombine", "mtp")
 
     def check(self, config: RunConfig, targets: Sequence[Target], checkpoint: Checkpoint) -> None:
         """Raise InputError for a stock target with fewer experts than the router picks, or one that does not divide into the
@@ -93,28 +96,7 @@ class Merge(StageSpec):
                 )
 
     def check_surveyed(self, run: Run) -> None:
-        """Raise InputError for a checkpoint with layers that predict further tokens, if the run file refuses them, and for new
-        experts in a scheme that cannot be written."""
-        self._check_schemes(run)
-        survey = run.survey
-        if survey.mtp_tensors and any(variant.export.mtp == "error" for variant in run.variants):
-            raise InputError(
-                f"{survey.first_mtp_tensor} (and {survey.mtp_tensors - 1} more) predicts further tokens (MTP), and export.mtp "
-                f"is error; set it to drop to leave these layers out, or to merge"
-            )
-        odd = next((row.name for row in run.tensors if row.role == "mtp" and not row.like and ".experts." in row.name), None)
-        if odd is not None and any(variant.export.mtp == "merge" for variant in run.variants):
-            raise InputError(
-                f"{run.config.model}: tensor {odd} predicts further tokens (MTP) and is not like the experts of the last MoE "
-                f"layer, so it cannot follow its plan; set export.mtp to drop"
-            )
-
-    def remarks(self, run: Run) -> Iterator[str]:
-        """A line about layers that predict further tokens, if their experts are merged."""
-        if run.survey.mtp_tensors and any(variant.export.mtp == "merge" for variant in run.variants):
-            yield "export.mtp is merge: layers for further tokens follow the last MoE layer; their drafts are not measured"
-
-    def _check_schemes(self, run: Run) -> None:
+        """Raise InputError for new experts in a scheme that cannot be written, and for widths that a scheme cannot have."""
         for target in run.targets:
             if narrowed_to(run, target) is not None:
                 _files(run, target, target.counts(run.survey))  # refuses widths that a scheme cannot have
@@ -135,9 +117,9 @@ class Merge(StageSpec):
         for target in run.targets:
             export = target.variant.export
             settings: dict[str, JsonValue] = {"max_file_bytes": export.max_file_bytes, "dtype": export.dtype}
-            if export.mtp == "merge":
-                settings["mtp"] = export.mtp
             upstream = {"model": run.part("prepare", "model"), "plans": plans_of(run, target)}
+            if target.merges_mtp:
+                upstream["mtp"] = run.part("mtp", target.part)
             yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
@@ -154,7 +136,7 @@ class Merge(StageSpec):
                     num_merged=counts,
                     format=target.format,
                     value_dtype=export.dtype,
-                    merges_mtp=export.mtp == "merge",
+                    mtp_plan_dir=run.part("mtp", target.part).dir if target.merges_mtp else None,
                     max_file_bytes=export.max_file_bytes,
                     num_threads=run.config.resources.num_cpus,
                     file=number,
@@ -162,6 +144,10 @@ class Merge(StageSpec):
                 )
                 label = f"{target.name}/{file.name}, {file.num_bytes:,} bytes"
                 yield run.unit(part, file.name, MERGE.on(args), label, on_worker=True)
+
+    def weights_bytes(self, target: Target, survey: Survey, tensors: Sequence[TensorRow]) -> int:
+        """Of all files of the target."""
+        return sum(file.num_bytes for file in _files_of(target, target.counts(survey), survey, tensors))
 
     def plan(self, run: Run) -> StagePlan:
         """A unit for each output file."""
@@ -175,10 +161,14 @@ class Merge(StageSpec):
 
 
 def _files(run: Run, target: Target, counts: Mapping[int, int]) -> list[OutputFile]:
+    return _files_of(target, counts, run.survey, run.tensors)
+
+
+def _files_of(target: Target, counts: Mapping[int, int], survey: Survey, tensors: Sequence[TensorRow]) -> list[OutputFile]:
     export = target.variant.export
     return output_files(
-        run.tensors, run.survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype, export.mtp == "merge",
-        narrowed_to(run, target),
+        tensors, survey.num_experts, counts, target.format, export.max_file_bytes, export.dtype, target.merges_mtp,
+        kept_width(target, survey, tensors),
     )  # fmt: skip
 
 

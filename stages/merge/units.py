@@ -43,15 +43,18 @@ def _means(tensor: OutputTensor, packed: PackedSlots, layers: Mapping[int, Plann
     """The bytes of an output tensor, one mean after another."""
     row, source = tensor.source, packed.source
     dtype, place = (TORCH_DTYPES | _COPIED_DTYPES).get(tensor.dtype, torch.uint8), source.place(row.name)
-    if tensor.rule == "copy":
+    if tensor.rule == "copy" and not _is_replaced(tensor, layers):
         yield _copied(row, dtype, source, place, may_be_infinite=not row.parameter)
         return
     assert tensor.layer is not None
-    layer = layers[tensor.layer].for_mtp if row.role == "mtp" else layers[tensor.layer]
+    layer = layers[tensor.layer]
     plan = layer.plan
     if tensor.rule == "expert_map":
         if DROPPED in plan.slot_E:
-            raise ValueError(f"{place}: the layer plan drops experts, which no tied export can express")
+            raise ValueError(
+                f"{place}: the layer plan drops experts, which no tied export can express; set export.formats "
+                f"to [stock], or mend the method"
+            )
         yield ComputedMean([(torch.from_numpy(plan.slot_E.astype("int64")), 1.0)], 1, dtype, place)
     elif row.part and tensor.rule != "router":
         yield from packed.means(tensor, layer)
@@ -68,6 +71,14 @@ def _means(tensor: OutputTensor, packed: PackedSlots, layers: Mapping[int, Plann
         yield ComputedMean([(rows, 1.0)], 1, dtype, place)
 
 
+def _is_replaced(tensor: OutputTensor, layers: Mapping[int, PlannedLayer]) -> bool:
+    """Whether the layer's plan has other values for a tensor that is no expert's, such as a shared expert's."""
+    row = tensor.source
+    if row.role != "copy" or tensor.layer is None or tensor.layer not in layers or not row.parameter:
+        return False
+    return row.parameter in layers[tensor.layer].plan.replaced
+
+
 def _combinations(tensor: OutputTensor, plan: LayerPlan, place: str) -> Iterator[Sequence[tuple[int, float]]]:
     """What each slot's row of a router, or its slice of a tensor whose experts do not lie together, is added up from."""
     for slot in plan.slots:
@@ -75,7 +86,9 @@ def _combinations(tensor: OutputTensor, plan: LayerPlan, place: str) -> Iterator
             assert slot.row is not None, place
             yield slot.row.parts
         elif slot.is_joined or any(member.neurons is not None or member.places is not None for member in slot.members):
-            raise ValueError(f"{place}: the layer plan chooses neurons, but the experts are not along its first axis")
+            raise ValueError(
+                f"{place}: the layer plan chooses neurons, but the experts are not along its first axis; report the family"
+            )
         else:
             yield [(member.expert, member.weight) for member in slot.members]
 
@@ -84,6 +97,8 @@ def _bytes_read(tensor: OutputTensor, source: TensorReader, layers: Mapping[int,
     """Bytes of the source that go into an output tensor. A slot that is packed anew counts once, with its numbers."""
     row, tensors = tensor.source, source.checkpoint.tensors
     if tensor.rule == "expert_map":
+        return 0
+    if tensor.rule == "copy" and _is_replaced(tensor, layers):
         return 0
     if tensor.rule in ("copy", "router"):
         return row.num_bytes if row.part else tensors[row.name].stored_bytes
@@ -137,10 +152,13 @@ def merge_unit(job: Job[MergeArgs]) -> UnitResult[MergeFacts]:
     torch.set_num_threads(args.num_threads)
     checkpoint, files = _laid_out(
         args.model, job.run_dir / args.survey_dir, args.num_experts, tuple(args.num_merged.items()), args.format,
-        args.max_file_bytes, args.value_dtype, args.merges_mtp, args.num_neurons,
+        args.max_file_bytes, args.value_dtype, args.mtp_plan_dir is not None, args.num_neurons,
     )  # fmt: skip
     file = files[args.file]
     layers = {layer: PlannedLayer(job.run_dir / args.plan_dir, layer) for layer in args.num_merged}
+    if args.mtp_plan_dir is not None:
+        numbers = {tensor.source.layer for tensor in file.tensors if tensor.source.role == "mtp"} - {None}
+        layers |= {layer: PlannedLayer(job.run_dir / args.mtp_plan_dir, layer) for layer in numbers if layer is not None}
     metadata = checkpoint.headers[file.source_file].metadata
     with TensorReader(checkpoint) as source:
         packed = PackedSlots(source)

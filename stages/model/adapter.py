@@ -7,7 +7,7 @@ semi-private names of transformers. `tests/stages/test_contract.py`, `test_model
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from types import ModuleType
 
 import torch
@@ -29,7 +29,7 @@ from stages.model.tied import BASE_KEY, MODELING_FILE, class_name, is_tied, mode
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """The parameter that transformers fills from a tensor on disk.
 
     parameter: the parameter or buffer that the tensor becomes part of; empty when transformers does not load it. renamed: the
@@ -51,7 +51,7 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
         if entry.dtype in ("F64", "F32", "F16", "BF16"):
             num_bytes[entry.dtype] += entry.num_bytes
     if not num_bytes:
-        raise InputError(f"{checkpoint.folder} holds no floating-point tensor")
+        raise InputError(f"{checkpoint.folder} holds no floating-point tensor; give a checkpoint with weights")
     return TORCH_DTYPES[max(num_bytes, key=lambda name: num_bytes[name])]
 
 
@@ -59,27 +59,42 @@ def auto_classes(checkpoint: Checkpoint) -> dict[str, str]:
     """transformers Auto classes that know a checkpoint's model type: name of each, and of the class that it gives."""
     config = load_config(checkpoint)
     found = {}
-    for name in dir(transformers):
-        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
+    for name in _auto_class_names():
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
         if mapping is not None and type(config) in mapping:
             found[name] = _get_model_class(config, mapping).__name__
     return found
 
 
-def _tied_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
-    """Model class of a tied checkpoint, if its code file equals byte for byte the one that this program writes.
+@cache
+def _auto_class_names() -> tuple[str, ...]:
+    """Of all models. transformers takes a fifth of a second to list what it has."""
+    return tuple(name for name in dir(transformers) if name.startswith("AutoModel"))
 
-    The compared text is executed, not the file: Python would prefer a compiled copy beside the file, whatever that contains.
-    """
+
+def check_tied_code(checkpoint: Checkpoint) -> str:
+    """The code of a tied checkpoint. Raises InputError unless its file has the bytes that this program writes."""
     path, text = checkpoint.folder / MODELING_FILE, modeling_source(checkpoint.config)
     try:
         written = read_small(path)
     except FileNotFoundError as e:
-        raise InputError(f"{path} does not exist; a tied checkpoint is not whole without it") from e
+        raise InputError(f"{path} does not exist; a tied checkpoint is not whole without it; run the run file again") from e
     if written != text.encode():
-        raise InputError(f"{path} is not the file that this version writes for a tied checkpoint; it is not run")
+        raise InputError(
+            f"{path} is not the file that this version writes for a tied checkpoint; it is not run: run the "
+            f"run file again, which writes it anew"
+        )
+    return text
+
+
+def _tied_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """Model class of a tied checkpoint.
+
+    The compared text is executed, not the file: Python would prefer a compiled copy beside the file, whatever that contains.
+    """
+    text = check_tied_code(checkpoint)
     module = ModuleType(MODELING_FILE.removesuffix(".py"))
-    exec(compile(text, str(path), "exec"), module.__dict__)
+    exec(compile(text, str(checkpoint.folder / MODELING_FILE), "exec"), module.__dict__)
     return getattr(module, class_name(text_config(checkpoint.config)[BASE_KEY]))  # type: ignore[no-any-return]
 
 
@@ -120,7 +135,8 @@ def expert_axes(checkpoint: Checkpoint) -> dict[str, int]:
         if differing:
             if len(differing) > 1 or shape[differing[0]] != num_experts:
                 raise InputError(
-                    f"{checkpoint.folder}: {name} has shape {list(shape)}; no axis is that of the {num_experts} experts"
+                    f"{checkpoint.folder}: {name} has shape {list(shape)}; no axis is that of the {num_experts} experts: "
+                    "restore the config, or report the family"
                 )
             axes[name] = differing[0]
     return axes
@@ -146,7 +162,7 @@ class AdaptedModel:
         owners = (module for module in self.model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
         found = next(owners, None)
         if found is None:
-            raise InputError(f"{self.checkpoint.folder}: {type(self.model).__name__} has no list of decoder layers")
+            raise InputError(f"{self.checkpoint.folder}: {type(self.model).__name__} has no list of decoder layers; report it")
         return found
 
     @property
@@ -172,18 +188,18 @@ class AdaptedModel:
         return int(index) if index.isdecimal() else None
 
     @cached_property
-    def targets(self) -> dict[str, Target]:
-        """The target of every tensor on disk."""
+    def destinations(self) -> dict[str, Destination]:
+        """The destination of every tensor on disk."""
         renamings = [entry for entry in self.weight_mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.weight_mapping if isinstance(entry, WeightConverter)]
         state = self.model.state_dict()
-        targets: dict[str, Target] = {}
+        destinations: dict[str, Destination] = {}
         for name in self.checkpoint.tensors:
             renamed, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
             if renamed not in state and name in state:
                 renamed, pattern = name, None
-            targets[name] = Target(renamed if renamed in state else "", renamed, pattern)
-        return targets
+            destinations[name] = Destination(renamed if renamed in state else "", renamed, pattern)
+        return destinations
 
     @cached_property
     def ignored(self) -> set[str]:
@@ -192,7 +208,7 @@ class AdaptedModel:
         transformers' rules decide: names listed by the model class, and names that old checkpoints contain
         (`rotary_emb.inv_freq` in each layer).
         """
-        unloaded = {target.renamed for target in self.targets.values() if not target.parameter}
+        unloaded = {destination.renamed for destination in self.destinations.values() if not destination.parameter}
         info = LoadStateDictInfo(
             missing_keys=set(), unexpected_keys=set(unloaded), mismatched_keys=set(), error_msgs=[], conversion_errors={},
             skipped_pp_keys=set(),
@@ -207,7 +223,7 @@ class AdaptedModel:
         transformers fills them from the other one. If the checkpoint has tensors of both and they differ, transformers ties
         nothing.
         """
-        found = {target.parameter for target in self.targets.values()}
+        found = {destination.parameter for destination in self.destinations.values()}
         return frozenset(name for pair in self.model.all_tied_weights_keys.items() for name in pair if name not in found)
 
     @property

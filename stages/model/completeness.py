@@ -13,7 +13,7 @@ from stages.checkpoint.reader import TORCH_DTYPES
 from stages.contracts.errors import InputError
 from stages.model.adapter import AdaptedModel
 
-_REMEDY = "config and weights do not belong together, or a file is missing"
+_REMEDY = "config and weights do not belong together, or a file is missing: download the checkpoint again"
 
 
 def check_complete(adapted: AdaptedModel) -> None:
@@ -27,12 +27,12 @@ def check_complete(adapted: AdaptedModel) -> None:
 def _check_kinds(adapted: AdaptedModel) -> None:
     """Check shapes of tensors loaded without conversion, and that floating-point parameters get floating-point tensors."""
     state = adapted.model.state_dict()
-    for name, target in adapted.targets.items():
-        if not target.parameter:
+    for name, destination in adapted.destinations.items():
+        if not destination.parameter:
             continue
-        entry, parameter = adapted.checkpoint.tensors[name], state[target.parameter]
+        entry, parameter = adapted.checkpoint.tensors[name], state[destination.parameter]
         place = f"{adapted.checkpoint.folder / entry.file}: tensor {name}"
-        if target.pattern is None and entry.shape != tuple(parameter.shape):
+        if destination.pattern is None and entry.shape != tuple(parameter.shape):
             raise InputError(
                 f"{place} has shape {list(entry.shape)} where the config asks for {list(parameter.shape)}; {_REMEDY}"
             )
@@ -44,9 +44,9 @@ def _check_kinds(adapted: AdaptedModel) -> None:
 def _check_alike(adapted: AdaptedModel) -> None:
     """Check that tensors joined to one parameter in the same way, such as those of its experts, have equal shapes."""
     groups: dict[tuple[str, str], list[TensorEntry]] = defaultdict(list)
-    for name, target in adapted.targets.items():
-        if target.parameter and target.pattern is not None and "*" in target.pattern:
-            groups[target.parameter, target.pattern].append(adapted.checkpoint.tensors[name])
+    for name, destination in adapted.destinations.items():
+        if destination.parameter and destination.pattern is not None and "*" in destination.pattern:
+            groups[destination.parameter, destination.pattern].append(adapted.checkpoint.tensors[name])
     for entries in groups.values():
         usual = Counter(entry.shape for entry in entries).most_common(1)[0][0]
         odd = next((entry for entry in entries if entry.shape != usual), None)
@@ -62,8 +62,8 @@ def _check_counts(adapted: AdaptedModel) -> None:
     state = adapted.model.state_dict()
     groups = _made_together(adapted)
     found: dict[str, int] = defaultdict(int)
-    for name, target in adapted.targets.items():
-        found[target.parameter] += adapted.checkpoint.tensors[name].num_elements
+    for name, destination in adapted.destinations.items():
+        found[destination.parameter] += adapted.checkpoint.tensors[name].num_elements
     tied = adapted.model.all_tied_weights_keys
     filled = {name for pair in tied.items() if any(found[one] for one in pair) for name in pair}
     for parameter, tensor in state.items():
@@ -73,7 +73,7 @@ def _check_counts(adapted: AdaptedModel) -> None:
         due, have = sum(math.prod(state[name].shape) for name in group), found[group[0]]
         if have == due:
             continue
-        names = [name for name, target in adapted.targets.items() if target.parameter == group[0]]
+        names = [name for name, destination in adapted.destinations.items() if destination.parameter == group[0]]
         where = f"tensor {names[0]} (and {len(names) - 1} more)" if names else "no tensor"
         file = f"/{adapted.checkpoint.tensors[names[0]].file}" if names else ""
         raise InputError(
@@ -104,16 +104,16 @@ def _unlike(adapted: AdaptedModel) -> list[str]:
     transformers takes half a millisecond per tensor, and DeepSeek-V3 has 45,000 tensors in 58 equal layers.
     """
     made_from: dict[str, list[str]] = defaultdict(list)
-    for name, target in adapted.targets.items():
-        if target.parameter:
-            made_from[target.parameter].append(name)
+    for name, destination in adapted.destinations.items():
+        if destination.parameter:
+            made_from[destination.parameter].append(name)
     state = adapted.model.state_dict()
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for parameter, names in made_from.items():
         layer = adapted.layer_of(parameter)
         title = parameter if layer is None else parameter.replace(f"{adapted.layers_prefix}{layer}.", adapted.layers_prefix, 1)
         entries = (adapted.checkpoint.tensors[name] for name in names)
-        made = tuple((adapted.targets[entry.name].pattern, entry.shape, entry.dtype) for entry in entries)
+        made = tuple((adapted.destinations[entry.name].pattern, entry.shape, entry.dtype) for entry in entries)
         kinds.setdefault((title, tuple(state[parameter].shape), made), names)
     return [name for names in kinds.values() for name in names]
 
@@ -127,7 +127,7 @@ def _check_conversion(adapted: AdaptedModel) -> None:
     info, _ = convert_and_load_state_dict_in_model(adapted.model, empty, config)
     problems = [*info.conversion_errors.items(), *((found[0], f"shape {found[1:]}") for found in info.mismatched_keys)]
     for parameter, problem in problems:
-        sources = [name for name, target in adapted.targets.items() if target.parameter == parameter] or names[:1]
+        sources = [name for name, to in adapted.destinations.items() if to.parameter == parameter] or names[:1]
         shape = list(tensors[sources[0]].shape)
         reason = str(problem).strip().splitlines()[-1]
         raise InputError(

@@ -84,13 +84,13 @@ def check_config(checkpoint: Checkpoint) -> None:
         if number > longest:
             raise InputError(
                 f"{place}: {name} is {number:,} but no tensor of the checkpoint is longer than {longest:,}; config and weights "
-                f"do not belong together"
+                "do not belong together: download the checkpoint again"
             )
     num_layers = number_in(text, "num_hidden_layers", place)
     if num_layers is not None and num_layers > len(checkpoint.tensors):
         raise InputError(
             f"{place}: num_hidden_layers is {num_layers:,} but the checkpoint has {len(checkpoint.tensors):,} tensors; config "
-            f"and weights do not belong together"
+            f"and weights do not belong together: download the checkpoint again"
         )
 
 

@@ -84,7 +84,7 @@ def sources_of(adapted: AdaptedModel, names: Iterable[str]) -> dict[str, list[st
     """Tensors on disk by the parameter that they become part of."""
     sources: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        sources[adapted.targets[name].parameter].append(name)
+        sources[adapted.destinations[name].parameter].append(name)
     return sources
 
 
@@ -104,7 +104,7 @@ def _parts(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[Part] |
 def places(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[Part] | None:
     """Place of each tensor in a parameter of the shape of `due`; None if it is not simply stacked."""
     entries = {name: adapted.checkpoint.tensors[name] for name in names}
-    patterns = {adapted.targets[name].pattern for name in names}
+    patterns = {adapted.destinations[name].pattern for name in names}
     if patterns == {None}:
         (entry,) = entries.values() if len(entries) == 1 else (None,)
         return [Part(entry)] if entry is not None and entry.shape == tuple(due.shape) else None
@@ -113,7 +113,7 @@ def places(adapted: AdaptedModel, names: list[str], due: Tensor) -> list[Part] |
         return None
     parts, row = [], 0
     for pattern in converter.source_patterns:
-        stack = sorted((name for name in names if adapted.targets[name].pattern == pattern), key=dot_natural_key)
+        stack = sorted((name for name in names if adapted.destinations[name].pattern == pattern), key=dot_natural_key)
         shapes = {entries[name].shape for name in stack}
         if len(stack) != due.shape[0] or len(shapes) != 1:
             return None
@@ -196,7 +196,10 @@ def _fill(adapted: AdaptedModel, entry: TensorEntry, first: int, flat: Tensor) -
 
 
 def _is_shorter(adapted: AdaptedModel, entry: TensorEntry, what: str) -> InputError:
-    return InputError(f"{adapted.checkpoint.folder / entry.file}: tensor {entry.name}: {what}; it was changed during the run")
+    return InputError(
+        f"{adapted.checkpoint.folder / entry.file}: tensor {entry.name}: {what}; it was changed during the "
+        f"run: leave the files alone, and run again"
+    )
 
 
 def _check_finite(adapted: AdaptedModel, entry: TensorEntry, piece: Tensor) -> None:

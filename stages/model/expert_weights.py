@@ -35,7 +35,7 @@ class ExpertsLayout:
             return cls(is_transposed=True, has_bias=False, has_gate=True)
         raise InputError(
             f"experts of class {type(experts).__name__} do not say how they keep their weights, so this model is not "
-            f"supported; docs/families.md lists what is"
+            "supported; use one of docs/families.md"
         )
 
     @property

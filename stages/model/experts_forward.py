@@ -114,10 +114,14 @@ class RoutedPairs:
 
 
 class ExpertsForward:
-    """The forward of one layer's experts. Its result equals that of the model's own forward, up to rounding."""
+    """The forward of one layer's experts. Its result equals that of the model's own forward, up to rounding.
 
-    def __init__(self, weights: ExpertWeights) -> None:
-        self.weights, self.experts = weights, weights.experts
+    pads_unrouted: whether products of all tokens are padded as those of routed tokens are (`products.padded`): where the number
+    of tokens is a new one almost every time.
+    """
+
+    def __init__(self, weights: ExpertWeights, pads_unrouted: bool = False) -> None:
+        self.weights, self.experts, self._pads_unrouted = weights, weights.experts, pads_unrouted
         self.blocks = Blocks.of(weights)
         self._is_grouped = can_group(weights)
         self._halves_gate = gates_by_halves(self.experts)
@@ -214,12 +218,12 @@ class ExpertsForward:
     def _activations(self, hidden_TD: Tensor, first: int, stop: int) -> Iterator[Activations]:
         """Activations of a stack of experts on all tokens, block by block.
         The next block reuses the memory of the previous one."""
-        blocks = hidden_TD.split(self.blocks.num_tokens)
-        products = self._first_product(blocks[0], first, stop)
-        for number, hidden_BD in enumerate(blocks):
-            if number:
-                products = self._first_product(hidden_BD, first, stop, products)
-            yield Activations(first, stop, self.activate(products.view(len(hidden_BD), stop - first, -1)))
+        products: Tensor | None = None
+        for hidden_BD in hidden_TD.split(self.blocks.num_tokens):
+            rows = padded(len(hidden_BD), hidden_TD.device) if self._pads_unrouted else len(hidden_BD)
+            x = functional.pad(hidden_BD, (0, 0, 0, rows - len(hidden_BD))) if rows > len(hidden_BD) else hidden_BD
+            products = self._first_product(x, first, stop, products)
+            yield Activations(first, stop, self.activate(products.view(len(x), stop - first, -1))[: len(hidden_BD)])
         self.weights.release(self.weights.layout.first, first, stop)
 
     def activations_of(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
@@ -228,11 +232,17 @@ class ExpertsForward:
 
     def outputs_of(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
         """Outputs [R, D] of one expert on some tokens."""
-        activations = self._expert_activations(hidden_TD, tokens_R, expert)
-        output_RD = activations.new_empty(len(activations), self.weights.hidden_size)
-        self._product(activations, "down_proj", expert, expert + 1, output_RD)
+        return self.outputs_from(self._expert_activations(hidden_TD, tokens_R, expert), expert)[: len(tokens_R)]
+
+    def outputs_from(self, activations_RF: Tensor, expert: int) -> Tensor:
+        """Outputs [R, D] of one expert, given what its W_down is applied to."""
+        num_rows = len(activations_RF)
+        padding = padded(num_rows, activations_RF.device) - num_rows
+        rows_RF = functional.pad(activations_RF, (0, 0, 0, padding)) if padding else activations_RF
+        output_RD = rows_RF.new_empty(len(rows_RF), self.weights.hidden_size)
+        self._product(rows_RF, "down_proj", expert, expert + 1, output_RD)
         self.weights.release("down_proj", expert, expert + 1)
-        return output_RD[: len(tokens_R)]
+        return output_RD[:num_rows]
 
     def _expert_activations(self, hidden_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
         """Activations [R, F] of one expert on some tokens, followed by rows of padding as `padded` requires."""

@@ -140,17 +140,20 @@ def family_of(config: Mapping[str, Any], place: str) -> Family:
             )
     name, model_type = family_name(config), config["model_type"]
     if name in REFUSED:
-        raise InputError(f"{place}: {name} is not supported: {REFUSED[name]}; docs/families.md lists what is")
+        raise InputError(f"{place}: {name} is not supported: {REFUSED[name]}; use one of docs/families.md")
     if name not in SUPPORTED:
         raise InputError(
-            f"{place}: {shown(name)} is not among the {len(SUPPORTED)} tested families; docs/families.md lists them"
+            f"{place}: {shown(name)} is not among the {len(SUPPORTED)} tested families; use one of docs/families.md"
         )
     if model_type != name and WRAPPERS.get(model_type) != name:
         raise InputError(f"{place}: {name} inside of {shown(model_type)} is not tested; known: {', '.join(sorted(WRAPPERS))}")
     family = SUPPORTED[name]
     for setting, reason in family.refused_settings.items():
         if text_config(config).get(setting):
-            raise InputError(f"{place}: {name} with {setting} {text_config(config)[setting]!r} is not supported: {reason}")
+            raise InputError(
+                f"{place}: {name} with {setting} {text_config(config)[setting]!r} is not supported: {reason}; "
+                "use a checkpoint without it"
+            )
     return family
 
 
@@ -191,10 +194,10 @@ def num_experts_in(config: Mapping[str, Any], place: str) -> int:
     if not counts or max(counts.values()) < 2:
         raise InputError(
             f"{place}: {config.get('model_type')!r} is not a Mixture-of-Experts model: its config has no expert count "
-            f"(looked for {', '.join(EXPERT_COUNT_FIELDS)}); there are no experts to merge"
+            f"(looked for {', '.join(EXPERT_COUNT_FIELDS)}); there are no experts to merge: use one that has them"
         )
     if len(set(counts.values())) > 1:
-        raise InputError(f"{place}: the config disagrees with itself about the number of experts: {counts}")
+        raise InputError(f"{place}: the config disagrees with itself about the number of experts: {counts}; restore the config")
     return next(iter(counts.values()))
 
 
@@ -206,7 +209,9 @@ def top_k_in(config: Mapping[str, Any], place: str) -> int:
         top_k = number_in(text, name, place, most=num_experts_in(config, place))
         if top_k is not None:
             return top_k
-    raise InputError(f"{place}: the config does not say how many experts a token is sent to ({', '.join(TOP_K_FIELDS)})")
+    raise InputError(
+        f"{place}: the config does not say how many experts a token is sent to ({', '.join(TOP_K_FIELDS)}); restore the config"
+    )
 
 
 @dataclass(frozen=True)

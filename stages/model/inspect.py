@@ -1,13 +1,15 @@
 """Describes a checkpoint and the sizes of its merged versions, from config and headers alone."""
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Sequence
 
 from stages.checkpoint.folder import Checkpoint
 from stages.checkpoint.quantised import quantisation_config
 from stages.contracts.errors import InputError
+from stages.contracts.inspection import CacheSize, CardFit, CheckpointFacts, ModelFacts, RouterFacts, TargetSize
 from stages.contracts.survey import Survey
 from stages.model.families import family_name, family_of, groups_in, stock_targets, text_config
+from stages.model.kv_cache import kv_cache_bytes
 from stages.model.roles import TensorRole
 from stages.model.survey import survey
 
@@ -16,61 +18,84 @@ SHARED_EXPERT_FIELDS = (
     "shared_intermediate_size",
 )  # fmt: skip
 EXPERT_MAP_BYTES = 8
+GB = 10**9
+CARDS = {
+    "T4, RTX 4080": 16, "L4, A10G, RTX 4090": 24, "RTX 5090": 32, "A100 40 GB": 40, "L40S, RTX 6000 Ada": 48,
+    "A100, H100 80 GB": 80, "H200": 141, "B200, MI300X": 192, "2 x H100": 160, "4 x H100": 320, "8 x H100": 640,
+}  # fmt: skip
+"""Nominal memory in gigabytes of common cards."""
+_USED = 0.9
+"""Share of a card's memory that weights and cache may take. vLLM, for one, plans with as much by default."""
 
 
-def inspect_checkpoint(folder: str) -> dict[str, Any]:
-    """Facts of a checkpoint as JSON values, sizes in bytes.
-
-    `reason` is None for a supported checkpoint. Otherwise it states why the checkpoint is not supported, and only facts that
-    need no model class are included. Raises InputError for a folder whose config or headers cannot be read.
-    """
+def inspect_checkpoint(folder: str, context: int, batch: int) -> CheckpointFacts:
+    """Facts of a checkpoint. context, batch: tokens and sequences that the cache has room for.
+    Raises InputError for a folder whose config or headers cannot be read."""
     checkpoint = Checkpoint(folder)
     dtypes: dict[str, int] = defaultdict(int)
     for entry in checkpoint.raw_tensors.values():
         dtypes[entry.dtype] += entry.num_bytes
-    facts: dict[str, Any] = {
-        "family": family_name(checkpoint.config),
-        "num_files": len(checkpoint.files),
-        "total_bytes": checkpoint.total_bytes,
-        "bytes_by_dtype": dict(sorted(dtypes.items(), key=lambda item: -item[1])),
-        "ignored_files": list(checkpoint.ignored_files),
-        "reason": None,
-    }
+    reason: str | None = None
+    model: ModelFacts | None = None
     try:
         surveyed, roles = survey(checkpoint)
     except InputError as e:
-        return {**facts, "reason": str(e)}
-    return {**facts, **_described(checkpoint, surveyed, roles)}
+        reason = str(e)
+    else:
+        cache = CacheSize(context, batch, kv_cache_bytes(checkpoint, context, batch))
+        model = _model_facts(checkpoint, surveyed, roles, cache)
+    return CheckpointFacts(
+        family=family_name(checkpoint.config),
+        num_files=len(checkpoint.files),
+        total_bytes=checkpoint.total_bytes,
+        bytes_by_dtype=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
+        ignored_files=list(checkpoint.ignored_files),
+        reason=reason,
+        model=model,
+    )
 
 
-def _described(checkpoint: Checkpoint, surveyed: Survey, roles: list[TensorRole]) -> dict[str, Any]:
+def fitting_cards(targets: Sequence[TargetSize], cache_bytes: int) -> list[CardFit]:
+    """What fits on each card beside the cache, smallest card first."""
+    fits: list[CardFit] = []
+    for name, size in sorted(CARDS.items(), key=lambda item: item[1]):
+        room = _USED * size * GB - cache_bytes
+        tied = max((one.num_experts for one in targets if one.tied <= room), default=None)
+        stock = max((one.num_experts for one in targets if one.stock is not None and one.stock <= room), default=None)
+        fits.append(CardFit(name, size * GB, tied, stock))
+    return fits
+
+
+def _model_facts(checkpoint: Checkpoint, surveyed: Survey, roles: list[TensorRole], cache: CacheSize) -> ModelFacts:
     text = text_config(checkpoint.config)
     place = str(checkpoint.folder)
-    family, groups = family_of(checkpoint.config, place), groups_in(checkpoint.config, place)
-    has_bias = any(role.role == "router" and len(role.entry.shape) == 1 for role in roles)
+    groups = groups_in(checkpoint.config, place)
     quantisation = quantisation_config(checkpoint.config)
-    return {
-        "architecture": surveyed.architecture,
-        "num_layers": surveyed.num_layers,
-        "moe_layers": list(surveyed.moe_layers),
-        "num_experts": surveyed.num_experts,
-        "top_k": surveyed.top_k,
-        "shared_experts": {name: text[name] for name in SHARED_EXPERT_FIELDS if text.get(name)},
-        "router": {
-            "score": family.score,
-            "has_bias": has_bias,
-            "num_groups": groups.num_groups if groups else 1,
-            "num_chosen_groups": groups.num_chosen if groups else 1,
-        },
-        "num_parameters": surveyed.num_parameters,
-        "dtype": surveyed.dtype,
-        "quantisation": quantisation.get("quant_method") if quantisation else None,
-        "layout": _layout(roles),
-        "unloaded_tensors": surveyed.unloaded_tensors,
-        "first_unloaded_tensor": surveyed.first_unloaded_tensor,
-        "bytes_by_role": bytes_by_role(roles),
-        "targets": target_bytes(roles, surveyed.num_experts, stock_targets(checkpoint.config, place)),
-    }
+    targets = target_sizes(roles, surveyed.num_experts, stock_targets(checkpoint.config, place))
+    return ModelFacts(
+        architecture=surveyed.architecture,
+        num_layers=surveyed.num_layers,
+        moe_layers=list(surveyed.moe_layers),
+        num_experts=surveyed.num_experts,
+        top_k=surveyed.top_k,
+        shared_experts={name: text[name] for name in SHARED_EXPERT_FIELDS if text.get(name)},
+        router=RouterFacts(
+            score=family_of(checkpoint.config, place).score,
+            has_bias=any(role.role == "router" and len(role.entry.shape) == 1 for role in roles),
+            num_groups=groups.num_groups if groups else 1,
+            num_chosen_groups=groups.num_chosen if groups else 1,
+        ),
+        num_parameters=surveyed.num_parameters,
+        dtype=surveyed.dtype,
+        quantisation=quantisation.get("quant_method") if quantisation else None,
+        layout=_layout(roles),
+        unloaded_tensors=surveyed.unloaded_tensors,
+        first_unloaded_tensor=surveyed.first_unloaded_tensor,
+        bytes_by_role=bytes_by_role(roles),
+        targets=targets,
+        cache=cache,
+        cards=fitting_cards(targets, cache.bytes),
+    )
 
 
 def _layout(roles: list[TensorRole]) -> str:
@@ -96,18 +121,18 @@ def bytes_by_role(roles: list[TensorRole]) -> dict[str, int]:
     return sizes
 
 
-def target_bytes(roles: list[TensorRole], num_experts: int, stock: list[int]) -> list[dict[str, int | None]]:
-    """For every r from 1 to E: bytes of a tied export, and bytes of a stock export if one is possible.
+def target_sizes(roles: list[TensorRole], num_experts: int, stock: list[int]) -> list[TargetSize]:
+    """Sizes of exports with r experts a layer, for every r from E to 1. stock: those r of which a stock export is possible.
 
     A quantised source counts as it is packed: exports keep its scheme unless `export.dtype` says otherwise.
     """
     sizes = bytes_by_role(roles)
     fixed = sum(sizes.values()) - sizes["experts"] - sizes["router"] - sizes["mtp"]
     num_maps = len({role.layer for role in roles if role.role in ("expert", "fused_expert")})
-    targets: list[dict[str, int | None]] = []
+    targets: list[TargetSize] = []
     for r in range(num_experts, 0, -1):
         mtp = sizes["mtp"] if r == num_experts else 0
         experts, router = sizes["experts"] * r // num_experts, sizes["router"] * r // num_experts
         tied = fixed + mtp + experts + sizes["router"] + num_maps * num_experts * EXPERT_MAP_BYTES
-        targets.append({"num_experts": r, "tied": tied, "stock": fixed + mtp + experts + router if r in stock else None})
+        targets.append(TargetSize(r, tied, fixed + mtp + experts + router if r in stock else None))
     return targets

@@ -103,7 +103,7 @@ class LayerShard:
             is_unused = bool(unused) and parameter.startswith(unused)
             return parameter.startswith(prefixes) or (is_end and is_outside and not is_unused)
 
-        return [name for name, target in self.adapted.targets.items() if is_wanted(target.parameter)]
+        return [name for name, destination in self.adapted.destinations.items() if is_wanted(destination.parameter)]
 
     def _head_prefix(self) -> str:
         """Name of the output embedding with a trailing dot; empty if the input embedding is filled from its tensors."""
@@ -155,7 +155,7 @@ class LayerShard:
             parameter: load_packed(self.adapted, parts, state[parameter], self.device)
             for parameter, parts in packed_parts(self.adapted, wanted, experts).items()
         }
-        left = [name for name in wanted if self.adapted.targets[name].parameter not in self.packed]
+        left = [name for name in wanted if self.adapted.destinations[name].parameter not in self.packed]
         can_map = maps_experts and self.device.type == "cpu" and not is_remote(self.adapted.checkpoint.folder)
         names, mapped = load_directly(self.adapted, left, self.device, experts if can_map else ())
         held: dict[str, Stack] = {**mapped, **self.packed}
@@ -196,16 +196,18 @@ class LayerShard:
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         problems = [*info.conversion_errors.values(), *info.error_msgs, *map(str, info.mismatched_keys)]
         if problems:
-            raise InputError(f"{self.adapted.checkpoint.folder}: transformers cannot load layers: {problems[0]}")
+            raise InputError(
+                f"{self.adapted.checkpoint.folder}: transformers cannot load layers: {problems[0]}; report the family"
+            )
         self._check_finite(names)
 
     def _check_finite(self, names: list[str]) -> None:
         state = self.model.state_dict()
-        loaded = {self.adapted.targets[name].parameter for name in names}
+        loaded = {self.adapted.destinations[name].parameter for name in names}
         bad = {name for name in loaded if state[name].is_floating_point() and not torch.isfinite(state[name].sum())}
         with TensorReader(self.adapted.checkpoint) as reader:
             for name in names:
-                if self.adapted.targets[name].parameter not in bad:
+                if self.adapted.destinations[name].parameter not in bad:
                     continue
                 tensor = reader.read(name)
                 if not torch.isfinite(tensor.float()).all():
@@ -229,7 +231,9 @@ class LayerShard:
         due = (name for name in state if name.startswith(tuple(prefixes)) and name not in mapped)
         missing = [name for name in due if state[name].is_meta]
         if missing:
-            raise InputError(f"{self.adapted.checkpoint.folder} lacks tensors for {', '.join(missing[:5])}")
+            raise InputError(
+                f"{self.adapted.checkpoint.folder} lacks tensors for {', '.join(missing[:5])}; download the checkpoint again"
+            )
 
     def expert_weights(self, layer: int) -> ExpertWeights:
         """Weights of the experts in a MoE layer of this shard."""

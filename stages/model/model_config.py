@@ -53,7 +53,10 @@ def reads_config(folder: Path, what: str) -> Iterator[None]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except _REFUSALS as e:
-        raise InputError(f"{folder / CONFIG_FILE}: transformers {transformers.__version__} cannot {what}: {_reason(e)}") from e
+        raise InputError(
+            f"{folder / CONFIG_FILE}: transformers {transformers.__version__} cannot {what}: {_reason(e)}; "
+            f"restore the config, or use a model that this version of transformers knows"
+        ) from e
 
 
 def _reason(error: BaseException) -> str:

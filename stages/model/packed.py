@@ -11,7 +11,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from stages.checkpoint.codec import dequantise
 from stages.checkpoint.finite import is_finite
 from stages.checkpoint.reader import TensorReader
 from stages.checkpoint.schemes import Scheme
@@ -37,6 +36,8 @@ class PackedRows:
     def values(self) -> Tensor:
         """The values [rows, columns], unpacked on first use and kept until `release`."""
         if self._values is None:
+            from stages.checkpoint.codec import dequantise  # slow to import, and only quantised sources need it
+
             self._values = dequantise(self._scheme, self._parts).to(self._dtype)
         return self._values
 

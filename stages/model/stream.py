@@ -49,7 +49,7 @@ class Passed:
 
 
 def read_token_ids(path: Path) -> Tensor:
-    """Token ids int64 [S, T] of a token shard."""
+    """Token ids int64 [S, T] of a token shard, NO_TOKEN where it is padded."""
     return torch.from_numpy(read_tokens(path))
 
 
@@ -93,9 +93,10 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
 
 
 def read_hidden(shard: LayerShard, ids: list[Tensor], path: Path | None) -> list[Tensor]:
-    """Hidden states [B, T, D] of each micro-batch at the input of the layer shard."""
+    """Hidden states [B, T, D] of each micro-batch at the input of the layer shard. Padding is embedded as token 0: any token
+    will do, as nothing before it sees it."""
     if path is None:
-        return [shard.embed(ids_BT) for ids_BT in ids]
+        return [shard.embed(ids_BT.clamp(min=0)) for ids_BT in ids]
     hidden_STD = (load(path.read_bytes()) if is_remote(path) else load_file(path))[_KEY]
     return [hidden_BTD.to(shard.device) for hidden_BTD in hidden_STD.split([len(ids_BT) for ids_BT in ids])]
 

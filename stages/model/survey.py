@@ -51,13 +51,14 @@ def survey(checkpoint: Checkpoint) -> tuple[Survey, list[TensorRole]]:
     if not moe_layers or moe_layers != sorted(routers):
         raise InputError(
             f"{place}: {checkpoint.config['model_type']} keeps its experts or routers in a way that is not supported "
-            f"(layers with experts: {moe_layers}, with routers: {sorted(routers)})"
+            f"(layers with experts: {moe_layers}, with routers: {sorted(routers)}); report the family"
         )
     names = {module: name for name, module in adapted.model.named_modules()}
     layer_bytes: dict[int | None, int] = defaultdict(int)
     expert_bytes: dict[int | None, int] = defaultdict(int)
     for role in roles:
-        layer_bytes[role.layer] += role.entry.num_bytes
+        if role.parameter:
+            layer_bytes[role.layer] += role.entry.num_bytes
         if role.role in ("expert", "fused_expert"):
             expert_bytes[role.layer] += role.entry.num_bytes
     experts = {role.parameter for role in roles if role.role in ("expert", "fused_expert")}
@@ -107,7 +108,10 @@ def _check_packed_alike(checkpoint: Checkpoint, roles: list[TensorRole]) -> None
                 f"{place}: a router that is quantised is not supported; use the checkpoint from before quantisation"
             )
         if kind == "fused_expert" and scheme is not None and role.expert_axis != 0:
-            raise InputError(f"{place}: experts that are packed along axis {role.expert_axis} are not supported")
+            raise InputError(
+                f"{place}: experts that are packed along axis {role.expert_axis} are not supported; use the "
+                f"checkpoint from before quantisation"
+            )
         if kind == "expert" and role.template is not None and packed.setdefault(role.template, scheme) != scheme:
             raise InputError(
                 f"{place} is packed in another way than the same tensor of other experts; use the checkpoint from before "

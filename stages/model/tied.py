@@ -150,7 +150,9 @@ def modeling_source(config: Mapping[str, Any]) -> str:
     bases = {value.removeprefix(prefix) for value in values if isinstance(value, str) and value.startswith(prefix)} | {base}
     for name in bases:
         if not (isinstance(name, str) and name.isidentifier()):
-            raise InputError(f"config.json: {BASE_KEY} or auto_map names {name!r}, which is no class of transformers")
+            raise InputError(
+                f"config.json: {BASE_KEY} or auto_map names {name!r}, which is no class of transformers: restore the config"
+            )
     ordered = sorted(map(str, bases))
     classes = "".join(_CLASS.format(name=class_name(one), base=one) for one in ordered)
     return _SOURCE.format(base=base, bases=", ".join(ordered)) + classes

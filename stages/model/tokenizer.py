@@ -67,12 +67,13 @@ def _check_file(path: Path) -> None:
         check_regular(path)
         if path.stat().st_size > MAX_SMALL_BYTES:
             raise InputError(
-                f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SMALL_BYTES:,} are read of a tokenizer file"
+                f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SMALL_BYTES:,} are read of a tokenizer file; use "
+                f"the tokenizer files that belong to the checkpoint"
             )
         if path.name in _JSON and not isinstance(read_json(path), dict):
             raise InputError(f"{path} is not a JSON object; use the tokenizer files that belong to the checkpoint")
     except OSError as e:
-        raise InputError(f"{path} cannot be read: {e.strerror}") from e
+        raise InputError(f"{path} cannot be read: {e.strerror}; change its permissions, or download it again") from e
 
 
 @contextmanager

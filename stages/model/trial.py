@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode, fake_tensor
 
 from stages.checkpoint.folder import Checkpoint
@@ -38,14 +38,19 @@ def check_forward(checkpoint: Checkpoint) -> None:
         # fake CPU tensors, so that the few tensors that models make from numbers are fake, too
         with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
             model = build_meta_model(checkpoint, device="cpu")
-            for name, module in model.named_modules():
-                if name.rsplit(".", 1)[-1] == "experts" and hasattr(module, "num_experts"):
-                    module.forward = _first
+            skip_experts(model)
             with reads_config(checkpoint.folder, "run this model"):
                 model(input_ids=torch.zeros(_SHAPE, dtype=torch.int64), use_cache=False)
     except InputError as e:
         if not _needs_numbers(e.__cause__):
             raise
+
+
+def skip_experts(model: nn.Module) -> None:
+    """Make routed experts return their input: their kernels need values."""
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] == "experts" and hasattr(module, "num_experts"):
+            module.forward = _first
 
 
 def _needs_numbers(reason: BaseException | None) -> bool:

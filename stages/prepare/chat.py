@@ -45,7 +45,9 @@ def _message(message: Mapping[str, Any], field: str) -> dict[str, Any]:
     if "role" in given:
         return given
     if "from" not in given or "value" not in given:
-        raise ValueError(f"a message in field {field!r} has {', '.join(given) or 'nothing'}; it needs role and content")
+        raise ValueError(
+            f"a message in field {field!r} has {', '.join(given) or 'nothing'}; it needs role and content: correct the message"
+        )
     if given["from"] not in _ROLES:
         raise ValueError(f"a message is from {given['from']!r:.40}; known are {', '.join(_ROLES)}")
     return {"role": _ROLES[given["from"]], "content": given["value"]}
@@ -57,7 +59,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
         try:
             value = json.loads(value) if value.strip() else None
         except (json.JSONDecodeError, RecursionError) as e:
-            raise ValueError(f"field {TOOLS!r} is not JSON: {e}") from e
+            raise ValueError(f"field {TOOLS!r} is not JSON: {e}; correct it") from e
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

@@ -29,7 +29,9 @@ def _read_npy(path: Path, num_sequences: int, sequence_length: int, place: str) 
         ids_ST = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OverflowError, OSError, TypeError, SyntaxError, RecursionError, TokenError) as e:
         # exceptions of numpy for a damaged header
-        raise InputError(f"{place}.data: {path} is not a plain numeric .npy file: {_one_line(e)}") from e
+        raise InputError(
+            f"{place}.data: {path} is not a plain numeric .npy file: {_one_line(e)}; write token ids with numpy.save"
+        ) from e
     _check_form(path, list(ids_ST.shape), str(ids_ST.dtype), ids_ST.dtype.kind in "iu", place)
     _check_size(path, list(ids_ST.shape), num_sequences, sequence_length, place)
     return ids_ST[:num_sequences, :sequence_length]
@@ -41,7 +43,8 @@ def _read_safetensors(path: Path, num_sequences: int, sequence_length: int, plac
             names = list(file.keys())
             if len(names) != 1:
                 raise InputError(
-                    f"{place}.data: {path} holds {len(names)} tensors; token ids are the only tensor of their file"
+                    f"{place}.data: {path} holds {len(names)} tensors; token ids are the only tensor of their file: write "
+                    f"one tensor of integers"
                 )
             ids_ST = file.get_slice(names[0])
             shape, dtype = ids_ST.get_shape(), ids_ST.get_dtype()
@@ -49,7 +52,7 @@ def _read_safetensors(path: Path, num_sequences: int, sequence_length: int, plac
             _check_size(path, shape, num_sequences, sequence_length, place)
             return np.asarray(ids_ST[:num_sequences, :sequence_length])
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{place}.data: {path} is not a whole safetensors file: {_one_line(e)}") from e
+        raise InputError(f"{place}.data: {path} is not a whole safetensors file: {_one_line(e)}; write it again") from e
 
 
 def _one_line(error: Exception) -> str:
@@ -59,7 +62,8 @@ def _one_line(error: Exception) -> str:
 def _check_form(path: Path, shape: list[int], dtype: str, is_integer: bool, place: str) -> None:
     if len(shape) != 2 or not is_integer:
         raise InputError(
-            f"{place}.data: {path} has shape {shape} and dtype {dtype}; token ids are integers [sequences, tokens]"
+            f"{place}.data: {path} has shape {shape} and dtype {dtype}; token ids are integers [sequences, tokens]: write "
+            f"them so"
         )
 
 
@@ -77,5 +81,5 @@ def check_ids(ids_ST: Ids, vocab_size: int, place: str) -> None:
     if lowest < 0 or highest >= vocab_size:
         raise InputError(
             f"{place}.data holds token ids from {lowest} to {highest} but the model's vocabulary is 0 to {vocab_size - 1}; "
-            f"the ids come from another tokenizer"
+            f"the ids come from another tokenizer: use the model's own tokenizer"
         )

@@ -80,7 +80,7 @@ class JsonReader(Reader):
         try:
             return json.loads(self.decoded(data, where))
         except RecursionError as e:
-            raise self.error(f", {where} is nested too deeply") from e
+            raise self.error(f", {where} is nested too deeply; write it with fewer levels") from e
         except json.JSONDecodeError as e:
             raise self.error(f", {where} is not JSON: {e}; write one object a line") from e
 

@@ -67,7 +67,9 @@ class Reader(ABC):
         try:
             value.encode()
         except UnicodeEncodeError as e:
-            raise self.error(f", {where}: character {e.start + 1:,} is half of a surrogate pair, which is no text") from e
+            raise self.error(
+                f", {where}: character {e.start + 1:,} is half of a surrogate pair, which is no text: remove it"
+            ) from e
         return value
 
     def decoded(self, data: bytes, where: str) -> str:
@@ -91,4 +93,7 @@ def failing(path: Path, place: str) -> Iterator[None]:
         yield
     except _FAILURES as e:
         reason = " ".join(str(getattr(e, "strerror", None) or e).split())
-        raise InputError(f"{place}.data: {path} cannot be read: {reason}; it may be damaged or not what its name says") from e
+        raise InputError(
+            f"{place}.data: {path} cannot be read: {reason}; it may be damaged or not what its name says: "
+            f"convert it, or download it again"
+        ) from e

@@ -25,7 +25,7 @@ class ParquetReader(Reader):
             columns = [index for index, path in enumerate(paths) if path.partition(".")[0] in names]
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
             if any(group.num_rows < 0 for group in groups):
-                raise self.error(" counts fewer rows than none; it is damaged")
+                raise self.error(" counts fewer rows than none; it is damaged: write the file again")
             num_bytes = sum(group.column(column).total_uncompressed_size for group in groups for column in columns)
             return Size(sum(group.num_rows for group in groups), max(0, num_bytes))
 
@@ -72,13 +72,13 @@ class ParquetReader(Reader):
             start += len(batch)
             if number is None:
                 return
-        raise self.error(f", row {number} is not there, though the footer counts it; the file is damaged")
+        raise self.error(f", row {number} is not there, though the footer counts it; the file is damaged: write the file again")
 
     def _document(self, batch: pa.RecordBatch, row: int, where: str) -> Document:
         try:
             return self.document({name: batch.column(name)[row].as_py() for name in batch.schema.names}, where)
         except UnicodeDecodeError as e:
-            raise self.error(f", {where}: byte {e.start + 1:,} is not UTF-8") from e
+            raise self.error(f", {where}: byte {e.start + 1:,} is not UTF-8; convert the file to UTF-8") from e
 
     def _open(self) -> pq.ParquetFile:
         return pq.ParquetFile(self.path, buffer_size=_BUFFER_BYTES, pre_buffer=False)

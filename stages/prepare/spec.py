@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from stages.contracts.keys import Part
-from stages.contracts.settings import Format, TextData, stride_of
 from stages.contracts.spec import Run, StagePlan, StageSpec
 from stages.contracts.survey import unread_lines
+from stages.contracts.text_settings import Format, TextData, stride_of
 from stages.contracts.texts import Text, sections_of, texts_in, texts_of, tokens_unit_name
 from stages.contracts.units import Call, Unit, UnitCall
 
@@ -35,7 +35,7 @@ class TextArgs:
 
     place: where the run file names the text, for messages. model: checkpoint folder, for the tokenizer. data: paths of files
     and folders. is_even: whether the documents get the same number of sequences, as far as possible.
-    counts_bytes: whether the bytes of the predicted tokens are counted.
+    packing: whether documents are joined. counts_bytes: whether the bytes of the predicted tokens are counted.
     """
 
     place: str
@@ -50,6 +50,7 @@ class TextArgs:
     is_even: bool = False
     stride: int | None = None
     counts_bytes: bool = False
+    packing: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class TokensArgs:
 
 @dataclass(frozen=True)
 class TokensFacts:
-    """num_tokens: tokens in all token shards. num_bytes: bytes of UTF-8 that the predicted tokens stand for; None if not known
-    or not counted."""
+    """num_tokens: tokens in all token shards, without padding. num_bytes: bytes of UTF-8 that the predicted tokens stand for;
+    None if not known or not counted."""
 
     num_tokens: int
     num_bytes: int | None
@@ -82,7 +83,7 @@ class Prepare(StageSpec):
     """Makes the survey and the token shards."""
 
     name = "prepare"
-    version = 6
+    version = 7
     libraries = ("numpy", "tokenizers", "transformers")
     makes_survey = True
 
@@ -134,7 +135,8 @@ def _settings(run: Run, section: str, data: TextData) -> dict[str, JsonValue]:
 
 def _read_settings(run: Run, text: Text) -> dict[str, JsonValue]:
     settings: dict[str, JsonValue] = {"data": dict(run.identity(text.place)), "text_field": text.text_field}
-    return settings if text.format == "text" else {**settings, "format": text.format}
+    settings |= {} if text.format == "text" else {"format": text.format}
+    return settings if text.packing else {**settings, "packing": False}
 
 
 def _text_args(run: Run, text: Text) -> TextArgs:
@@ -151,6 +153,7 @@ def _text_args(run: Run, text: Text) -> TextArgs:
         is_even=bool(text.domain),
         stride=stride_of(sections_of(run.config)[text.section]),
         counts_bytes=text.section == "evaluation",
+        packing=text.packing,
     )
 
 

@@ -37,7 +37,7 @@ class Tokenizer(LoadedTokenizer):
         if not isinstance(ids, list) or ids_T.ndim != 1 or (ids and ids_T.dtype.kind != "i"):
             raise InputError(
                 f"{self.name} returns {type(ids).__name__} of shape {list(ids_T.shape)} and {ids_T.dtype} for "
-                f"a document; a list of token ids is needed"
+                f"a document; a list of token ids is needed: use the tokenizer files that belong to the checkpoint"
             )
         has_bytes = isinstance(document, str) and self._counts_bytes
         return Encoded(ids_T.astype(np.int64), _num_bytes(str(document), encoded["offset_mapping"]) if has_bytes else None)

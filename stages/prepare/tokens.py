@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from tempfile import TemporaryFile
 
 import numpy as np
@@ -64,6 +65,36 @@ class Drawn:
 def pool_tokens(num_wanted: int) -> int:
     """Tokens of the pool from which num_wanted tokens are drawn."""
     return max(num_wanted, min(POOL_FACTOR * num_wanted, MAX_POOL))
+
+
+def draw_documents(documents: Iterable[Encoded], num_sequences: int, sequence_length: int, source: str) -> Drawn:
+    """The first num_sequences documents, one a sequence, cut at sequence_length or filled with NO_TOKEN.
+
+    documents: in an order that a seed has decided. Raises InputError for too few of them, and for one of fewer than two tokens,
+    which predicts nothing. source: name of the documents, for the message.
+    """
+    file = TemporaryFile(prefix="hcsmoe-pool-")  # noqa: SIM115  # closed with the array that maps it
+    num_drawn, num_bytes, has_bytes = 0, 0, True
+    for document in islice(documents, num_sequences):
+        ids_T = document.token_ids_T[:sequence_length]
+        if len(ids_T) < 2:
+            raise InputError(
+                f"{source} has a document of {len(ids_T)} tokens, but with packing false each needs two; take it out, or set "
+                "packing to true"
+            )
+        file.write(np.pad(ids_T, (0, sequence_length - len(ids_T)), constant_values=NO_TOKEN).astype(np.int64).data)
+        num_drawn += 1
+        has_bytes &= document.num_bytes_T is not None
+        if document.num_bytes_T is not None:
+            num_bytes += int(document.num_bytes_T[1:sequence_length].sum())  # the first token is not predicted
+    if num_drawn < num_sequences:
+        raise InputError(
+            f"{source} holds {num_drawn:,} documents but num_sequences is {num_sequences:,} and packing is false; give more "
+            "text, lower num_sequences, or set packing to true"
+        )
+    file.flush()
+    windows_WT = np.memmap(file, np.int64, "r", shape=(num_sequences, sequence_length))
+    return Drawn(windows_WT, np.arange(num_sequences), num_bytes=num_bytes if has_bytes else None)
 
 
 def draw_sequences(

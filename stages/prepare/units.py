@@ -1,5 +1,7 @@
 """Units of prepare: the survey of the checkpoint, and the token shards of one text."""
 
+from itertools import accumulate
+
 import numpy as np
 
 from stages.checkpoint.folder import CONFIG_FILE, Checkpoint
@@ -8,17 +10,17 @@ from stages.contracts.errors import InputError
 from stages.contracts.paths import SURVEY_FILE, TENSORS_FILE, documents_file, tokens_file
 from stages.contracts.survey import survey_values
 from stages.contracts.tensors import write_tensors
-from stages.contracts.tokens import write_tokens
+from stages.contracts.tokens import UnpackedPlace, write_tokens
 from stages.contracts.units import Job, UnitResult
 from stages.contracts.windows import NO_TOKEN
-from stages.io.files import write_json
+from stages.io.files import WrittenFile, write_json
 from stages.io.texts import kind_of, list_files
 from stages.model.families import number_in, text_config
 from stages.model.survey import survey_checkpoint
 from stages.prepare.documents import read_documents, read_in_order
 from stages.prepare.ids import check_ids, read_ids
 from stages.prepare.spec import SurveyArgs, SurveyFacts, TextArgs, TokensArgs, TokensFacts
-from stages.prepare.tokens import Drawn, draw_sequences, pool_tokens, slide
+from stages.prepare.tokens import Drawn, draw_documents, draw_sequences, pool_tokens, slide
 
 _BETWEEN = "\n\n"
 """Stands between documents that are read in order: so WikiText's lines are joined where perplexities are published."""
@@ -36,13 +38,16 @@ def survey_unit(job: Job[SurveyArgs]) -> UnitResult[SurveyFacts]:
 
 def tokens_unit(job: Job[TokensArgs]) -> UnitResult[TokensFacts]:
     """Write the token shards of one text, and the fingerprints of its documents."""
-    drawn, step = sequences(job.args.text), job.args.sequences_per_shard
-    files = [
-        write_tokens(job.part_dir / tokens_file(shard), drawn.part(start, start + step))
-        for shard, start in enumerate(range(0, len(drawn), step), job.args.first_shard)
-    ]
+    text, step = job.args.text, job.args.sequences_per_shard
+    drawn, files = sequences(text), list[WrittenFile]()
+    starts = range(0, len(drawn), step)
+    firsts = [0, *accumulate(int((drawn.part(start, start + step) != NO_TOKEN).sum()) for start in starts)]
+    for number, start in enumerate(starts):
+        place = None if text.packing else UnpackedPlace(firsts[number], firsts[-1])
+        path = job.part_dir / tokens_file(job.args.first_shard + number)
+        files.append(write_tokens(path, drawn.part(start, start + step), place))
     files.append(write_documents(documents_file(job.part_dir, job.args.domain), drawn.documents()))
-    return UnitResult(TokensFacts(len(drawn) * job.args.text.sequence_length, drawn.num_bytes), files)
+    return UnitResult(TokensFacts(firsts[-1], drawn.num_bytes), files)
 
 
 def sequences(args: TextArgs) -> Drawn:
@@ -60,13 +65,15 @@ def sequences(args: TextArgs) -> Drawn:
     if kind_of(files[0].name) == "ids":
         if args.format == "chat":
             raise InputError(f"{place}.format is chat, but {files[0]} holds token ids; leave format out")
-        _check_stride(args, f"{files[0]} holds token ids, which are cut already; give text")
+        _check_stride(args, f"{files[0]} holds token ids, which are cut already", "give text")
+        if not args.packing:
+            raise InputError(f"{place}.packing is false, but {files[0]} holds token ids; leave packing out")
         drawn = Drawn(read_ids(files[0], num_sequences, sequence_length, place), np.arange(num_sequences))
     else:
         from stages.prepare.tokenizer import Tokenizer
 
         if args.format == "chat":
-            _check_stride(args, "a chat is no text to slide over; set format to text")
+            _check_stride(args, "a chat is no text to slide over", "set format to text")
         tokenizer = Tokenizer(checkpoint, args.trust_remote_code, args.counts_bytes)
         max_characters = pool_tokens(num_sequences * sequence_length)
         documents = read_documents(
@@ -74,10 +81,11 @@ def sequences(args: TextArgs) -> Drawn:
             is_chat=args.format == "chat", num_even=num_sequences if args.is_even else 1,
         )  # fmt: skip
         source = f"{place}.data ({files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''})"
-        if args.stride is None:
-            drawn = draw_sequences(
-                map(tokenizer.encode, documents), num_sequences, sequence_length, args.seed, source, is_even=args.is_even
-            )
+        encoded = map(tokenizer.encode, documents)
+        if not args.packing:
+            drawn = draw_documents(encoded, num_sequences, sequence_length, source)
+        elif args.stride is None:
+            drawn = draw_sequences(encoded, num_sequences, sequence_length, args.seed, source, is_even=args.is_even)
         else:
             joined = _BETWEEN.join(read_in_order(files, args.text_field, max_characters, place))
             drawn = slide(tokenizer.encode(joined), num_sequences, sequence_length, args.stride, source)
@@ -87,10 +95,12 @@ def sequences(args: TextArgs) -> Drawn:
     step = max(1, _CHECKED_TOKENS // sequence_length)
     for start in range(0, num_sequences, step):
         token_ids_ST = drawn.part(start, start + step)
-        check_ids(token_ids_ST if args.stride is None else token_ids_ST[token_ids_ST != NO_TOKEN], vocab_size, place)
+        is_full = args.packing and args.stride is None
+        check_ids(token_ids_ST if is_full else token_ids_ST[token_ids_ST != NO_TOKEN], vocab_size, place)
     return drawn
 
 
-def _check_stride(args: TextArgs, reason: str) -> None:
+def _check_stride(args: TextArgs, reason: str, remedy: str) -> None:
     if args.stride is not None:
-        raise InputError(f"{args.place.partition('.')[0]}.perplexity.stride is {args.stride}, but {reason}, or leave it out")
+        place = args.place.partition(".")[0]
+        raise InputError(f"{place}.perplexity.stride is {args.stride}, but {reason}; {remedy}, or leave it out")

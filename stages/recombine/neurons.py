@@ -4,14 +4,15 @@ Dimensions: R tokens that are routed to a slot, D hidden size, F neurons of an e
 all members, S slots.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from stages.contracts.layer_plan import LayerPlan, Member, Slot
-from stages.recombine.solve import Moments, Problem, factor_of, slot_moments
+from stages.contracts.layer_plan import Member, Slot
+from stages.recombine.factor import factor_of
+from stages.recombine.solve import Moments, Problem
 
 RIDGE = 1e-2
 """Of the mean diagonal of the moments, while neurons are eliminated."""
@@ -23,52 +24,50 @@ Activations = Callable[[int, Tensor], Tensor]
 """Of an expert of the source on some tokens, [R, F]."""
 
 
-def chosen_plan(
-    plan: LayerPlan, problem: Problem, solved: Sequence[Tensor], activations: Activations, num_kept: int
-) -> tuple[LayerPlan, list[Tensor]]:
-    """A plan whose slots hold num_kept whole neurons of their members; and W_down [D, K] of each.
+@dataclass(frozen=True)
+class Chosen:
+    """What a slot keeps. kept_K: neurons, ascending, numbered over all its members where they are joined, else in each of them
+    alike; None for the slot as it is. weight_DK: W_down of these, float32."""
 
-    Slot after slot: what the others leave of the target is what a slot's neurons have to give. A single member that keeps all
-    its neurons stays as it is. problem, solved: of the plan as it is, and W_down [D, F] that solves it.
+    kept_K: Tensor | None
+    is_joined: bool
+    weight_DK: Tensor
+
+
+def chosen(slot: Slot, problem: Problem, number: int, left_TD: Tensor, activations: Activations, num_kept: int) -> Chosen:
+    """The num_kept whole neurons of a slot's members that are missed most, given what the other slots give.
+
+    A single member that keeps all its neurons stays as it is. problem: of the plan as it is, from W_down [D, F] that solves it.
+    left_TD: what all slots with these leave of the weighted target. Slots do not depend on each other, so each may be chosen
+    elsewhere.
     """
-    left_TD = problem.target_TD.double() * problem.weight_T.double()[:, None]
-    weights = [weight.double() for weight in solved]
-    for number, tokens in enumerate(problem.slots):
-        problem.add(left_TD, number, tokens, -weights[number])
-    slots = list(plan.slots)
-    for number, slot in enumerate(plan.slots):
-        tokens, size = problem.slots[number], weights[number].shape[1]
-        seen, _ = tokens.split(problem.held_T)
-        if len(slot.members) == 1 and num_kept == size:
-            continue
-        problem.add(left_TD, number, tokens, weights[number])
-        if not len(seen.tokens_R):  # no token says which neurons matter: the average stays, or its largest neurons
-            slots[number], kept = _largest(slot, weights[number], num_kept)
-            stays = torch.zeros_like(weights[number]).index_copy(1, kept, weights[number][:, kept])
-            problem.add(left_TD, number, tokens, -stays)
-            weights[number] = weights[number][:, kept]
-            continue
-        experts = [member.expert for member in slot.members]
-        columns = _columns(problem, experts, activations)
-        moments = slot_moments(columns, len(experts) * size, seen, left_TD)
-        kept, weights[number] = eliminate(moments, num_kept, f"{problem.place}, slot {number}")
-        slots[number] = _joined(slot, kept.tolist(), size)
-        for tokens_R, gates_R in tokens.blocks():
-            left_TD.index_add_(0, tokens_R, -(columns(tokens_R, gates_R)[:, kept] @ weights[number].T))
-    return replace(plan, slots=tuple(slots)), [weight.float() for weight in weights]
+    tokens, weight_DF = problem.slots[number], problem.start[number]
+    size = weight_DF.shape[1]
+    if len(slot.members) == 1 and num_kept == size:
+        return Chosen(None, False, weight_DF)
+    seen, _ = tokens.split(problem.held_T)
+    if not len(seen.tokens_R):  # no token says which neurons matter: the average stays, or its largest neurons
+        if num_kept == size:
+            return Chosen(None, False, weight_DF)
+        kept_K = torch.argsort(-weight_DF.square().sum(0), stable=True)[:num_kept].sort().values
+        return Chosen(kept_K, False, weight_DF[:, kept_K])
+    experts = [member.expert for member in slot.members]
+    moments = Moments.zeros(len(experts) * size, left_TD.shape[1], left_TD.device)
+    for tokens_R, gates_R in seen.blocks():
+        own_RD = problem.columns(number, tokens_R, gates_R) @ weight_DF.T.to(problem.wide)
+        a_RN = torch.cat([activations(expert, tokens_R) for expert in experts], dim=1)
+        moments = moments.with_rows(problem.scaled(a_RN, tokens_R, gates_R), left_TD[tokens_R] + own_RD)
+    kept_K, weight_DK = eliminate(moments.whole(), num_kept, f"{problem.place}, slot {number}", problem.wide)
+    return Chosen(kept_K, True, weight_DK.float())
 
 
-def _largest(slot: Slot, weight_DF: Tensor, num_kept: int) -> tuple[Slot, Tensor]:
-    """The slot with the neurons that have the largest columns of W_down, still averaged; and their indices [K], ascending."""
-    if num_kept == weight_DF.shape[1]:
-        return slot, torch.arange(num_kept, device=weight_DF.device)
-    kept = torch.argsort(-weight_DF.square().sum(0), stable=True)[:num_kept].sort().values
-    neurons = tuple(kept.tolist())
-    return replace(slot, members=tuple(replace(member, neurons=neurons) for member in slot.members)), kept
-
-
-def _joined(slot: Slot, kept: Sequence[int], size: int) -> Slot:
-    """The slot made of these neurons, numbered over all members. A member of which none is kept still shares its bias."""
+def chosen_slot(slot: Slot, found: Chosen, size: int) -> Slot:
+    """The slot made of what was chosen. size: neurons of a member. A member of which none is kept still shares its bias."""
+    if found.kept_K is None:
+        return slot
+    kept = found.kept_K.tolist()
+    if not found.is_joined:
+        return replace(slot, members=tuple(replace(member, neurons=tuple(kept)) for member in slot.members))
     by_member = [
         tuple(neuron - position * size for neuron in kept if position * size <= neuron < (position + 1) * size)
         for position in range(len(slot.members))
@@ -79,32 +78,32 @@ def _joined(slot: Slot, kept: Sequence[int], size: int) -> Slot:
     return replace(slot, members=members, is_joined=True)
 
 
-def eliminate(moments: Moments, num_kept: int, place: str) -> tuple[Tensor, Tensor]:
+def eliminate(
+    moments: Moments, num_kept: int, place: str, dtype: torch.dtype = torch.float64, share: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Indices [num_kept] of the neurons that stay, ascending, and their W_down [D, num_kept].
 
     Optimal brain surgeon on groups of one neuron (Hassibi and Stork, 1993): with the ridge solution b_n and the inverse P of
-    the moments, the loss without neuron n is |b_n|^2 / P_nn. The least go, SHARE at a time.
+    the moments, the loss without neuron n is |b_n|^2 / P_nn. The least go, a share (SHARE by default) at a time. What is left
+    is solved anew from the inverse that there is: without neurons G, P becomes P_KK - P_KG P_GG^-1 P_GK, and b becomes
+    b_K - P_KG P_GG^-1 b_G.
+
+    dtype: of P and b once the moments, float64, are factored and solved; they decide, and are where the refit starts.
     """
-    kept = torch.arange(len(moments.gram_NN), device=moments.gram_NN.device)
-    while True:
-        some = Moments(moments.gram_NN[kept][:, kept], moments.cross_ND[kept], moments.total)
-        factor = factor_of(some.gram_NN, RIDGE, place, _REMEDY)
-        weight_ND = torch.cholesky_solve(some.cross_ND, factor)
-        if len(kept) == num_kept:
-            return kept, weight_ND.T.contiguous()
-        loss_N = weight_ND.square().sum(1) / torch.cholesky_inverse(factor).diagonal()
-        num_gone = min(max(1, int(SHARE * len(kept))), len(kept) - num_kept)
-        gone = torch.argsort(loss_N, stable=True)[:num_gone]
-        stays = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
-        stays[gone] = False
+    factor = factor_of(moments.gram_NN, RIDGE, place, _REMEDY)
+    weight_ND, inverse_NN = factor.solve(moments.cross_ND).to(dtype), factor.inverse(dtype)
+    kept = torch.arange(len(weight_ND), device=weight_ND.device)
+    while len(kept) > num_kept:
+        loss_N = weight_ND.square().sum(1) / inverse_NN.diagonal()
+        num_gone = min(max(1, int((SHARE if share is None else share) * len(kept))), len(kept) - num_kept)
+        order = torch.argsort(loss_N, stable=True)
+        gone, stays = order[:num_gone], order[num_gone:].sort().values
+        rows_GN = inverse_NN.index_select(0, gone)
+        lower_GG = torch.linalg.cholesky(rows_GN.index_select(1, gone))
+        part_GK = torch.linalg.solve_triangular(lower_GG, rows_GN.index_select(1, stays), upper=False)
+        part_GD = torch.linalg.solve_triangular(lower_GG, weight_ND.index_select(0, gone), upper=False)
+        weight_ND = weight_ND.index_select(0, stays).addmm_(part_GK.T, part_GD, alpha=-1)
         kept = kept[stays]
-
-
-def _columns(problem: Problem, experts: Sequence[int], activations: Activations) -> Callable[[Tensor, Tensor], Tensor]:
-    """What makes the weighted columns, float64 [R, N], of all members' neurons on a slot's tokens with these gates."""
-
-    def of(tokens_R: Tensor, gates_R: Tensor) -> Tensor:
-        a_RN = torch.cat([activations(expert, tokens_R) for expert in experts], dim=1)
-        return a_RN.double() * (gates_R.double() * problem.weight_T[tokens_R].double())[:, None]
-
-    return of
+        if len(kept) > num_kept:
+            inverse_NN = inverse_NN.index_select(0, stays).index_select(1, stays).addmm_(part_GK.T, part_GK, alpha=-1)
+    return kept, weight_ND.T.contiguous()

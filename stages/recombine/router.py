@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.recombine.solve import factor_of
+from stages.recombine.factor import factor_of
 
 RIDGE = 1e-3
 """Of the mean diagonal of the moments."""
@@ -40,6 +40,11 @@ TARGETS: Mapping[str, Callable[[Tensor, Sequence[Sequence[int]]], Tensor]] = {
     "sigmoid": sigmoid_target,
 }
 """By how the family's router turns logits into scores. A correction bias, which only steers the choice, is not fitted."""
+
+
+def scores_of(score: str, logits_TE: Tensor) -> Tensor:
+    """Scores [T, E] of a router's logits, before any choice."""
+    return logits_TE.softmax(1) if score == "softmax" else torch.sigmoid(logits_TE)
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,13 @@ def fitted(score: str, source: Router, start: Router, x_TD: Tensor, groups: Sequ
         start_SN = torch.cat([start_SN, start.bias.double()[:, None]], dim=1)
     if score == "softmax":
         start_SN = start_SN - start_SN.mean(0)
-    gram_NN = columns_TN.T @ columns_TN
-    left_NS = columns_TN.T @ (target_TS - columns_TN @ start_SN.T)
-    factor_NN = factor_of(gram_NN, RIDGE, "router", "calibrate with more tokens, or set export.router to frequency")
-    rows_SN = (start_SN + torch.cholesky_solve(left_NS, factor_NN).T).float()
+    rows_SN = (start_SN + ridge_rows(columns_TN)(target_TS - columns_TN @ start_SN.T).T).float()
     parts = (rows_SN,) if start.bias is None else (rows_SN[:, :-1], rows_SN[:, -1])
     return {name: part.contiguous() for name, part in zip(start.names, parts, strict=True)}
+
+
+def ridge_rows(columns_TN: Tensor) -> Callable[[Tensor], Tensor]:
+    """Given targets [T, S], the weights [N, S] of the columns that fit them, by ridge regression towards zero."""
+    remedy = "calibrate with more tokens, or set export.router to frequency"
+    factor = factor_of(columns_TN.T @ columns_TN, RIDGE, "router", remedy)
+    return lambda target_TS: factor.solve(columns_TN.T @ target_TS)

@@ -5,21 +5,24 @@ Dimensions: T tokens, R tokens that are routed to a slot, D hidden size, F neuro
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from stages.contracts.errors import InputError
-from stages.recombine.spec import JOINT_COLUMNS
+from stages.recombine.calls import SWEEPS, Bounds
+from stages.recombine.factor import Factor, factor_of
 
 RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Shares of the mean diagonal of the moments, of which the held-out tokens choose."""
+FIRST_RIDGE = 1e-2
+"""Where the search among RIDGES begins, and what is used where a solution is only a start."""
 HELD_OUT = 8
 """One sequence of so many chooses, and nothing else may have seen it."""
-SWEEPS = 2
 _BLOCK = 2048
 """Tokens whose columns are made at a time."""
+_STRIP = 512
+"""Columns of a moment matrix that are computed at a time: only what is not above the diagonal."""
+_REMEDY = "set refit.ridge to a larger number"
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Problem:
     """What is to be solved.
 
     slots: routing to each slot. activations: of a slot on some tokens [R, F]. target_TD: what the slots' outputs, less their
-    biases, have to add up to. weight_T: of each token. start: W_down [D, F] of each slot as it is. sequence_length: tokens of a
-    sequence; they stand in order.
+    biases, have to add up to. weight_T: of each token. start: W_down [D, F] of each slot as it is. lengths: tokens of each
+    sequence; they stand in order. wide: dtype of columns and their products over a block of tokens: exact products of what a
+    model computes, so float32 for one of 16 bits. Sums over blocks are float64.
     """
 
     slots: Sequence[SlotTokens]
@@ -58,48 +62,80 @@ class Problem:
     weight_T: Tensor
     start: Sequence[Tensor]
     place: str
-    sequence_length: int
+    lengths: Sequence[int]
+    wide: torch.dtype = torch.float64
+
+    @property
+    def weighted_TD(self) -> Tensor:
+        """The target of each token times its weight, in `wide`."""
+        return self.target_TD.to(self.wide) * self.weight_T.to(self.wide)[:, None]
 
     @property
     def held_T(self) -> Tensor:
-        """Which tokens choose the ridge: every eighth sequence, so that no domain is left out on either side, whatever their
-        order; of fewer than eight sequences, shorter pieces."""
-        num_tokens = len(self.target_TD)
-        length = max(1, min(self.sequence_length, num_tokens // HELD_OUT))
-        piece_T = torch.arange(num_tokens, device=self.target_TD.device) // length
-        return piece_T % HELD_OUT == HELD_OUT - 1
+        """Which tokens choose the ridge."""
+        return held_tokens(self.lengths, self.target_TD.device)
 
     def columns(self, slot: int, tokens_R: Tensor, gates_R: Tensor) -> Tensor:
-        """Weighted columns of a slot on some of its tokens, float64 [R, F]."""
-        scale_R = gates_R.double() * self.weight_T[tokens_R].double()
-        return self.activations(slot, tokens_R).double() * scale_R[:, None]
+        """Weighted columns of a slot on some of its tokens, [R, F] in `wide`."""
+        return self.scaled(self.activations(slot, tokens_R), tokens_R, gates_R)
+
+    def scaled(self, a_RN: Tensor, tokens_R: Tensor, gates_R: Tensor) -> Tensor:
+        """Activations times gates and weights of their tokens, in `wide`."""
+        return a_RN.to(self.wide) * (gates_R.to(self.wide) * self.weight_T[tokens_R].to(self.wide))[:, None]
 
     def add(self, left_TD: Tensor, number: int, slot: SlotTokens, weight_DF: Tensor) -> None:
         """Add what a slot gives with these weights, weighted as the target is."""
         for tokens_R, gates_R in slot.blocks():
-            left_TD.index_add_(0, tokens_R, self.columns(number, tokens_R, gates_R) @ weight_DF.T)
+            left_TD.index_add_(0, tokens_R, self.columns(number, tokens_R, gates_R) @ weight_DF.T.to(self.wide))
+
+
+def held_tokens(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Which tokens [T] choose the ridge: every eighth sequence, so that no domain is left out on either side, whatever their
+    order; of fewer than eight sequences, shorter pieces. lengths: tokens of each sequence."""
+    if len(lengths) >= HELD_OUT:
+        piece_T = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    else:
+        num_tokens = sum(lengths)
+        piece_T = torch.arange(num_tokens, device=device) // max(1, num_tokens // HELD_OUT)
+    return piece_T % HELD_OUT == HELD_OUT - 1
 
 
 @dataclass(frozen=True)
 class Solution:
     """weights: W_down float32 [D, F] of each slot. ridge: the strength that was used. error_before, error_after: weighted
     squared error over that of giving nothing, on all tokens. error_unseen: on the held-out tokens, of a solution from the
-    others; where slots are solved one after another, error_after."""
+    others; where slots are solved one after another, error_after. total_unseen: the squared error of giving nothing on these
+    tokens. left_TD: of the weighted target, where it is at hand."""
 
     weights: tuple[Tensor, ...]
     ridge: float
     error_before: float
     error_after: float
     error_unseen: float
+    total_unseen: float
+    left_TD: Tensor | None = None
 
 
-def solve(problem: Problem, ridge: float | None) -> Solution:
+def solve(
+    problem: Problem, ridge: float | None, bounds: Bounds, sweeps: int = SWEEPS, near: Sequence[Tensor] | None = None
+) -> Solution:
     """Minimise sum_t weight_t^2 |target_t - sum_s gate_ts W_s a_s(x_t)|^2 + ridge * mean(diag A) * |W - start|^2.
 
-    ridge: None for the one of RIDGES with the least error on the held-out tokens, from a solution on the others.
+    ridge: None for the one of RIDGES with the least error on the held-out tokens, from a solution on the others. All slots
+    together where the bounds allow it, else slot after slot, in so many sweeps, the first of which begins at the weights
+    `near`, the start by default.
     """
-    num_columns = sum(weight.shape[1] for weight in problem.start)
-    return _joint(problem, ridge) if num_columns <= JOINT_COLUMNS else _one_by_one(problem, ridge)
+    if sum(weight.shape[1] for weight in problem.start) <= bounds.joint_columns:
+        return _joint(problem, ridge)
+    return _one_by_one(problem, ridge, sweeps, bounds, near or problem.start)
+
+
+def left_of(problem: Problem, weights: Sequence[Tensor]) -> Tensor:
+    """What these weights leave of the target, weighted, [T, D] in `wide`."""
+    left_TD = problem.weighted_TD
+    for number, slot in enumerate(problem.slots):
+        problem.add(left_TD, number, slot, -weights[number])
+    return left_TD
 
 
 @dataclass(frozen=True)
@@ -117,13 +153,30 @@ class Moments:
         return cls(gram_NN, torch.zeros(num_columns, hidden_size, dtype=torch.float64, device=device), 0.0)
 
     def with_rows(self, columns_RN: Tensor, target_RD: Tensor) -> "Moments":
-        """With some tokens added, in place."""
-        self.gram_NN.addmm_(columns_RN.T, columns_RN)
-        self.cross_ND.addmm_(columns_RN.T, target_RD)
-        return Moments(self.gram_NN, self.cross_ND, self.total + float(target_RD.square().sum()))
+        """With some tokens added, in place; above the diagonal not before `whole`."""
+        for first in range(0, len(self.gram_NN), _STRIP):
+            stop = min(first + _STRIP, len(self.gram_NN))
+            self.gram_NN[first:stop, :stop] += columns_RN[:, first:stop].T @ columns_RN[:, :stop]
+        self.cross_ND.add_(columns_RN.T @ target_RD)
+        return Moments(self.gram_NN, self.cross_ND, self.total + float(target_RD.square().sum(dtype=torch.float64)))
+
+    def whole(self) -> "Moments":
+        """With what is above the diagonal filled in, in place."""
+        for first in range(0, len(self.gram_NN), _STRIP):
+            stop = min(first + _STRIP, len(self.gram_NN))
+            self.gram_NN[:first, first:stop] = self.gram_NN[first:stop, :first].T
+            square = self.gram_NN[first:stop, first:stop]
+            square.copy_(square.tril() + square.tril(-1).T)
+        return self
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.gram_NN + other.gram_NN, self.cross_ND + other.cross_ND, self.total + other.total)
+
+    def with_own(self, own_ND: Tensor) -> "Moments":
+        """With Y + H W in the place of Y."""
+        own_part_ND = self.gram_NN @ own_ND
+        total = self.total + float((own_ND * (2 * self.cross_ND + own_part_ND)).sum())
+        return Moments(self.gram_NN, self.cross_ND + own_part_ND, total)
 
     def error(self, weight_ND: Tensor) -> float:
         """|Y - H W|^2, from the moments alone."""
@@ -131,58 +184,55 @@ class Moments:
         return self.total - 2 * linear + float((weight_ND * (self.gram_NN @ weight_ND)).sum())
 
 
-def slot_moments(columns: Callable[[Tensor, Tensor], Tensor], num_columns: int, slot: SlotTokens, left_TD: Tensor) -> Moments:
-    """Moments of a slot's columns with what is left of the target. columns: float64 [R, N] of some tokens and gates."""
-    found = Moments.zeros(num_columns, left_TD.shape[1], left_TD.device)
-    for tokens_R, gates_R in slot.blocks():
-        found = found.with_rows(columns(tokens_R, gates_R), left_TD[tokens_R])
-    return found
-
-
-def factor_of(gram_NN: Tensor, ridge: float, place: str, remedy: str) -> Tensor:
-    """Cholesky factor [N, N] of moments and a ridge. Raises InputError where they are not positive definite in spite of it.
-
-    remedy: what the user may do then, an imperative.
-    """
-    gram_NN = gram_NN.clone()
-    gram_NN.diagonal().add_(ridge * float(gram_NN.diagonal().mean()))
-    factor, info = torch.linalg.cholesky_ex(gram_NN)
-    if int(info):
-        raise InputError(
-            f"{place}: the moments of {len(gram_NN)} columns are not positive definite at ridge {ridge:g} (column "
-            f"{int(info)}); {remedy}"
-        )
-    return factor  # type: ignore[no-any-return]
-
-
-def _ridge_solution(moments: Moments, start_ND: Tensor, ridge: float, place: str) -> Tensor:
-    """W [N, D], pulled towards the start."""
+def _ridge_solution(moments: Moments, start_ND: Tensor, ridge: float, place: str, right_ND: Tensor | None = None) -> Tensor:
+    """W [N, D], pulled towards the start. right_ND: C - A start, if it is at hand."""
     if not moments.gram_NN.any():  # no token is routed here: nothing to go by
         return start_ND
-    factor = factor_of(moments.gram_NN, ridge, place, "set refit.ridge to a larger number")
-    return start_ND + torch.cholesky_solve(moments.cross_ND - moments.gram_NN @ start_ND, factor)
+    factor = factor_of(moments.gram_NN, ridge, place, _REMEDY)
+    if right_ND is None:
+        right_ND = moments.cross_ND - moments.gram_NN @ start_ND
+    return start_ND + factor.solve(right_ND)
 
 
-def _chosen(train: Moments, held: Moments, start_ND: Tensor, ridge: float | None, place: str) -> float:
+def _chosen(train: Moments, held: Moments, start_ND: Tensor, ridge: float | None, place: str) -> tuple[float, Tensor]:
+    """The ridge, and the solution [N, D] that it gives on the tokens that are not held out.
+
+    Of RIDGES, the first on the way down from FIRST_RIDGE whose neighbours both leave more error on the held-out tokens.
+    """
     if ridge is not None:
-        return ridge
-    errors = {one: held.error(_ridge_solution(train, start_ND, one, place)) for one in RIDGES}
-    return min(RIDGES, key=lambda one: errors[one])
+        return ridge, _ridge_solution(train, start_ND, ridge, place)
+    tried: dict[int, tuple[float, Tensor]] = {}
+    right_ND = train.cross_ND - train.gram_NN @ start_ND
+
+    def error(number: int) -> float:
+        if number not in tried:
+            weight_ND = _ridge_solution(train, start_ND, RIDGES[number], place, right_ND)
+            tried[number] = held.error(weight_ND), weight_ND
+        return tried[number][0]
+
+    best = RIDGES.index(FIRST_RIDGE)
+    while (least := min(range(max(0, best - 1), min(best + 2, len(RIDGES))), key=error)) != best:
+        best = least
+    return RIDGES[best], tried[best][1]
 
 
 def _joint(problem: Problem, ridge: float | None) -> Solution:
     train, held = _joint_moments(problem)
     start_ND = torch.cat([weight.double().T for weight in problem.start])
-    chosen = _chosen(train, held, start_ND, ridge, problem.place)
+    place = f"{problem.place}, slots 0 to {len(problem.start) - 1} together"
+    chosen, from_others_ND = _chosen(train, held, start_ND, ridge, place)
+    unseen, total_unseen = held.error(from_others_ND) / held.total, held.total
     both = train + held
-    weight_ND = _ridge_solution(both, start_ND, chosen, problem.place)
+    del train, held
+    weight_ND = _ridge_solution(both, start_ND, chosen, place)
     sizes = [weight.shape[1] for weight in problem.start]
     return Solution(
         tuple(part.T.float().contiguous() for part in weight_ND.split(sizes)),
         chosen,
         both.error(start_ND) / both.total,
         both.error(weight_ND) / both.total,
-        held.error(_ridge_solution(train, start_ND, chosen, problem.place)) / held.total,
+        unseen,
+        total_unseen,
     )
 
 
@@ -191,44 +241,107 @@ def _joint_moments(problem: Problem) -> tuple[Moments, Moments]:
     device, hidden_size = problem.target_TD.device, problem.target_TD.shape[1]
     sizes, held_T = [weight.shape[1] for weight in problem.start], problem.held_T
     found = [Moments.zeros(sum(sizes), hidden_size, device) for _ in range(2)]
+    weighted_TD = problem.weighted_TD
     for first in range(0, len(held_T), _BLOCK):
         stop = min(first + _BLOCK, len(held_T))
-        columns_BN = torch.zeros(stop - first, sum(sizes), dtype=torch.float64, device=device)
+        columns_BN = torch.zeros(stop - first, sum(sizes), dtype=problem.wide, device=device)
         begin = 0
         for number, (slot, size) in enumerate(zip(problem.slots, sizes, strict=True)):
             inside = slot.of((slot.tokens_R >= first) & (slot.tokens_R < stop))
             columns_R = problem.columns(number, inside.tokens_R, inside.gates_R)
             columns_BN[inside.tokens_R - first, begin : begin + size] = columns_R
             begin += size
-        target_BD = problem.target_TD[first:stop].double() * problem.weight_T[first:stop].double()[:, None]
         for number, moments in enumerate(found):
             chosen_B = held_T[first:stop] == bool(number)
-            found[number] = moments.with_rows(columns_BN[chosen_B], target_BD[chosen_B])
-    return found[0], found[1]
+            found[number] = moments.with_rows(columns_BN[chosen_B], weighted_TD[first:stop][chosen_B])
+    return found[0].whole(), found[1].whole()
 
 
-def _one_by_one(problem: Problem, ridge: float | None) -> Solution:
-    """Gauss-Seidel over slots: each is solved on what the others leave. The ridge is that of the first sweep's first slot."""
-    weight_T1 = problem.weight_T.double()[:, None]
-    left_TD = problem.target_TD.double() * weight_T1
-    total = float(left_TD.square().sum())
-    weights = [weight.double() for weight in problem.start]
-    for number, slot in enumerate(problem.slots):
-        problem.add(left_TD, number, slot, -weights[number])
-    before = float(left_TD.square().sum())
+class _Columns:
+    """Columns of the slots, block by block: of tokens that are not held out, then of those that are.
+
+    Activations are kept where the bounds allow it, and made again where not: block by block alike, so that no bit depends on
+    it.
+    """
+
+    def __init__(self, problem: Problem, bounds: Bounds) -> None:
+        self._problem = problem
+        self._parts = [[part for one in slot.split(problem.held_T) for part in one.blocks()] for slot in problem.slots]
+        self._num_train = [len([*slot.split(problem.held_T)[0].blocks()]) for slot in problem.slots]
+        values = sum(len(slot.tokens_R) * one.shape[1] for slot, one in zip(problem.slots, problem.start, strict=True))
+        self._keeps = values * problem.wide.itemsize // 2 <= 8 * bounds.activation_values
+        self._kept: dict[int, list[Tensor]] = {}
+
+    def of(self, number: int) -> Iterator[tuple[bool, Tensor, Tensor]]:
+        """Whether a block is held out, its tokens [R], and its columns [R, F] in `wide`."""
+        kept = self._kept.get(number, [])
+        for block, (tokens_R, gates_R) in enumerate(self._parts[number]):
+            a_RF = kept[block] if block < len(kept) else self._problem.activations(number, tokens_R)
+            if self._keeps and block >= len(kept):
+                kept = self._kept.setdefault(number, kept)
+                kept.append(a_RF)
+            yield block >= self._num_train[number], tokens_R, self._problem.scaled(a_RF, tokens_R, gates_R)
+
+    def moments(self, number: int, left_TD: Tensor) -> tuple[Moments, Moments]:
+        """Of the tokens that are not held out, and of those that are, with what is left of the target."""
+        size = self._problem.start[number].shape[1]
+        found = [Moments.zeros(size, left_TD.shape[1], left_TD.device) for _ in range(2)]
+        for is_held, tokens_R, columns_RF in self.of(number):
+            found[is_held] = found[is_held].with_rows(columns_RF, left_TD[tokens_R])
+        return found[0].whole(), found[1].whole()
+
+    def cross(self, number: int, left_TD: Tensor) -> Tensor:
+        """H^T [what is left] over all tokens, float64 [F, D]."""
+        size = self._problem.start[number].shape[1]
+        found = [torch.zeros(size, left_TD.shape[1], dtype=torch.float64, device=left_TD.device) for _ in range(2)]
+        for is_held, tokens_R, columns_RF in self.of(number):
+            found[is_held] += columns_RF.T @ left_TD[tokens_R]
+        return found[0] + found[1]
+
+    def add(self, left_TD: Tensor, number: int, weight_DF: Tensor) -> None:
+        """Add what a slot gives with these weights."""
+        for _, tokens_R, columns_RF in self.of(number):
+            left_TD.index_add_(0, tokens_R, columns_RF @ weight_DF.T.to(columns_RF.dtype))
+
+
+def _one_by_one(problem: Problem, ridge: float | None, sweeps: int, bounds: Bounds, near: Sequence[Tensor]) -> Solution:
+    """Gauss-Seidel over slots: each is solved on what the others leave. The ridge is that of the first sweep's first slot.
+
+    Where the bounds allow it, A and factors of all slots stay for later sweeps, in which only C is new.
+    """
+    keeps = sweeps > 1 and 2 * sum(weight.shape[1] ** 2 for weight in problem.start) <= bounds.moment_values
+    columns, left_TD = _Columns(problem, bounds), problem.weighted_TD
+    total = _energy(left_TD)
+    weights = [weight.double() for weight in near]
+    for number in range(len(weights)):
+        columns.add(left_TD, number, -weights[number])
+    before = _energy(left_TD)
     chosen = ridge
-    held_T = problem.held_T
-    for _ in range(SWEEPS):
+    kept: dict[int, tuple[Tensor, Factor]] = {}
+    for _ in range(sweeps):
         for number, slot in enumerate(problem.slots):
-            problem.add(left_TD, number, slot, weights[number])
-            train, held = (
-                slot_moments(partial(problem.columns, number), weights[number].shape[1], part, left_TD)
-                for part in slot.split(held_T)
-            )
-            start_ND = problem.start[number].double().T
-            chosen = _chosen(train, held, start_ND, ridge if ridge is not None else chosen, problem.place)
-            weights[number] = _ridge_solution(train + held, start_ND, chosen, problem.place).T
-            problem.add(left_TD, number, slot, -weights[number])
-    assert chosen is not None
-    after = float(left_TD.square().sum()) / total
-    return Solution(tuple(weight.float().contiguous() for weight in weights), chosen, before / total, after, after)
+            if not len(slot.tokens_R):  # nothing to go by
+                continue
+            start_ND, old_ND = problem.start[number].double().T, weights[number].T
+            if number in kept:
+                gram_NN, factor = kept[number]
+                cross_ND = columns.cross(number, left_TD)
+            else:
+                place = f"{problem.place}, slot {number}"
+                train, held = columns.moments(number, left_TD)
+                if chosen is None:
+                    chosen, _ = _chosen(train.with_own(old_ND), held.with_own(old_ND), start_ND, None, place)
+                gram_NN, cross_ND = train.gram_NN.add_(held.gram_NN), train.cross_ND + held.cross_ND
+                factor = factor_of(gram_NN, chosen, place, _REMEDY)
+                if keeps:
+                    kept[number] = gram_NN, factor
+            weight_ND = start_ND + factor.solve(cross_ND + gram_NN @ (old_ND - start_ND))
+            columns.add(left_TD, number, (old_ND - weight_ND).T)
+            weights[number] = weight_ND.T
+    after = _energy(left_TD) / total
+    solved = tuple(weight.float().contiguous() for weight in weights)
+    return Solution(solved, FIRST_RIDGE if chosen is None else chosen, before / total, after, after, total, left_TD)
+
+
+def _energy(left_TD: Tensor) -> float:
+    return float(sum(part.double().square().sum() for part in left_TD.split(_BLOCK)))

@@ -4,7 +4,7 @@ Dimensions: T tokens, D hidden size, k experts a token, E experts of the source,
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -23,6 +23,7 @@ from stages.model.packed import PackedStack
 from stages.model.roles import Neurons, neuron_axes
 from stages.model.stream import replaced_forward
 from stages.recombine.router import Router
+from stages.recombine.shared import SharedExpert, is_one_tensor
 
 Seen = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Given the input [T, D] of the experts, slots [T, k] and their gates [T, k], what takes the place of their output [T, D]."""
@@ -36,7 +37,8 @@ def _axes(model: str) -> Mapping[str, int]:
 class Student:
     """A MoE layer of a loaded layer shard with the experts of a plan.
 
-    Attributes: `weights` and `forward` of the slots; `down_name`, the parameter that holds W_down of all of them.
+    Attributes: `weights` and `forward` of the slots; `down_name`, the parameter that holds W_down of all of them; `shared`, the
+    shared expert whose W_down can be replaced, if there is one, and `shared_name`, the parameter that holds it.
     replaced: values of further parameters, by name.
     """
 
@@ -65,13 +67,19 @@ class Student:
                 _put(small, name, merge_rows(tensor, axis, rows, place))
             else:
                 _put(small, name, tensor)
-        for name, value in replaced.items():
-            own = _get(small, name.removeprefix(prefix))
-            _put(small, name.removeprefix(prefix), value.to(own.dtype).to(shard.device))
         self._module = small if is_stock else source
         self._replaced = experts if is_stock else source_experts
+        shared = SharedExpert.of(self._module, self._replaced)
+        self.shared = shared if shared is not None and is_one_tensor(shard, prefix + shared.name) else None
+        for name, value in replaced.items():
+            if self.shared is not None and name == prefix + self.shared.name:
+                self.shared.down_DF = value.to(shard.device)
+                continue
+            own = _get(small, name.removeprefix(prefix))
+            _put(small, name.removeprefix(prefix), value.to(own.dtype).to(shard.device))
         self._slot_E = None if is_stock else torch.from_numpy(plan.slot_E).long().to(shard.device)
         self.down_name = f"{prefix}{inside}.down_proj"
+        self.shared_name = f"{prefix}{self.shared.name}" if self.shared is not None else ""
         self.weights = ExpertWeights(experts)
         self.forward = ExpertsForward(self.weights)
         self._routers = [name for name, axis in _router_names(axes, prefix, inside) if axis == 0] if is_stock else []
@@ -90,6 +98,23 @@ class Student:
             weight, *bias = (_get(module, name) for name in names)
             both.append(Router(tuple(prefix + name for name in names), weight, bias[0] if bias else None))
         return both[0], both[1], self._module.get_submodule(owner)
+
+    def source_routing(self, x_ND: Tensor) -> Tensor:
+        """Gates [N, E], float32, that the source's router gives on some inputs of the layer's experts; 0 where an expert is not
+        picked."""
+        adapted = self._shard.adapted
+        layer, experts = adapted.layers[self._layer], adapted.experts_modules()[self._layer]
+        inside = next(name for name, module in layer.named_modules() if module is experts)
+        num_experts = self._shard.expert_weights(self._layer).num_experts
+        gate_NE = torch.zeros(len(x_ND), num_experts, device=x_ND.device)
+
+        def see(hidden_ND: Tensor, index_Nk: Tensor, gates_Nk: Tensor) -> Tensor:
+            gate_NE.scatter_add_(1, index_Nk, gates_Nk.float())
+            return torch.zeros_like(hidden_ND)
+
+        with replaced_forward(experts, see):
+            layer.get_submodule(inside.rpartition(".")[0])(x_ND[None])
+        return gate_NE
 
     @contextmanager
     def watched_router(self, x: list[Tensor], logits: list[Tensor]) -> Iterator[None]:
@@ -120,7 +145,7 @@ class Student:
         def forward(hidden_TD: Tensor, index_Tk: Tensor, gates_Tk: Tensor) -> Tensor:
             return see(hidden_TD, index_Tk if self._slot_E is None else self._slot_E[index_Tk], gates_Tk)
 
-        with replaced_forward(self._replaced, forward):
+        with replaced_forward(self._replaced, forward), self.shared.stands_in() if self.shared is not None else nullcontext():
             yield
 
     def outputs(self, hidden_TD: Tensor, slots_Tk: Tensor, gates_Tk: Tensor) -> Tensor:

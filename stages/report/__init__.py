@@ -1,1 +1,1 @@
-"""report: writes every number of a run into one file."""
+"""report: writes every number of a run into one file, and the page that shows them."""

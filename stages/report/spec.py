@@ -1,4 +1,4 @@
-"""The stage report: writes every number of a run into one file."""
+"""The stage report: writes every number of a run into one file, and the page that shows them."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,13 +8,31 @@ from pathlib import Path
 from pydantic import JsonValue, TypeAdapter
 
 from stages.contracts.keys import Part
-from stages.contracts.paths import REPORT_FILE, documents_file
+from stages.contracts.paths import REPORT_FILE, REPORT_PAGE_FILE, documents_file
 from stages.contracts.protection import PROTECT_UNIT, ProtectFacts
-from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, counts_of, narrowed_to
-from stages.contracts.targets import NumExperts
+from stages.contracts.spec import Publication, Run, StagePlan, StageSpec, counts_of, narrowed_to, plans_of
+from stages.contracts.target_settings import NumExperts
 from stages.contracts.tasks import sealed_requests, task_args, task_part
-from stages.contracts.texts import sections_of, texts_in
+from stages.contracts.texts import sections_of, texts_in, texts_of
 from stages.contracts.units import Facts, Unit, UnitCall
+
+
+@dataclass(frozen=True)
+class ComparedPlans:
+    """chosen: name of the plan of a layer that was taken. errors: of every plan, by name, as shares of that of no experts."""
+
+    chosen: str
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class LayerRefit:
+    """error_before, error_after: of the layer's output before and after refit, squared, over that of giving nothing. is_joint:
+    whether W_down of all its slots was solved together, and not slot after slot (Gauss-Seidel)."""
+
+    error_before: float
+    error_after: float
+    is_joint: bool
 
 
 @dataclass(frozen=True)
@@ -29,7 +47,9 @@ class ReportedTarget:
     change of new experts by packing them in the source's scheme, relative to their values; empty where nothing is packed.
     num_neurons: of an expert, where it has fewer than the source's; then asked_experts and asked_width are what the run file
     asks for. budget: its kind; empty where all layers keep the same number. super_experts: by layer, experts that it keeps as
-    they are; None where it protects none.
+    they are; None where it protects none. compared: by layer, where a refit has compared several plans, the one that it took,
+    and the errors of all on held-out calibration text. final_plan_dir: directory of its layer plans as refit leaves them.
+    refits: by layer, what refit has reached; empty without.
     """
 
     name: str
@@ -46,11 +66,14 @@ class ReportedTarget:
     dendrogram_dir: str | None
     unweighted_clusters: Mapping[int, tuple[int, ...]]
     packing_errors: Mapping[int, float]
+    final_plan_dir: str
+    refits: Mapping[int, LayerRefit]
     num_neurons: int | None
     asked_experts: NumExperts
     asked_width: float
     budget: str
     super_experts: Mapping[int, tuple[int, ...]] | None
+    compared: Mapping[int, ComparedPlans]
 
 
 @dataclass(frozen=True)
@@ -73,7 +96,7 @@ class ReportArgs:
     experts to which no calibration token was routed. is_sampled: whether standard errors are known. calibrate_dir, domains:
     directory of the evidence, and the domains that it is kept by, which may be none. tasks: of every model. documents: by
     section, files with the fingerprints of its documents. settings: the run file. versions: versions of the libraries that
-    computed each part.
+    computed each part. identities: of the model and of each text. part_dirs: directories of all parts of the run.
     """
 
     survey_dir: str
@@ -90,6 +113,8 @@ class ReportArgs:
     documents: Mapping[str, tuple[str, ...]]
     settings: Mapping[str, JsonValue]
     versions: Mapping[str, Mapping[str, str]]
+    identities: Mapping[str, Mapping[str, JsonValue]]
+    part_dirs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -104,14 +129,28 @@ class ReportFacts:
 _PACKED = TypeAdapter(list[dict[str, float]])
 _LAYER_AND_INDICES = TypeAdapter(tuple[int, tuple[int, ...]])
 
+
+@dataclass(frozen=True)
+class _Solved:
+    """What refit reports of a layer, as far as it is shown."""
+
+    layer: int
+    error_before: float
+    error_after: float
+    is_joint: bool
+    chosen: str = ""
+    compared: tuple[tuple[str, float], ...] = ()
+
+
+_SOLVED = TypeAdapter(_Solved)
 REPORT = UnitCall("stages.report.units:report_unit", ReportArgs, ReportFacts)
 
 
 class Report(StageSpec):
-    """Writes every number of a run into one file."""
+    """Writes every number of a run into one file, and the page that shows them."""
 
     name = "report"
-    version = 5
+    version = 8
     libraries = ("numpy", "scipy")
     after = ("prepare", "requests", "calibrate", "cluster", "merge", "assemble", "evaluate")
 
@@ -143,6 +182,8 @@ class Report(StageSpec):
             },
             settings=_shown_settings(run),
             versions=run.library_versions(),
+            identities={place: run.identity(place) for place in ("model", *texts_of(run.config))},
+            part_dirs=tuple(part.dir for part in run.all_parts()),
         )
         yield run.unit(run.part(self.name), "report", REPORT.on(args), REPORT_FILE)
 
@@ -151,9 +192,10 @@ class Report(StageSpec):
         return StagePlan("1", "CPU")
 
     def publications(self, run: Run) -> Iterator[Publication]:
-        """The report file, and for each model the results of tasks as the harness writes them."""
+        """The report file and page, and for each model the results of tasks as the harness writes them."""
         folder = run.part(self.name).dir
-        yield Publication(f"{folder}/{REPORT_FILE}", REPORT_FILE, is_folder=False)
+        for name in (REPORT_FILE, REPORT_PAGE_FILE):
+            yield Publication(f"{folder}/{name}", name, is_folder=False)
         if task_args(run.config):
             for name in (run.config.name, *(target.name for target in run.targets)):
                 yield Publication(f"{folder}/{harness_file(name)}", harness_file(name), is_folder=False)
@@ -191,6 +233,12 @@ def _packing_errors(run: Run, part_dir: str) -> dict[int, float]:
     return {layer: math.sqrt(errors[layer] / values[layer]) if values[layer] else 0.0 for layer in sorted(values)}
 
 
+def _solved(run: Run, part_dir: str) -> list[_Solved]:
+    """What refit reports of the layers of a target; empty without refit."""
+    facts = [sealed.facts for unit in run.units("recombine") if unit.part_dir == part_dir and (sealed := run.sealed(unit))]
+    return [_SOLVED.validate_python(one) for one in facts if "error_before" in one]
+
+
 def _super_experts(run: Run, part_dir: str) -> dict[int, tuple[int, ...]] | None:
     """Protected experts of a target by layer; None where it protects none."""
     for unit in run.units("cluster"):
@@ -209,6 +257,7 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
     for target in run.targets:
         sealed = assembled[run.part("assemble", target.part).dir]
         assert sealed is not None, target.name
+        solved = _solved(run, plans_of(run, target).dir)
         yield ReportedTarget(
             name=target.name,
             target=target.label,
@@ -223,12 +272,15 @@ def _reported(run: Run) -> Iterator[ReportedTarget]:
             generate_dir=_dir_of(run, "evaluate", f"generate-{target.part}"),
             dendrogram_dir=_dir_of(run, "cluster", target.variant.name),
             packing_errors=_packing_errors(run, run.part("merge", target.part).dir),
+            final_plan_dir=plans_of(run, target).dir,
+            refits={one.layer: LayerRefit(one.error_before, one.error_after, one.is_joint) for one in solved},
             unweighted_clusters=_by_layer(run, "cluster", run.part("cluster", target.part).dir, "unweighted_slots"),
             num_neurons=narrowed_to(run, target),
             asked_experts=target.num_experts,
             asked_width=target.width,
             budget=target.variant.kind.name if target.variant.kind.costs is not None else "",
             super_experts=_super_experts(run, run.part("cluster", target.part).dir),
+            compared={one.layer: ComparedPlans(one.chosen, dict(one.compared)) for one in solved if one.compared},
         )
 
 

@@ -1,4 +1,4 @@
-"""The unit of report, which writes `report.json`."""
+"""The unit of report, which writes `report.json` and the page `report.html`."""
 
 import json
 import math
@@ -8,13 +8,16 @@ from typing import Any
 
 from stages.contracts.certainty import read_errors, read_stability
 from stages.contracts.documents import num_shared, read_documents
-from stages.contracts.paths import REPORT_FILE, SCORES_FILE, SURVEY_FILE, errors_file, stability_file
+from stages.contracts.paths import REPORT_FILE, REPORT_PAGE_FILE, SCORES_FILE, SURVEY_FILE, errors_file, stability_file
 from stages.contracts.units import Job, UnitResult
-from stages.io.files import write_json
+from stages.io.files import write_bytes, write_json
 from stages.report.domains import Shares, coverage, rank_correlations, saliency_shares
 from stages.report.generation import read_generation
+from stages.report.layer_data import layer_values
+from stages.report.page import page_of
 from stages.report.spec import ReportArgs, ReportedTarget, ReportFacts
 from stages.report.tasks import failures_of, read_results, scores_of, write_harness_results
+from stages.report.timeline import read_story, timeline_values
 from stages.report.warning_lines import of_certainty, of_generation, of_overlap, of_scores
 
 Values = dict[str, Any]
@@ -22,12 +25,13 @@ Values = dict[str, Any]
 
 
 def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
-    """Write `report.json`."""
+    """Write `report.json`, the page that shows it, and the results of the harness."""
     args = job.args
     survey = json.loads((job.run_dir / args.survey_dir / SURVEY_FILE).read_text())
     source = {
         "name": args.source_name,
         "target": "source",
+        "variant": None,
         "format": None,
         "num_experts": survey["num_experts"],
         "parameters": survey["num_parameters"],
@@ -58,21 +62,40 @@ def report_unit(job: Job[ReportArgs]) -> UnitResult[ReportFacts]:
         "settings": args.settings,
         "versions": args.versions,
     }
-    files = [write_json(job.part_dir / REPORT_FILE, report), *write_harness_results(job, results)]
+    page = page_of(_page_values(job, report, survey))
+    files = [
+        write_json(job.part_dir / REPORT_FILE, report),
+        write_bytes(job.part_dir / REPORT_PAGE_FILE, page),
+        *write_harness_results(job, results),
+    ]
     lacking = f"it lacks {len(failures)} of {len(args.tasks)} scores of tasks" if failures else None
     return UnitResult(ReportFacts(len(models), lacking), files)
+
+
+def _page_values(job: Job[ReportArgs], report: Values, survey: Values) -> Values:
+    story = read_story(job.run_dir, job.args.part_dirs)
+    return {
+        "name": job.args.source_name,
+        "report": report,
+        "layers": layer_values(job, survey["moe_layers"], survey["num_experts"]),
+        "timeline": timeline_values(story),
+        "command": story.command,
+        "identities": job.args.identities,
+    }
 
 
 def _target(job: Job[ReportArgs], target: ReportedTarget, shares: Shares) -> Values:
     return {
         "name": target.name,
         "target": target.target,
-        **({"variant": target.variant} if target.variant else {}),
+        "variant": target.variant or None,
         "format": target.format,
         "num_experts": target.num_experts,
         **_narrower(target),
         **({"budget": target.budget, "experts_by_layer": target.num_merged} if target.budget else {}),
         **({"super_experts": target.super_experts} if target.super_experts is not None else {}),
+        **({"refits": {layer: vars(one) for layer, one in target.refits.items()}} if target.refits else {}),
+        **({"compared_plans": {layer: vars(one) for layer, one in target.compared.items()}} if target.compared else {}),
         **target.assembled,
         "path": target.path,
         "unweighted_clusters": target.unweighted_clusters,

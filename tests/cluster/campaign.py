@@ -27,8 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tests import HOME
-from tests.cluster.conftest import NUM_LAYERS, REPOSITORY, SETTINGS, add_node, results_of
+from tests.cluster.conftest import NUM_LAYERS, SETTINGS, results_of
 from tests.cluster.test_driver import events_of
+from tests.conftest import REPOSITORY
+from tests.forked_cluster import add_node
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import save_checkpoint, save_token_ids
 

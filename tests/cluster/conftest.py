@@ -1,6 +1,5 @@
 """A cluster of several raylets on this machine, an eight-layer model, and what an undisturbed local run makes of it."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from pipeline.config import load_config
 from pipeline.executors.ray import connect
 from stages.contracts.settings import RunConfig
 from tests.cluster.faults import FaultyExecutor
+from tests.forked_cluster import add_node, forked_cluster
 from tests.runs import FinishedRun, write_run_file
 from tests.tiny import save_checkpoint, save_token_ids
 
-REPOSITORY = Path(__file__).parents[2]
 NUM_LAYERS = 8
 # Small layer shards and token shards, so that every stage has several units to be struck.
 SETTINGS: dict[str, Any] = {
@@ -29,28 +28,13 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """A head that runs no units and two nodes with one (fake) GPU each."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(REPOSITORY)  # the raylets inherit it: workers import tests.cluster.faults
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000},
-    )
-    for _ in range(2):
-        add_node(cluster)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
-
-
-def add_node(cluster: Cluster) -> Any:
-    """Add a node with one GPU and room for one CPU task beside its worker."""
-    return cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=80_000_000)
+def cluster(forks: None) -> Iterator[Cluster]:
+    """A head that runs no units and two nodes with one (fake) GPU each. Their workers are forks."""
+    with forked_cluster(num_cpus=0, num_gpus=0) as cluster:
+        for _ in range(2):
+            add_node(cluster)
+        yield cluster
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

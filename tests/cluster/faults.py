@@ -28,7 +28,7 @@ def _eat_memory() -> None:
     while len(eaten) * _BITE_BYTES < int(os.environ[EATEN_VARIABLE]):
         eaten.append(b"\1" * _BITE_BYTES)
         time.sleep(0.05)
-    time.sleep(10)
+    time.sleep(120)
     raise RuntimeError(f"{len(eaten) * _BITE_BYTES:,} bytes were taken and nothing happened")
 
 
@@ -66,7 +66,7 @@ def faulty_unit(job: Job[Any]) -> object:
         raise ZeroDivisionError("a unit that cannot work")
     if strikes and fault == "on a node to be killed":
         marker.write_text(ray.get_runtime_context().get_node_id())
-        time.sleep(60)
+        time.sleep(3600)
     result = resolve(args.call.function)(replace(job, args=args.call.args))
     if strikes and fault == "kill before seal":
         os.kill(os.getpid(), signal.SIGKILL)

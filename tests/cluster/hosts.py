@@ -13,18 +13,20 @@ from pathlib import Path
 
 import pytest
 
+from tests import MEMORY_FOLDER
+
 RAY = Path(sys.executable).with_name("ray")
 NETWORK = "10.77.0"  # reached from nowhere else: the bridge has no address
 HEAD_PORT = 6379
 _COMMAND_S = 30
 _START_S = 200
 _END_S = 60
-# A node counts as dead after about three seconds without an answer, where Ray's own setting is about half a minute.
+# A node counts as dead after about five seconds without an answer, where Ray's own setting is about half a minute.
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_failure_threshold": "5",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
 }
 
@@ -67,8 +69,10 @@ class Host:
         return inherited | own | HEALTH
 
     def start_ray(self, *options: str) -> None:
-        """Start its raylet. Its folder stands at /tmp/ray, for it alone."""
-        prepare = f"hostname {self.name} && mount -t tmpfs -o size=1g tmpfs /dev/shm && mkdir -p /tmp/ray && " + (
+        """Start its raylet. Its folder stands at /tmp/ray, for it alone, as does its /dev/shm but for the tests' own files."""
+        prepare = (
+            f"hostname {self.name} && mkdir -p /tmp/ray {MEMORY_FOLDER} && mount --bind {MEMORY_FOLDER} /tmp/ray && "
+            f"mount -t tmpfs -o size=1g tmpfs /dev/shm && mkdir {MEMORY_FOLDER} && mount --bind /tmp/ray {MEMORY_FOLDER} && "
             f"mount --bind {self.folder / 'ray'} /tmp/ray && exec "
         )
         start = [

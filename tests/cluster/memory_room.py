@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MEMORY = Path("/sys/fs/cgroup/memory")  # where Ray's monitor looks for the limit and the use of a group
-_END_S = 15
+_END_S = 60
 # $0 is the group. Only the processes of this mount namespace see the group as the whole.
 _ENTER = 'echo $$ > "$0/cgroup.procs" && mount --bind "$0" ' + str(MEMORY) + ' && exec "$@"'
 

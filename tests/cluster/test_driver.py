@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +11,19 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.cluster.conftest import REPOSITORY, results_of
+from tests.cluster.conftest import results_of
+from tests.conftest import REPOSITORY
+from tests.forks import Fork
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]
 RunFile = Callable[[dict[str, Any]], Path]
 STRUCK_STAGES = ("prepare", "calibrate", "cluster", "merge", "assemble", "evaluate")
-_LIMIT_S = 300
+_LIMIT_S = 500
 
 
-def start(run_file: Path, *options: str, module: str = "pipeline") -> subprocess.Popen[str]:
-    """Start a driver in a session of its own."""
-    command = [sys.executable, "-m", module, "run", str(run_file), *options]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+def start(run_file: Path, *options: str, module: str = "pipeline") -> Fork:
+    """Start a driver in a session of its own. The test has the fixture `forks`, or one that does."""
+    return Fork(["-m", module, "run", str(run_file), *options], REPOSITORY, os.environ)
 
 
 def events_of(run_file: Path) -> list[dict[str, Any]]:
@@ -34,7 +31,7 @@ def events_of(run_file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_units(run_file: Path, num_units: int, process: subprocess.Popen[str]) -> None:
+def wait_for_units(run_file: Path, num_units: int, process: Fork) -> None:
     """Wait until so many units are sealed, or the driver has ended."""
     deadline = time.monotonic() + _LIMIT_S
     while time.monotonic() < deadline and process.poll() is None:
@@ -47,7 +44,7 @@ def num_sealed(run_file: Path, stage: str = "") -> int:
     return sum(event["event"] == "sealed" and event["unit"].startswith(stage) for event in events_of(run_file))
 
 
-def wait_for_stage(run_file: Path, stage: str, process: subprocess.Popen[str]) -> None:
+def wait_for_stage(run_file: Path, stage: str, process: Fork) -> None:
     """Wait until one more unit of a stage is sealed, or the driver has ended."""
     already, deadline = num_sealed(run_file, stage), time.monotonic() + _LIMIT_S
     while time.monotonic() < deadline and process.poll() is None and num_sealed(run_file, stage) <= already:

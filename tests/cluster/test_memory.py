@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY, results_of
+from tests.cluster.conftest import results_of
 from tests.cluster.faults import EATEN_VARIABLE
 from tests.cluster.memory_room import available_memory, own_room, shared_room
 from tests.cluster.test_driver import events_of
+from tests.conftest import REPOSITORY
 from tests.deploy.ray_head import RayHead, ray_head
 
 pytestmark = pytest.mark.slow

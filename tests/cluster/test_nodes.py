@@ -14,8 +14,8 @@ from pipeline.executors.base import Slot
 from pipeline.executors.ray import connect
 from stages.contracts.settings import RunConfig
 from stages.contracts.units import Unit
-from tests.cluster.conftest import add_node
 from tests.cluster.faults import FaultyExecutor
+from tests.forked_cluster import add_node
 from tests.runs import FinishedRun, execute
 
 pytestmark = pytest.mark.slow

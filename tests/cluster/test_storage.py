@@ -12,7 +12,7 @@ from pipeline.config import load_config
 from tests.cluster.test_driver import start
 from tests.runs import FinishedRun, Recorder, execute
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]
 RunFile = Callable[[dict[str, Any]], Path]
 LOCAL = {"resources.num_gpus": None}
 

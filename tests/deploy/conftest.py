@@ -15,7 +15,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone") / "hcsmoe"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=30,
+        cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     for name in filter(None, listed.stdout.split("\0")):
         if (REPOSITORY / name).is_file():

@@ -119,13 +119,16 @@ def test_torch_of_the_image_is_the_pinned_one() -> None:
     assert DOCKERFILE.count("--constraint constraints.txt") == DOCKERFILE.count("pip install")
 
 
+HOW_TO = ("docs/cluster.md", "docs/howto/vms.md", "docs/howto/kubernetes.md", "docs/howto/slurm.md")
+
+
 def test_images_name_the_versions() -> None:
     assert CLUSTER["docker"]["image"].rpartition(":")[2] == tag("cuda")
     assert {service["image"] for service in COMPOSE["services"].values()} == {f"hcsmoe:{tag('cpu')}"}
     images = {container["image"] for pod in pods() for container in pod["containers"]}
     assert images == {CLUSTER["docker"]["image"]}
     assert RAY_CLUSTER["rayVersion"] == pinned("ray")
-    for name in ("docker/README.md", "docs/cluster.md"):
+    for name in ("docker/README.md", *HOW_TO):
         for version in re.findall(r"hcsmoe:(\S+-(?:cpu|cuda))", read(name)):
             assert version in {tag("cpu"), tag("cuda")}, name
 
@@ -299,7 +302,9 @@ def test_the_token_file_is_in_no_commit() -> None:
 # Documents
 
 
-@pytest.mark.parametrize("name", ["docker/README.md", "docs/cluster.md", "cluster.yaml", "docker/rayjob.yaml"])
+@pytest.mark.parametrize(
+    "name", ["docker/README.md", "docs/howto/vms.md", "docs/howto/kubernetes.md", "cluster.yaml", "docker/rayjob.yaml"]
+)
 def test_named_files_exist(name: str) -> None:
     named = set(re.findall(r"\b(?:docker|docs|examples|tests)/[\w./-]*\w\.(?:ya?ml|md|py)\b", read(name)))
     assert named

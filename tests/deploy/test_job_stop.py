@@ -12,7 +12,7 @@ import pytest
 from tests.deploy.example_run import RUN, SMALL, assert_complete
 from tests.deploy.ray_head import RayHead, ray_head
 
-_LIMIT_S = 200
+_LIMIT_S = 500
 # Hundreds of short units: `ray job stop` takes seconds to start, and is to strike in the middle of them.
 MANY_UNITS = (
     "--set", "calibration.num_sequences=512", "--set", "calibration.sequence_length=32",

@@ -1,4 +1,4 @@
-"""`ray job submit` from a clean clone to a real head on this machine, as README and docs/cluster.md say."""
+"""`ray job submit` from a clean clone to a real head on this machine, as README and docs/howto/vms.md say."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,8 @@ TOKEN = "5f3a9c0e7b1d48a2965e0c7f31b8d46a"
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
-    with ray_head(num_cpus=1) as running:
+    """It wants a token of everybody."""
+    with ray_head(TOKEN, num_cpus=1) as running:
         yield running
 
 
@@ -69,17 +70,16 @@ def test_bad_setting_makes_a_failed_job(head: RayHead, clone: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_token_authentication(clone: Path, tmp_path: Path) -> None:
-    with ray_head(TOKEN, num_cpus=1) as head:
-        refused = head.ray("job", "list", "--address", head.address, cwd=tmp_path, env={"RAY_AUTH_TOKEN": TOKEN[::-1]})
-        assert refused.returncode != 0
-        assert "token" in refused.stdout.lower()
-        submission = head.submit(*RUN, *SMALL, "--set", f"run_dir={tmp_path / 'run'}", working_dir=clone)
-        assert (submission.exit_code, submission.status) == (0, "SUCCEEDED"), submission.log
-        assert_complete(tmp_path / "run")
-        assert TOKEN not in submission.log
-    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+def test_another_token_is_refused_and_the_right_one_is_written_nowhere(
+    head: RayHead, finished: tuple[Submission, Path], tmp_path: Path
+) -> None:
+    refused = head.ray("job", "list", "--address", head.address, cwd=tmp_path, env={"RAY_AUTH_TOKEN": TOKEN[::-1]})
+    assert refused.returncode != 0
+    assert "token" in refused.stdout.lower()
+    submission, run_dir = finished
+    assert TOKEN not in submission.log
+    written = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert written and not [path for path in written if TOKEN.encode() in path.read_bytes()]
 
 
 def test_warns_of_a_run_dir_that_does_not_last() -> None:

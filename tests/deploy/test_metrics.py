@@ -13,7 +13,7 @@ import pytest
 from tests.deploy.example_run import RUN, SMALL
 from tests.deploy.ray_head import ray_head
 
-_LIMIT_S = 300
+_LIMIT_S = 500
 SAMPLE = re.compile(r"^ray_(hcsmoe_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 

@@ -128,7 +128,7 @@ def check_refused(case: Case, result: Result, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_case(
     case: Case, bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

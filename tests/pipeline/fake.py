@@ -135,7 +135,7 @@ class ToyRun:
     def check_lock(self) -> None:
         pass
 
-    def started(self, unit: Unit) -> None:
+    def started(self, unit: Unit, worker: str) -> None:
         pass
 
     def done(self, unit: Unit, outcome: Outcome) -> None:

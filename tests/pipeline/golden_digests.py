@@ -31,7 +31,8 @@ UPSTREAM = {
     "calibrate": ("prepare",),
     "cluster": ("calibrate",),
     "recombine": ("prepare", "cluster"),
-    "merge": ("prepare", "cluster", "recombine"),
+    "mtp": ("prepare", "cluster", "recombine"),
+    "merge": ("prepare", "cluster", "recombine", "mtp"),
     "assemble": ("prepare", "merge"),
     "evaluate": ("prepare", "assemble"),
     "report": ("prepare", "assemble", "evaluate"),
@@ -149,6 +150,7 @@ def found_in(folder: Path) -> dict[str, Any]:
         "calibrate": _tables(done.calibrate_dir),
         "cluster": {one.full_name: _tables(done.run_dir / one.dir) for one in done.view.parts("cluster")},
         "recombine": {},  # what it solves depends on the processor's roundings; tests/stages/test_recombine.py compares it
+        "mtp": {},  # the model has no layers that predict further tokens
         "merge": {one.name: _weights(done.model(one.part)) for one in targets},
         "assemble": {one.name: _assembled(done.model(one.part)) for one in targets},
         "evaluate": scores,

@@ -20,6 +20,7 @@ from pipeline.checks import check
 from pipeline.commands.plan import describe_plan
 from pipeline.config import load_config
 from pipeline.display.comparison import Comparison
+from pipeline.run.variants import methods, presets
 from stages.contracts.errors import InputError
 from stages.contracts.evidence import read_evidence
 from stages.contracts.layer_plan import read_plan
@@ -174,6 +175,10 @@ def test_all_experts_are_kept_byte_for_byte(tmp_path: Path, tiny_checkpoint: Cal
 
 OUTLIER = (1, 4)
 """Layer and expert whose down projection is made large."""
+PRUNING = sorted(
+    name for name, preset in presets().items()
+    if not methods()[str(preset["clustering"]["method"])].reads_merging and "refit" not in preset
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +191,8 @@ def protecting(tmp_path_factory: pytest.TempPathFactory, token_ids: Path) -> Ite
     rewrite(source, tensors)
     (source / "model.safetensors.index.json").unlink(missing_ok=True)
     protect = {"clustering": {"protect": "super"}}
-    presets = ["hc-smoe", "kmeans", "m-smoe", "ream", "recombine", "random", "f-prune", "reap", "o-prune", "random-prune"]
-    variants = [{"name": f"p-{name}", "preset": name, **protect} for name in presets]
+    names = ["hc-smoe", "kmeans", "m-smoe", "ream", "recombine", "random", *PRUNING]
+    variants = [{"name": f"p-{name}", "preset": name, **protect} for name in names]
     variants.append({"name": "p-global", "preset": "m-smoe-global", **protect})
     settings = {"clustering.num_experts": [3], "variants": [*variants, "hc-smoe"], "evaluation": None}
     yield FinishedRun.of(write_run_file(root, source, token_ids, settings))
@@ -208,9 +213,26 @@ def test_a_super_expert_keeps_its_bytes_under_every_method(protecting: FinishedR
             assert made[f"{prefix}.experts.{slot}.{matrix}.weight"] == source[f"{prefix}.experts.{expert}.{matrix}.weight"]
 
 
+def test_experts_that_are_kept_keep_their_bytes_and_rows_under_every_pruning_rule(protecting: FinishedRun) -> None:
+    source, pruned = tensor_bytes(protecting.source), {f"p-{name}" for name in PRUNING}
+    assert pruned == {"p-f-prune", "p-s-prune", "p-reap", "p-ean", "p-o-prune", "p-random-prune"}
+    rows = read_tensors(protecting.source)
+    for target in (one for one in protecting.view.targets if one.variant.name in pruned):
+        made, made_rows = tensor_bytes(protecting.model(target.part)), read_tensors(protecting.model(target.part))
+        plan_dir = protecting.run_dir / protecting.part("cluster", target.part).dir
+        for layer in protecting.view.survey.moe_layers:
+            prefix, kept = f"model.layers.{layer}.block_sparse_moe", []
+            for number, slot in enumerate(read_plan(plan_file(plan_dir, layer)).slots):
+                kept += slot.experts
+                for matrix in ("w1", "w2", "w3"):
+                    due = source[f"{prefix}.experts.{slot.experts[0]}.{matrix}.weight"]
+                    assert made[f"{prefix}.experts.{number}.{matrix}.weight"] == due, target.name
+            assert len(kept) == 3 and torch.equal(made_rows[f"{prefix}.gate.weight"], rows[f"{prefix}.gate.weight"][kept])
+
+
 def test_the_report_and_the_comparison_name_super_experts(protecting: FinishedRun) -> None:
     layer, expert = OUTLIER
-    rows = [one for one in protecting.report["models"] if "variant" in one]
+    rows = [one for one in protecting.report["models"] if one["variant"]]
     assert all(one["super_experts"] == {str(layer): [expert]} for one in rows if one["variant"] != "hc-smoe")
     assert all("super_experts" not in one for one in rows if one["variant"] == "hc-smoe")
     comparison = Comparison.of(protecting.report)

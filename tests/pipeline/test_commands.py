@@ -9,27 +9,24 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pipeline.cli import main
 from pipeline.commands.batch import _summary
 from pipeline.config import load_config
 from stages.registry import STAGES
-from tests.runs import FinishedRun, digests, write_run_file
+from tests.runs import Call, FinishedRun, digests, write_run_file
 
+Outputs = Callable[..., tuple[int, str]]
 Checkpoints = Callable[[str], Path]
-BUSY = tuple(stage for stage in STAGES if stage != "requests")
+BUSY = tuple(stage for stage in STAGES if stage not in ("requests", "mtp"))
 """Stages that have something to do where there are no tasks."""
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def call(call: Call) -> Outputs:
     """Exit code and all output of a command."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["hcsmoe", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out + captured.err
+        code, *printed = call(*arguments)
+        return code, "".join(printed)
 
     return run
 
@@ -45,9 +42,7 @@ def seals(run_dir: Path) -> dict[str, int]:
     return {path.relative_to(run_dir).as_posix(): path.stat().st_mtime_ns for path in run_dir.glob("*/manifests/**/*.json")}
 
 
-def test_only_runs_one_stage_and_all_of_them_in_turn_make_the_whole(
-    run_file: Path, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_only_runs_one_stage_and_all_of_them_in_turn_make_the_whole(run_file: Path, call: Outputs) -> None:
     run_dir = run_file.parent / "run"
     code, output = call("run", str(run_file), "--executor", "local", "--only", "merge")
     assert code == 2 and "--only merge needs prepare, of which 3 of 3 units are not done" in output
@@ -59,7 +54,7 @@ def test_only_runs_one_stage_and_all_of_them_in_turn_make_the_whole(
     assert "\n0 units run" in call("run", str(run_file), "--executor", "local")[1]
 
 
-def test_only_checks_the_targets_against_the_layers_too(run_file: Path, call: Callable[..., tuple[int, str]]) -> None:
+def test_only_checks_the_targets_against_the_layers_too(run_file: Path, call: Outputs) -> None:
     assert call("run", str(run_file), "--executor", "local", "--only", "cluster")[0] == 2
     assert call("run", str(run_file), "--executor", "local")[0] == 0
     settings = ("--set", "clustering.num_experts=[[3, 2]]", "--set", "export.formats=[tied]")
@@ -68,9 +63,7 @@ def test_only_checks_the_targets_against_the_layers_too(run_file: Path, call: Ca
 
 
 @pytest.mark.parametrize("stage", BUSY)
-def test_from_redoes_a_stage_and_what_follows_to_the_same_bytes(
-    run_file: Path, call: Callable[..., tuple[int, str]], stage: str
-) -> None:
+def test_from_redoes_a_stage_and_what_follows_to_the_same_bytes(run_file: Path, call: Outputs, stage: str) -> None:
     done = FinishedRun.of(run_file)
     before, results = seals(done.run_dir), done.results()
     code, output = call("run", str(run_file), "--executor", "local", "--from", stage)
@@ -82,9 +75,7 @@ def test_from_redoes_a_stage_and_what_follows_to_the_same_bytes(
     assert done.results() == results
 
 
-def test_clean_lists_and_then_removes_what_the_last_run_does_not_use(
-    run_file: Path, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_clean_lists_and_then_removes_what_the_last_run_does_not_use(run_file: Path, call: Outputs) -> None:
     old = FinishedRun.of(run_file)
     new = FinishedRun.of(run_file, ["clustering.linkage=single", "clustering.num_experts=[2]"])
     kept = new.results()
@@ -100,13 +91,13 @@ def test_clean_lists_and_then_removes_what_the_last_run_does_not_use(
     assert "\n0 directories" in "\n" + call("clean", str(old.run_dir))[1]
 
 
-def test_clean_of_a_folder_without_a_run_is_one_error(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
+def test_clean_of_a_folder_without_a_run_is_one_error(tmp_path: Path, call: Outputs) -> None:
     code, output = call("clean", str(tmp_path), "--yes")
     assert code == 2 and "is not a run directory" in output
 
 
 def test_a_batch_goes_on_past_a_run_that_is_refused_and_resumes(
-    tmp_path: Path, tiny_checkpoint: Checkpoints, token_ids: Path, call: Callable[..., tuple[int, str]]
+    tmp_path: Path, tiny_checkpoint: Checkpoints, token_ids: Path, call: Outputs
 ) -> None:
     """Two families, and a run with more experts than there are: the two have the bytes that they have alone."""
     files = [write_run_file(tmp_path / name, tiny_checkpoint(name), token_ids, {}) for name in ("mixtral", "qwen3_moe")]
@@ -142,9 +133,7 @@ def test_brackets_of_names_and_errors_stand_in_the_summary_of_a_batch() -> None:
         assert shown in text
 
 
-def test_two_runs_of_a_batch_cannot_share_a_run_directory(
-    tmp_path: Path, run_file: Path, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_two_runs_of_a_batch_cannot_share_a_run_directory(tmp_path: Path, run_file: Path, call: Outputs) -> None:
     batch_file = tmp_path / "batch.yaml"
     batch_file.write_text(yaml.safe_dump({"batch_dir": str(tmp_path / "batch"), "runs": [{"run": str(run_file)}] * 2}))
     code, output = call("batch", str(batch_file), "--executor", "local")

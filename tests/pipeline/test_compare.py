@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.commands.compare import comparisons
-from pipeline.config import load_config
+from pipeline.config import load_config, read_config
 from pipeline.display.comparison import Comparison
+from pipeline.run.variants import variants_of
 from stages.contracts.errors import InputError
 from tests.runs import FinishedRun, write_run_file
 
@@ -52,6 +53,36 @@ def test_variants_that_differ_in_their_seed_alone_are_one_row() -> None:
     assert row["checkpoints"][0] == {
         "num_experts": "4", "format": "stock", "perplexities": [30.0, 31.0, 32.0], "mean_perplexity": 31.0, "bytes": 1000,
     }  # fmt: skip
+
+
+def test_seeds_of_a_variant_are_variants_that_differ_in_their_seed_alone() -> None:
+    base: dict[str, Any] = {"model": "m", "run_dir": "r", "calibration": {"data": "a.txt"}, "clustering": {"num_experts": 4}}
+    listed = [{"name": "random", "preset": "random", "seeds": [0, 1, 2]}, "reap"]
+    config = read_config({**base, "variants": listed})
+    assert [one.name for one in variants_of(config)] == ["random.0", "random.1", "random.2", "reap"]
+    assert [getattr(one.clustering, "seed", None) for one in variants_of(config)] == [0, 1, 2, None]
+    shown = config.model_dump(mode="json")["variants"]
+    models = [(f"random.{seed}", 4, "stock", 30.0 + seed) for seed in range(3)]
+    assert list(Comparison.of(report(*models, variants=shown)).rows) == ["random, 3 seeds"]
+    assert variants_of(read_config(config.model_dump(mode="json"))) == variants_of(config), "as a record of the run has it"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"seeds": [1], "clustering": {"seed": 1}}, "seeds and clustering.seed are both set; leave one of them out"),
+        ({"name": "x" * 47, "seeds": [1]}, "x.1, have more than 48 characters; use a shorter name"),
+        ({"seeds": []}, "variants.0.seeds: .*at least 1"),
+        ({"seeds": [-1]}, "variants.0.seeds.0: .*greater than or equal to 0"),
+        ({"seeds": [2, 2]}, "2 are named control.2; give each its own name"),
+        ({"seeds": [2], "preset": "reap"}, "control.2: clustering.*seed"),
+    ],
+)
+def test_seeds_that_make_no_variants_are_one_line(entry: dict[str, Any], message: str, tmp_path: Path) -> None:
+    settings = {"variants": [{"name": "control", "preset": "random", **entry}]}
+    with pytest.raises(InputError, match=message) as raised:
+        variants_of(load_config(write_run_file(tmp_path, Path("m"), Path("a.txt"), settings), []))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_seed_without_a_perplexity_leaves_no_mean() -> None:

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from pipeline.config import apply_setting, load_config, read_config
 from stages.contracts.errors import InputError
 from stages.contracts.partition import held_bytes, layer_shards
-from stages.contracts.settings import Resources, TextData
+from stages.contracts.settings import Resources
 from stages.contracts.survey import Survey
+from stages.contracts.text_settings import TextData
 from stages.contracts.texts import texts_of
 from tests.conftest import REPOSITORY
 

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
-from pipeline.config import load_config
 from pipeline.run.record import read_record
 from pipeline.state.events import EventLog, last_run
 from stages.contracts.errors import InputError
+from stages.contracts.events import EVENTS_FILE, FAILED, Event, now
 from stages.contracts.partition import read_partition
-from tests.runs import FinishedRun, execute, write_run_file
+from stages.io.storage import is_outside
+from tests.runs import Call, FinishedRun, execute, write_run_file
 
-Call = Callable[..., tuple[int, str, str]]
 GARBAGE: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "binary": lambda path: path.write_bytes(bytes(range(256)) * 9),
@@ -32,20 +31,6 @@ GARBAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Exit code, output and errors of a command."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["hcsmoe", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path], token_ids: Path) -> FinishedRun:
     folder = tmp_path_factory.mktemp("base")
@@ -55,10 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[st
 
 @pytest.fixture
 def copy(tmp_path: Path, base: FinishedRun) -> FinishedRun:
-    shutil.copytree(base.run_dir.parent, tmp_path, symlinks=True, dirs_exist_ok=True)
-    for path in (tmp_path / "run.yaml", tmp_path / "run" / "run.json"):
-        path.write_text(path.read_text().replace(str(base.run_dir), str(tmp_path / "run")))
-    return FinishedRun.found(tmp_path / "run.yaml", load_config(tmp_path / "run.yaml", []), base.report)
+    return base.copied(tmp_path)
 
 
 @pytest.mark.parametrize("case", GARBAGE)
@@ -81,10 +63,13 @@ def test_a_damaged_run_json_is_one_line(copy: FinishedRun, call: Call, case: str
         ),
         (
             lambda record: record["config"]["clustering"].update(purity=1),
-            "was written by another version of hcsmoe ('0.0.9', this is '0.1.0'): clustering.purity is not a setting; "
-            "use that version, or give another run_dir",
+            "was written by another version of hcsmoe ('0.0.9', this is '0.1.0'): clustering.purity is not a setting: "
+            "correct its name, or remove it; use that version, or give another run_dir",
         ),
-        (lambda record: record["config"].pop("model"), "'0.0.9', this is '0.1.0'): model is missing; use that version"),
+        (
+            lambda record: record["config"].pop("model"),
+            "'0.0.9', this is '0.1.0'): model is missing: add it; use that version",
+        ),
         (lambda record: record["identities"].pop("calibration"), "is no record of a run; run the run file again"),
         (lambda record: record["identities"].update(calibration={}), "is no record of a run; run the run file again"),
         (lambda record: record["identities"].update(calibration={"a/b": 3}), "is no record of a run; run the run file again"),
@@ -172,7 +157,7 @@ def test_status_without_a_log_that_can_be_read_shows_the_rest(
 
 def test_names_in_the_log_are_escaped(copy: FinishedRun, call: Call) -> None:
     log = EventLog(copy.run_dir, lambda: None)
-    log.write("failed", unit="merge-x/\x1b[2Ja\nerror: b", message="[red]c\ud800", host="h")
+    log.write(Event(time=now(), event=FAILED, unit="merge-x/\x1b[2Ja\nerror: b", message="[red]c\ud800", host="h"))
     code, out, err = call("status", str(copy.run_dir))
     assert (code, err) == (0, "")
     assert "\x1b" not in out
@@ -264,3 +249,11 @@ def test_no_record_is_read_without_a_bound(copy: FinishedRun) -> None:
         out.truncate(1 << 33)
     with pytest.raises(InputError, match="8,589,934,592 bytes; at most"):
         read_record(copy.run_dir)
+
+
+def test_an_event_that_finds_no_room_names_the_log(tmp_path: Path) -> None:
+    """As any error of the file system has to, to be one line."""
+    (tmp_path / EVENTS_FILE).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        EventLog(tmp_path, lambda: None).write(Event(time=1.0, event="x"))
+    assert is_outside(raised.value) and raised.value.filename == str(tmp_path / EVENTS_FILE)

@@ -1,5 +1,6 @@
 """Texts by domain: what is drawn, evidence and perplexity of each, their weights, and what the report says of them."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from stages.contracts.layer_plan import read_plan
 from stages.contracts.paths import domain_dir, plan_file, statistics_file
 from stages.contracts.texts import texts_of
 from stages.contracts.tokens import read_tokens
+from stages.recombine.pairing import shard_weights
 from tests.runs import FinishedRun, digests, execute, write_run_file
 from tests.tiny import load
 
@@ -300,3 +302,30 @@ def test_plan_counts_texts_and_token_shards_of_domains(mixed: FinishedRun) -> No
     shown = CliRunner().invoke(app, ["plan", str(mixed.run_file)]).stdout
     assert "4 token shards" in shown
     assert load_config(mixed.run_file, []).calibration.domains == tuple(SIZES)
+
+
+def test_a_refit_counts_domains_as_their_weights_say(mixed: FinishedRun) -> None:
+    """A token shard holds one domain; its weight over what was drawn. What counts a million times as much is fitted to."""
+    heavy = {name: {"data": str(path), "weight": 1e6 if name == "code" else 1} for name, path in files_of(mixed).items()}
+    given = ["clustering.domain_weights=given", f"calibration.data={json.dumps(heavy)}"]
+    runs = [FinishedRun.of(mixed.run_file, ["refit={mode: sequential, ridge: 1.0e-4}", *more]) for more in ([], given)]
+    (target,) = runs[1].view.targets
+    weights, data = shard_weights(runs[1].view, target), runs[1].view.config.calibration
+    for name, shards in data.shards_by_domain.items():
+        due = (1e6 if name == "code" else 1) / (1e6 + 2) * 13 / SIZES[name]
+        assert [weights[shard] for shard in shards] == pytest.approx([due] * len(shards))
+    assert shard_weights(runs[0].view, runs[0].view.targets[0]) == ()
+    errors = [first_error(run) for run in runs]
+    assert errors[1] < 0.5 * errors[0], errors
+
+
+def files_of(run: FinishedRun) -> dict[str, Path]:
+    data = run.view.config.calibration.data
+    assert isinstance(data, dict)
+    return {name: Path(domain.data[0]) for name, domain in data.items()}
+
+
+def first_error(run: FinishedRun) -> float:
+    """What is left of the first layer's target, each token counted with its weight."""
+    manifest = run.run_dir / run.part("recombine", "3e-tied").dir / "manifests" / "layer-0000.json"
+    return float(json.loads(manifest.read_text())["facts"]["error_after"])

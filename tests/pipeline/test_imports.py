@@ -34,11 +34,18 @@ def test_a_run_directory_is_looked_at_without_computing(command: str, finished_r
     assert found & (COMPUTING | {"ray"}) == set()
 
 
+def test_a_conversion_is_refused_without_computing(finished_run: Callable[[str], FinishedRun]) -> None:
+    exit_code, found = imported_by("export-gguf", str(finished_run("mixtral").run_dir), "gone")
+    assert exit_code == 2
+    assert found & (COMPUTING | {"ray"}) == set()
+
+
 @pytest.mark.parametrize("command", [["plan"], ["run", "--executor", "local"]])
 def test_commands_that_compute_load_torch_but_not_ray(command: list[str], finished_run: Callable[[str], FinishedRun]) -> None:
     exit_code, found = imported_by(*command, str(finished_run("mixtral").run_file))
     assert exit_code == 0
     assert ("torch" in found) == (command == ["plan"]), "a run of which all is done has nothing to compute"
+    assert "compressed_tensors" not in found, "its model is not quantised"
     assert "ray" not in found
 
 

@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from stages.contracts.partition import held_bytes
-from stages.contracts.settings import Calibration, Evaluation
+from stages.contracts.text_settings import Calibration, Evaluation
 from stages.model.survey import survey_checkpoint
 from tests.conftest import REPOSITORY
 from tests.quantised import checkpoint
+from tests.runs import read_config
 from tests.tiny import build, save
 
 SIZES = {
     "hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8, "num_hidden_layers": 4, "vocab_size": 8192,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512,
 }  # fmt: skip
-SETTINGS = {"num_sequences": 32, "sequence_length": 256, "tokens_per_shard": 8192, "tokens_per_micro_batch": 4096}
+SETTINGS = {"num_sequences": 8, "sequence_length": 256, "tokens_per_shard": 2048, "tokens_per_micro_batch": 2048}
 DATA = {
     "calibrate": Calibration.model_validate({"data": "ids.npy", **SETTINGS}),
     "evaluate": Evaluation.model_validate({"data": "ids.npy", **SETTINGS}),
@@ -48,10 +49,10 @@ worker = Worker()
 def run(one):
     outcome = worker.run(one)
     assert outcome.failure is None, outcome.failure
-text = TextArgs("calibration", model, False, (str(folder / "ids.npy"),), "text", 32, 256, 0)
-run(unit("tokens", TOKENS.on(TokensArgs(text, 32))))
+text = TextArgs("calibration", model, False, (str(folder / "ids.npy"),), "text", 8, 256, 0)
+run(unit("tokens", TOKENS.on(TokensArgs(text, 8))))
 before = peak()
-stream = StreamArgs(stage, 0, 16, is_last=stage == "evaluate")
+stream = StreamArgs(stage, 0, 8, is_last=stage == "evaluate")
 if stage == "calibrate":
     opened = OPEN.on(CalibrationShardArgs(model, 0, 4, 1, survey.routers))
     shard = CALIBRATE.on(CalibrateArgs(stream, None, ()))
@@ -75,6 +76,8 @@ def test_experts_that_are_packed_count_as_they_are_packed(tmp_path: Path) -> Non
     sizes = {name: size for name, size in SIZES.items() if name != "num_local_experts"}
     sizes |= {"moe_intermediate_size": 1024, "num_experts": 24}
     packed, _ = checkpoint("fp8-channel", tmp_path, **sizes, mlp_only_layers=[])
+    # Computed in float32: a processor without instructions for bfloat16 takes minutes for it.
+    (packed / "config.json").write_text(json.dumps({**read_config(packed), "dtype": "float32"}))
     survey, _ = survey_checkpoint(str(packed))
     grown, estimate = _growth(packed, tmp_path, "calibrate")
     assert grown <= estimate <= 2 * grown
@@ -89,7 +92,7 @@ def test_the_estimate_covers_what_a_worker_takes_and_is_not_twice_as_much(model:
 
 def _growth(model: Path, tmp_path: Path, stage: str) -> tuple[int, int]:
     """Bytes that a worker takes for a stage, and the estimate."""
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 8192, (32, 256)))
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 8192, (8, 256)))
     survey, _ = survey_checkpoint(str(model))
     command = [sys.executable, "-c", _GROWTH, str(tmp_path), stage, str(model)]
     done = subprocess.run(command, timeout=500, cwd=REPOSITORY, capture_output=True, text=True)

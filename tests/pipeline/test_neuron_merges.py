@@ -180,7 +180,7 @@ def test_evidence_is_the_same_from_any_token_shards(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("preset", ["f-prune", "s-prune", "reap", "ean"])
+@pytest.mark.parametrize("preset", ["f-prune", "s-prune", "reap", "ean", "o-prune"])
 def test_pruning_an_expert_that_no_token_is_routed_to_changes_nothing(preset: str, tmp_path: Path) -> None:
     """Two of them: their router's bias is so low that they are never picked."""
     model = build("gpt_oss", torch.float32)

@@ -10,31 +10,14 @@ import pytest
 import torch
 import yaml
 
-from pipeline.cli import main
 from stages.contracts.losses import Losses, write_losses
 from stages.contracts.paths import losses_file
 from stages.contracts.texts import DomainShards
 from stages.contracts.units import Job
 from stages.evaluate.spec import ScoreArgs, Scores
 from stages.evaluate.units import score_unit
-from tests.runs import write_run_file
+from tests.runs import Call, write_run_file
 from tests.tiny import random_model, save_token_ids
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Exit code, output and errors of a command."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["hcsmoe", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def run_file_of(folder: Path, change: Callable[[torch.nn.Module], None], **settings: object) -> Path:

@@ -12,6 +12,7 @@ from pipeline.display.printing import add_row, printable, printable_lines, show
 from pipeline.display.progress import Reporter
 from pipeline.driver.outcome import Outcome
 from stages.contracts.errors import InputError
+from stages.contracts.events import SEALED, STAGE_BEGINS, STARTED, Event
 from tests.pipeline.fake import unit
 
 HOSTILE = {
@@ -63,12 +64,19 @@ def test_the_name_of_a_unit_is_escaped_in_lines_and_bars() -> None:
     for is_terminal in (False, True):
         out = io.StringIO()
         reporter = Reporter(Console(file=out, force_terminal=is_terminal, width=120))
-        reporter.begin("toy", 1, 0)
+        reporter.note(Event(time=1, event=STAGE_BEGINS, stage="toy", num_units=2))
+        path = "toy-0/[bold]a\x07b[/bold]"
+        for worker in ("", "w\x07"):
+            reporter.note(Event(time=1, event=STARTED, stage="toy", unit=path, worker=worker, hold="[red]\x07"))
+        if is_terminal:
+            reporter.line("seen")
         reporter.done(unit("x", label="[bold]a\x07b[/bold]"), Outcome("host\x07", 1.0, {}))
+        reporter.note(Event(time=2, event=SEALED, stage="toy", unit=path, host="host\x07"))
         reporter.end("toy")
+        reporter.end_all()
         assert "\x07" not in out.getvalue()
-        if not is_terminal:
-            assert r"[bold]a\x07b[/bold]: 1.0 s on host\x07" in out.getvalue()
+        if is_terminal:
+            assert r"host\x07" in out.getvalue() and r"[red]\x07" in out.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_second_run_executes_nothing_and_changes_nothing(copy: FinishedRun) ->
         assert result.report == copy.report
     after = {path: path.stat().st_mtime_ns for path in copy.run_dir.rglob("*") if path.is_file()}
     assert {path for path in before if before[path] != after[path]} <= {
-        copy.run_dir / name for name in ("report.json", "run.json", "events.jsonl", f"logs/{file_name()}")
+        copy.run_dir / name for name in ("report.json", "report.html", "run.json", "events.jsonl", f"logs/{file_name()}")
     }
     assert set(after) == set(before)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.checks import check
-from pipeline.cli import main
 from pipeline.commands.clean import describe_unused, remove_unused
 from pipeline.config import load_config
 from pipeline.driver.selection import delete, sweep
@@ -19,22 +18,7 @@ from pipeline.run.run_dir import check_run_dir
 from pipeline.run.view import RunView
 from stages.contracts.errors import InputError
 from stages.contracts.keys import key_of
-from tests.runs import FinishedRun, digests, write_run_file
-
-Call = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Exit code and standard error of a command."""
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["hcsmoe", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return int(end.value.code or 0), capsys.readouterr().err
-
-    return run
+from tests.runs import Call, FinishedRun, digests, write_run_file
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[st
 @pytest.fixture
 def copy(tmp_path: Path, base: FinishedRun) -> FinishedRun:
     """A finished run that a test may change, and a copy of its model beside it."""
-    shutil.copytree(base.run_dir.parent, tmp_path, symlinks=True, dirs_exist_ok=True)
-    for path in (tmp_path / "run.yaml", tmp_path / "run" / "run.json"):
-        path.write_text(path.read_text().replace(str(base.run_dir), str(tmp_path / "run")))
-    return FinishedRun.found(tmp_path / "run.yaml", load_config(tmp_path / "run.yaml", []), base.report)
+    return base.copied(tmp_path)
 
 
 @pytest.fixture
@@ -77,7 +58,7 @@ def test_a_run_directory_that_is_the_models_folder_or_lies_in_it_is_refused(copy
     (folder / "link").symlink_to("model")
     before = digests(folder / "model")
     settings = ("--set", f"run_dir={folder / where}", "--set", f"model={folder / 'model'}")
-    code, err = call("run", str(copy.run_file), "--executor", "local", *settings)
+    code, _, err = call("run", str(copy.run_file), "--executor", "local", *settings)
     run_dir = folder / where.replace("link", "model")
     verb = "is" if where == "model" else "lies in"
     assert (code, err) == (
@@ -129,7 +110,7 @@ def test_a_run_deletes_nothing_through_a_link(
         shutil.move(path, copy.run_file.parent / "aside")
     path.symlink_to(outside / part)
     before = digests(outside)
-    code, err = call("run", str(copy.run_file), "--executor", "local", *options)
+    code, _, err = call("run", str(copy.run_file), "--executor", "local", *options)
     assert (code, err) == (
         2,
         f"error: {path} is a link; a run deletes files in this folder, and never through links: put a real folder in its "
@@ -220,7 +201,7 @@ def test_clean_says_what_it_could_not_remove_and_finds_it_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refusing)
-        code, err = call("clean", str(copy.run_dir), "--yes")
+        code, _, err = call("clean", str(copy.run_dir), "--yes")
     assert code == 1
     assert err.startswith("failed: [Errno 13] Permission denied: ") and err.count("\n") == 1
     assert not (copy.run_dir / "driver.lock").exists()
@@ -231,7 +212,7 @@ def test_clean_says_what_it_could_not_remove_and_finds_it_again(
 def test_clean_locks_before_it_looks(copy: FinishedRun, call: Call) -> None:
     FinishedRun.of(copy.run_file, ["clustering.linkage=single"])
     (copy.run_dir / "driver.lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "now", "token": "0f"}))
-    code, err = call("clean", str(copy.run_dir), "--yes")
+    code, _, err = call("clean", str(copy.run_dir), "--yes")
     assert code == 2 and "is in use by another driver: host elsewhere, pid 7, since now" in err
     assert (copy.run_dir / copy.part("cluster").dir).exists()
 
@@ -252,7 +233,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_read_only_file_system_is_noticed_before_anything_runs(copy: FinishedRun, call: Call, read_only: Path) -> None:
     for run_dir in (read_only, read_only / "deeper"):
-        code, err = call("run", str(copy.run_file), "--executor", "local", "--set", f"run_dir={run_dir}")
+        code, _, err = call("run", str(copy.run_file), "--executor", "local", "--set", f"run_dir={run_dir}")
         assert (code, err) == (
             1,
             f"failed: {run_dir} cannot be written to: {read_only} is read-only for user {os.geteuid()}; change its permissions "
@@ -279,14 +260,14 @@ def test_a_file_in_the_place_of_a_folder_is_noticed_before_anything_runs(copy: F
     path = run_dir / name if name else run_dir
     path.parent.mkdir(exist_ok=True)
     path.write_text("a file")
-    assert call("run", str(copy.run_file), "--executor", "local", "--set", f"run_dir={run_dir}") == (
+    assert call("run", str(copy.run_file), "--executor", "local", "--set", f"run_dir={run_dir}")[::2] == (
         1,
         f"failed: {path} cannot be written to: {path} is not a folder; give another run_dir or move it away\n",
     )
     assert [found for found in run_dir.rglob("*") if found != path] == []
 
 
-@pytest.mark.parametrize("name", ["run.json", "events.jsonl", "report.json"])
+@pytest.mark.parametrize("name", ["run.json", "events.jsonl", "report.json", "report.html"])
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")], ids=["folder", "pipe", "link"])
 def test_what_is_no_file_in_the_place_of_a_file_is_noticed_before_anything_runs(
     copy: FinishedRun, call: Call, name: str, make: Callable[[Path], object]
@@ -294,7 +275,7 @@ def test_what_is_no_file_in_the_place_of_a_file_is_noticed_before_anything_runs(
     path = copy.run_dir / name
     path.unlink()
     make(path)
-    assert call("run", str(copy.run_file), "--executor", "local") == (
+    assert call("run", str(copy.run_file), "--executor", "local")[::2] == (
         2,
         f"error: {path} is no regular file; remove it, a file of the run goes there\n",
     )
@@ -306,7 +287,7 @@ def test_a_folder_of_somebody_elses_under_the_name_of_a_model_is_noticed_before_
     path = copy.run_dir / "models" / f"{copy.config.name}-3e-tied"
     path.unlink()
     path.mkdir()
-    assert call("run", str(copy.run_file), "--executor", "local") == (
+    assert call("run", str(copy.run_file), "--executor", "local")[::2] == (
         2,
         f"error: {path} is not a link that an earlier run has made; move it away, the model goes there\n",
     )
@@ -317,7 +298,7 @@ def test_a_batch_goes_on_past_a_run_directory_that_cannot_be_written(copy: Finis
     batch = tmp_path / "batch.yaml"
     runs = f"[{{run: {copy.run_file}}}, {{run: {copy.run_file}, set: {{run_dir: {tmp_path / 'file'}}}}}]"
     batch.write_text(f"batch_dir: {tmp_path / 'batch'}\nruns: {runs}\n")
-    code, err = call("batch", str(batch), "--executor", "local")
+    code, _, err = call("batch", str(batch), "--executor", "local")
     assert code == 1
     assert f"[2] refused: {tmp_path / 'file'} cannot be written to: {tmp_path / 'file'} is not a folder" in err
     errors = [record["error"] for record in json.loads((tmp_path / "batch" / "batch.json").read_text())["runs"]]

@@ -351,7 +351,7 @@ class Fenced(ToyRun):
         if self.is_lost:
             raise LockLost("lost")
 
-    def started(self, unit: Unit) -> None:
+    def started(self, unit: Unit, worker: str) -> None:
         self.is_lost |= unit.name == self.loses_at
         self.check_lock()
 
@@ -423,7 +423,7 @@ def test_a_unit_whose_storage_was_away_is_tried_again_after_a_growing_pause_that
     executor = FakeExecutor(1, outcome=lambda slot, one: ends.pop() if one.name == "a" and ends else None)
     run = ToyRun([unit("a"), *(unit(f"cpu-{n}") for n in range(3))])
     started: list[tuple[str, float]] = []
-    run.started = lambda one: started.append((one.name, executor.now))  # type: ignore[method-assign]
+    run.started = lambda one, worker: started.append((one.name, executor.now))  # type: ignore[method-assign]
     Driver([run], executor, print, executor.clock).drive()
     assert run.failures == []
     assert started == [("a", 0.0), ("cpu-0", 0.0), ("cpu-1", 0.0), ("cpu-2", 0.0), ("a", 5.0), ("a", 35.0)]

@@ -37,6 +37,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "all presets": {**BASE, "variants": sorted(presets())},
     "domains": {**BASE, "calibration": {"data": {"a": "a.txt", "b": ["b.txt"], "c": {"data": "c.jsonl", "weight": 2}}}},
     "widths": {**BASE, "clustering": {"method": "slim", "targets": [{"experts": 8, "width": 0.5}]}},
+    "memory": {**BASE, "clustering": {"targets": [{"memory": "48 GB", "batch": 4, "keep": "width"}]}},
+    "a share": {**BASE, "clustering": {"targets": [{"share": 0.5}]}},
     "a number a layer": {**BASE, "clustering": {"num_experts": [[4, 3, 2]]}, "export": {"formats": "tied"}},
     "a size": {**BASE, "resources": {"worker_memory": "8 GB"}},
 }  # fmt: skip
@@ -46,6 +48,8 @@ BAD: dict[str, dict[str, Any]] = {
     "no data": {**BASE, "calibration": {}},
     "no target": {**BASE, "clustering": {"linkage": "ward"}},
     "two targets": {**BASE, "clustering": {"num_experts": [4], "targets": [4]}},
+    "memory that is kept of nothing": {**BASE, "clustering": {"targets": [{"memory": "48 GB", "keep": "all"}]}},
+    "a share of more than all": {**BASE, "clustering": {"targets": [{"share": 1.5}]}},
     "an unknown method": {**BASE, "clustering": {"num_experts": [4], "method": "best of all"}},
     "a setting of another method": {**BASE, "clustering": {"num_experts": [4], "method": "reap", "linkage": "ward"}},
     "an unknown linkage": {**BASE, "clustering": {"num_experts": [4], "linkage": "centroid"}},

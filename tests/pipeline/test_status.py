@@ -17,10 +17,11 @@ from pipeline.commands.status import describe_status
 from pipeline.config import load_config
 from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
-from pipeline.state.events import EVENTS_FILE, last_run
+from pipeline.state.events import last_run
 from pipeline.state.liveness import describe_process
 from pipeline.state.lock import LOCK_FILE
 from stages.contracts.errors import InputError
+from stages.contracts.events import EVENTS_FILE
 from stages.contracts.units import Call, Unit
 from tests.pipeline.fake import ToyArgs
 from tests.runs import FinishedRun, execute, write_run_file

@@ -16,9 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pipeline.checks import check
+from pipeline.config import read_config
+from pipeline.run.view import RunView
 from stages.contracts.dendrogram import read_labels
+from stages.contracts.errors import InputError
 from stages.contracts.evidence import read_evidence
 from stages.contracts.paths import labels_file
+from stages.contracts.settings import RunConfig
+from stages.contracts.targets import with_counts
 from tests.runs import FinishedRun, digests
 from tests.tiny import FAMILIES, load, logits, random_ids
 
@@ -34,6 +40,12 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def done(family: str, finished_run: Runs) -> FinishedRun:
     return finished_run(family)
+
+
+def load_values(changes: Mapping[str, Any]) -> RunConfig:
+    """A run file in memory."""
+    base = {"model": "m", "run_dir": "runs/never", "calibration": {"data": "a.txt"}, "clustering": {"num_experts": [4]}}
+    return read_config({**base, **changes})
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -200,3 +212,28 @@ def test_weight_files_of_a_target_are_whole_and_aligned(done: FinishedRun) -> No
             with safe_open(path, "pt") as file:
                 assert file.metadata() == {"format": "pt"}
                 assert list(file.keys())
+
+
+@pytest.mark.parametrize(
+    ("share", "num_experts", "kept"), [(0.5, 8, 4), (0.3, 8, 2), (0.3125, 8, 3), (0.4375, 8, 4), (0.01, 8, 1), (1, 5, 5)]
+)
+def test_a_share_is_the_nearest_number_of_experts(share: float, num_experts: int, kept: int) -> None:
+    config = load_values({"clustering": {"targets": [{"share": share}, 6]}})
+    assert with_counts(config, num_experts).clustering.num_experts == (kept, 6)
+    assert config.clustering.model_dump()["num_experts"][0] == {"share": share}
+
+
+def test_a_run_by_share_has_the_keys_of_the_run_by_number(tiny_checkpoint: Callable[[str], Path], token_ids: Path) -> None:
+    """What is already made by number is reused, and the record of the run can be read by a status that knows no model."""
+
+    def parts(targets: list[Any]) -> list[str]:
+        text = {"data": str(token_ids), "num_sequences": 8, "sequence_length": 32}
+        model = str(tiny_checkpoint("mixtral"))
+        config = load_values({"model": model, "calibration": text, "clustering": {"targets": targets}})
+        checked = check(config)
+        return [part.key for part in RunView(checked.config, checked.inputs).all_parts()]
+
+    half = FAMILIES["mixtral"].num_experts // 2
+    assert parts([{"share": 0.5}]) == parts([half])
+    with pytest.raises(InputError, match="two targets whose name would be"):
+        parts([{"share": 0.5}, half])

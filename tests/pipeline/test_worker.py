@@ -245,11 +245,13 @@ def open_slowly(key: str) -> Counted:
 @pytest.mark.parametrize("is_ahead", [False, True])
 def test_opening_is_timed_apart_from_the_unit_and_told_once(tmp_path: Path, is_ahead: bool) -> None:
     worker, hold = Worker(), held("a", "open_slowly")
+    began = time.time()
     if is_ahead:
         worker.open_ahead(hold)
     units = at(tmp_path, [unit("one"), unit("two")])
-    first, second = (worker.run(replace(one, hold=hold)) for one in units)
-    assert first.open_s >= 0.2 > first.elapsed_s
+    first = worker.run(replace(units[0], hold=hold))
+    assert first.open_s >= 0.2 and first.open_s + first.elapsed_s <= time.time() - began
+    second = worker.run(replace(units[1], hold=hold))
     assert second.open_s == 0.0
 
 
@@ -278,7 +280,7 @@ print(*(worker.run(one).peak_bytes for one in (small, hungry, small)))
 """
     for whose, is_reset in (("own", True), ("shared", False)):
         command = [sys.executable, "-c", script, whose]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=True)
         before, most, after = map(int, done.stdout.split())
         assert most - before > 150_000_000
         assert (most - after > 150_000_000) == is_reset, "another one's process keeps its peak"

@@ -88,14 +88,22 @@ def test_a_setting_of_any_depth_is_refused_soon() -> None:
     )
 
 
+DEVICE = "is a pipe, socket or device; a regular file is needed; give the path of a {kind}"
 PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a pipe": (os.mkfifo, "is a pipe, socket or device; a regular file is needed"),
-    "a device": (lambda path: path.symlink_to("/dev/zero"), "is a pipe, socket or device; a regular file is needed"),
-    "a folder": (Path.mkdir, "is a folder; a regular file is needed"),
-    "a dangling link": (lambda path: path.symlink_to("gone"), "cannot be read: No such file or directory"),
+    "a pipe": (os.mkfifo, DEVICE),
+    "a device": (
+        lambda path: path.symlink_to("/dev/zero"),
+        DEVICE,
+    ),
+    "a folder": (Path.mkdir, "is a folder; a regular file is needed; give the path of a {kind}"),
+    "a dangling link": (
+        lambda path: path.symlink_to("gone"),
+        "cannot be read: No such file or directory; give the path of a file that exists and can be read",
+    ),
     "too large": (
         lambda path: path.write_text("#" * (MAX_FILE_BYTES + 1)),
-        "has 1,048,577 bytes; at most 1,048,576 are read of a file of this kind",
+        "has 1,048,577 bytes; at most 1,048,576 are read of a file of this kind: remove what does not belong there, or "
+        "give another file; give the path of a {kind}",
     ),
 }
 
@@ -107,7 +115,7 @@ def test_only_small_regular_files_are_read(tmp_path: Path, case: str) -> None:
     make(path)
     for kind, load in (("run file", lambda: load_config(path, [])), ("batch file", lambda: load_batch(path))):
         message = refusal(load)
-        assert message.startswith(f"{kind} {path} cannot be read: ") and message.endswith(says)
+        assert message.startswith(f"{kind} {path} cannot be read: ") and message.endswith(says.format(kind=kind))
 
 
 def test_aliases_and_merges_of_a_sane_size_are_read(tmp_path: Path) -> None:
@@ -135,7 +143,7 @@ def test_a_bad_batch_file_names_the_entry(tmp_path: Path, runs: str, says: str) 
     message = refusal(lambda: load_batch(path))
     assert message.startswith(f"{path}: ") and says in message
     path.write_text("- a\n")
-    assert refusal(lambda: load_batch(path)) == f"batch file {path} must hold batch_dir and runs"
+    assert refusal(lambda: load_batch(path)) == f"batch file {path} must hold batch_dir and runs; write both"
 
 
 def test_a_size_without_end_is_refused(tmp_path: Path) -> None:
@@ -152,7 +160,7 @@ def test_a_path_with_a_null_character_is_refused(tmp_path: Path, name: str) -> N
     path = tmp_path / "run.yaml"
     path.write_text(GOOD)
     message = refusal(lambda: load_config(path, [f'{name}="a\\0b"']))
-    assert message == f"{path}: {name}: must not hold the character NUL (it is 'a\\x00b')"
+    assert message == f"{path}: {name}: must not hold the character NUL; write a path without it (it is 'a\\x00b')"
 
 
 @pytest.mark.parametrize("value", ["C:\\runs\\x", "c:/runs/x", "s3:/bucket/x"])
@@ -179,7 +187,7 @@ def test_run_files_of_a_batch_are_found_from_where_the_command_is_started(
     assert (config.calibration.seed, config.clustering.num_experts) == (3, (2, 3))
     monkeypatch.chdir(tmp_path)
     assert refusal(lambda: load_config(entry.run, [], entry.set)) == (
-        "run file run.yaml cannot be read: No such file or directory"
+        "run file run.yaml cannot be read: No such file or directory; give the path of a file that exists and can be read"
     )
     run_file = tmp_path / "here" / "run.yaml"
     assert refusal(lambda: load_config(run_file, [], {"calibration..seed": 3})) == (

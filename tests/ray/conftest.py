@@ -1,8 +1,6 @@
-"""One Ray cluster for the session: two CPUs, two pretended GPUs, which schedule like real ones."""
+"""One Ray cluster for the files of this folder: two CPUs, two pretended GPUs, which schedule like real ones."""
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,23 +9,21 @@ import ray
 
 from pipeline.executors.ray import RayExecutor
 from stages.contracts.settings import Resources
+from tests.forked_cluster import forked_cluster
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="hr-")  # short: the paths of Ray's sockets may have 107 bytes
-    ray.init(
-        address="local", num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=100_000_000, _temp_dir=folder,
-        log_to_driver=False, logging_level=logging.ERROR,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+@pytest.fixture(scope="package")  # a test elsewhere, which the same process runs later, must not find itself connected
+def cluster(forks: None) -> Iterator[None]:
+    """Its workers are forks."""
+    with forked_cluster(num_cpus=2, num_gpus=2) as cluster:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture
 def on_ray(cluster: None) -> Callable[..., Callable[[], RayExecutor]]:
-    """Makes the maker of an executor with these resources, which stays connected to the session's cluster."""
+    """Makes the maker of an executor with these resources, which stays connected to that cluster."""
 
     class Staying(RayExecutor):
         def disconnect(self) -> None:

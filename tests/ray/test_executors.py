@@ -13,7 +13,6 @@ import ray
 
 from pipeline.driver.loop import Driver
 from pipeline.driver.outcome import Failure, Outcome
-from pipeline.driver.process import COMPUTING
 from pipeline.driver.run_state import UnitFailure
 from pipeline.errors import RunFailed
 from pipeline.executors.base import Executor, Slot
@@ -94,16 +93,6 @@ def test_a_failed_stage_is_continued_after_the_mistake_is_mended(tmp_path: Path,
     assert {"bad", "last"} <= set(done)
 
 
-@pytest.mark.parametrize("on_worker", [False, True], ids=["task", "worker"])
-def test_what_libraries_read_is_set_in_rays_processes_before_torch_is_loaded(
-    tmp_path: Path, on_ray: Callable[..., Maker], on_worker: bool
-) -> None:
-    told = unit("told", call="tests.pipeline.fake:tell_environment", on_worker=on_worker)
-    done, failures = drive(tmp_path, [told], on_ray(num_gpus=1))
-    assert failures == []
-    assert done["told"].facts == {"variables": COMPUTING, "has_torch": False}
-
-
 def die_once(job: Job[ToyArgs]) -> UnitResult[NoFacts]:
     """Kill this process, as a host that vanishes does; the second time, write."""
     mark = job.run_dir / "died"
@@ -145,7 +134,7 @@ def free(resource: str) -> float:
 
 def test_closing_gives_back_what_the_workers_had(tmp_path: Path, on_ray: Callable[..., Maker]) -> None:
     drive(tmp_path, [unit("a", on_worker=True), unit("b", on_worker=True)], on_ray(num_gpus=1))
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while free("GPU") < 2 or free("CPU") < 2:
         assert time.monotonic() < until, ray.available_resources()
         time.sleep(0.2)
@@ -194,7 +183,6 @@ def test_workers_that_die_with_their_node_do_not_count_as_workers_that_cannot_st
 CLUSTERS: dict[str, dict[str, Any]] = {
     "two workers with a GPU each": {"num_gpus": 1},
     "one worker with half a GPU": {"num_gpus": 0.5, "num_workers": 1, "layers_per_shard": 3},
-    "two workers without a GPU": {"num_gpus": 0},
 }
 
 

@@ -11,8 +11,13 @@ USED_E = np.array([3, 0, 9, 5, 2, 6])
 
 
 def evidence_of(num_routed_E: np.ndarray) -> LayerEvidence:
-    """What a token adds is ten times its expert's number."""
-    columns = {"num_routed_tokens": num_routed_E, "gated_output_norm_sum": num_routed_E * np.arange(len(num_routed_E)) * 10.0}
+    """What a token adds is ten times its expert's number, and so is the first component of the mean output."""
+    tens_E = np.arange(len(num_routed_E)) * 10.0
+    columns = {
+        "num_routed_tokens": num_routed_E,
+        "gated_output_norm_sum": num_routed_E * tens_E,
+        "output_sum": np.stack([100 * tens_E, np.ones(len(tens_E))], axis=1),
+    }
     return LayerEvidence(0, 100, 100, len(num_routed_E), columns)
 
 
@@ -23,6 +28,7 @@ def evidence_of(num_routed_E: np.ndarray) -> LayerEvidence:
         "average": [[(0, 0.5), (2, 0.5)], [(1, 1 / 3), (4, 1 / 3), (5, 1 / 3)], [(3, 1.0)]],
         "saliency": [[(0, 0.0), (2, 1.0)], [(1, 0.0), (4, 40 / 90), (5, 50 / 90)], [(3, 1.0)]],
         "dominant": [[(2, 1.0)], [(5, 1.0)], [(3, 1.0)]],
+        "central": [[(2, 1.0)], [(4, 1.0)], [(3, 1.0)]],  # two are equally central, of three the one in the middle
     }.items(),
 )
 def test_rules_weigh_by_use_equally_by_saliency_or_take_the_most_used(rule: str, weights: object) -> None:
@@ -38,7 +44,7 @@ def test_a_cluster_never_routed_to_gets_equal_weights_and_is_reported(rule: str)
     assert weights[1] == [(1, 1 / 3), (4, 1 / 3), (5, 1 / 3)]
     assert weights[2] == [(3, 1.0)]
     assert unweighted_clusters(evidence, LABELS_E, rule) == {1, 2}
-    assert unweighted_clusters(evidence, LABELS_E, "average") == set()
+    assert unweighted_clusters(evidence, LABELS_E, "average") == unweighted_clusters(evidence, LABELS_E, "central") == set()
 
 
 @pytest.mark.parametrize("rule", COMBINATIONS)

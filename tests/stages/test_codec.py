@@ -29,11 +29,21 @@ CASES: dict[str, tuple[Scheme, dict[str, torch.dtype], float]] = {
         f"int{bits}": (Scheme("int", (1, size), bits), {WEIGHT: torch.int32, SCALES: torch.float32}, 1.01 / (2**bits - 1))
         for bits, size in ((2, 32), (3, 96), (4, 96), (8, 32))
     },
+    "narrowed rows": (Scheme("int", (1, 2 * COLUMNS), 4), {WEIGHT: torch.int32, SCALES: torch.float32}, 1.01 / 15),
+    "narrowed bytes": (Scheme("int_bytes", (1, 2 * COLUMNS), 8), {WEIGHT: torch.int8, SCALES: torch.float32}, 1.01 / 255),
     "zeros": (
         Scheme("int", (1, 32), 4, is_symmetric=False),
         {WEIGHT: torch.int32, SCALES: torch.bfloat16, ZERO_POINTS: torch.int32},
         1.1 / 15,
     ),
+    "bytes": (Scheme("int_bytes", (1, COLUMNS), 8), {WEIGHT: torch.int8, SCALES: torch.float32}, 1.01 / 255),
+    "grouped bytes": (Scheme("int_bytes", (1, 32), 8), {WEIGHT: torch.int8, SCALES: torch.float32}, 1.01 / 255),
+    "bytes with zeros": (
+        Scheme("int_bytes", (1, 32), 8, is_symmetric=False),
+        {WEIGHT: torch.int8, SCALES: torch.bfloat16, ZERO_POINTS: torch.int8},
+        1.1 / 255,
+    ),
+    "mxfp4": (Scheme("mxfp4_rows", (1, 32), 4), {WEIGHT: torch.uint8, SCALES: torch.uint8}, 0.26),
     "nvfp4": (
         Scheme("nvfp4", (1, 16), 4),
         {WEIGHT: torch.uint8, SCALES: torch.float8_e4m3fn, GLOBAL_DIVISOR: torch.float32},
@@ -56,7 +66,7 @@ def test_what_is_packed_is_near_and_stays_when_packed_again(name: str, size: flo
     assert {part: tensor.dtype for part, tensor in parts.items()} == stored
     found = dequantise(scheme, parts)
     assert float((found - values).abs().max()) <= bound * float(values.abs().max())
-    if scheme.name != "int":  # whole numbers have one more below zero than above
+    if scheme.name not in ("int", "int_bytes"):  # whole numbers have one more below zero than above
         again = dequantise(scheme, quantise(scheme, found, members, stored))
         torch.testing.assert_close(again, found, rtol=0.07 if name == "nvfp4" else 1e-6, atol=0)
 
@@ -84,6 +94,27 @@ EXPERT = "model.layers.0.mlp.experts.3.up_proj"
         ("int4", {}, {"config_groups": None}, "config_groups is missing"),
         ("int4", {}, {"config_groups": {"a": {"targets": ["re:("], "weights": {}}}}, "names the pattern"),
         ("int4", {}, {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": "4"}}}}, "num_bits is '4'"),
+        ("int8", {"weight_scale": torch.ones(32)}, {}, f"{EXPERT}.weight_scale is F32"),
+        (
+            "int8",
+            {},
+            {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "tensor"}}}},
+            "channel",
+        ),
+        ("int8-groups", {"weight_zero_point": None}, {}, f"{EXPERT}.weight_zero_point is missing"),
+        ("int8-groups", {"weight_zero_point": torch.ones(32, 2)}, {}, f"{EXPERT}.weight_zero_point is F32"),
+        (
+            "int8-groups",
+            {},
+            {
+                "config_groups": {
+                    "a": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "group", "group_size": 48}}
+                }
+            },
+            "32 columns, which do not divide into groups of 48; use",
+        ),
+        ("mxfp4-rows", {"weight_scale": None}, {}, f"{EXPERT}.weight_scale is missing"),
+        ("mxfp4-rows", {"weight_packed": torch.ones(32, 8)}, {}, f"{EXPERT}.weight_packed is F32"),
         ("nvfp4", {"weight_global_scale": None}, {}, f"{EXPERT}.weight_global_scale is missing"),
         ("nvfp4", {"weight_scale": torch.ones(32, 4)}, {}, f"{EXPERT}.weight_scale is F32"),
         ("modelopt", {"weight_scale_2": None}, {}, f"{EXPERT}.weight_scale_2 is missing"),

@@ -55,7 +55,7 @@ def test_what_is_cast_is_left_to_transformers(tmp_path: Path) -> None:
     assert '"dtype": "float32"' in config
     (folder / "config.json").write_text(config.replace('"dtype": "float32"', '"dtype": "bfloat16"'))
     adapted = AdaptedModel(Checkpoint(folder))
-    names = [name for name, target in adapted.targets.items() if target.parameter]
+    names = [name for name, to in adapted.destinations.items() if to.parameter]
     assert load_directly(adapted, names, torch.device("cpu")) == (names, {})
     shard = LayerShard(Checkpoint(folder), 0, len(adapted.layers), num_threads=1)
     whole = load(folder).state_dict()

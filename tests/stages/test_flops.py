@@ -15,7 +15,7 @@ from stages.calibrate.cells import ALL_TOKENS, Sample
 from stages.calibrate.spec import CalibrationShardArgs, flops_a_token
 from stages.calibrate.units import CalibrationShard, open_shard
 from stages.calibrate.watcher import Watcher
-from stages.contracts.settings import Calibration
+from stages.contracts.text_settings import Calibration
 from stages.model import experts_forward
 from stages.model.expert_weights import ExpertWeights
 from stages.model.experts_forward import Blocks

@@ -38,7 +38,7 @@ def test_ids_beyond_int32_do_not_wrap(value: int, tmp_path: Path) -> None:
         drawn(tmp_path / "ids.npy")
     assert str(raised.value) == (
         f"calibration.data holds token ids from {min(7, value)} to {max(7, value)} but the model's vocabulary is 0 to 4095; "
-        f"the ids come from another tokenizer"
+        f"the ids come from another tokenizer: use the model's own tokenizer"
     )
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.cluster import hierarchy
 
-from stages.cluster.linkage import all_cuts, cut, link
+from stages.cluster.linkage import link
 from stages.contracts.arrow import read_table
-from stages.contracts.dendrogram import read_labels, write_labels
+from stages.contracts.dendrogram import all_cuts, cut, read_labels, write_labels
 from stages.contracts.errors import InputError
 
 NUM_EXPERTS = 9

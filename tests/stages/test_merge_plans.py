@@ -25,8 +25,8 @@ from stages.merge.spec import MergeArgs
 from stages.merge.units import merge_unit
 from stages.model.families import SUPPORTED
 from stages.model.survey import survey_checkpoint
+from stages.recombine.steps.held import HeldLayer
 from stages.recombine.student import Student
-from stages.recombine.units import HeldLayer
 from tests.runs import read_config, read_tensors, rewrite, tensor_bytes, token_ids
 from tests.stages.test_quantised import CHECKPOINTS
 from tests.tiny import NUM_EXPERTS, build, load, logits, save

@@ -4,7 +4,7 @@ Dimensions: D hidden size, E experts.
 """
 
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any, get_args
 
 import numpy as np
@@ -14,10 +14,12 @@ from stages.cluster import linkage, matching
 from stages.cluster.features import Feature
 from stages.cluster.matching import lost
 from stages.cluster.registry import methods
+from stages.cluster.weights import COMBINATIONS
+from stages.contracts import pairing
 from stages.contracts.evidence import PAIRED_AXES, LayerEvidence
 from stages.contracts.layer_plan import LayerPlan, Member
 from stages.contracts.method import PlanSettings
-from stages.contracts.settings import Merging
+from stages.contracts.settings import Export, Merging
 from tests.conftest import REPOSITORY
 
 NUM_EXPERTS, HIDDEN, NEURONS, TOKENS, SAMPLED = 12, 5, 64, 300, 20
@@ -25,11 +27,19 @@ METHODS = sorted(methods())
 PRUNING = sorted(name for name, method in methods().items() if not method.reads_merging)
 CLUSTERING = sorted(set(METHODS) - set(PRUNING))
 FEATURES = list(get_args(Feature))
+RULES = sorted(COMBINATIONS)
+ROUTER_RULES = set(get_args(Export.model_fields["router"].annotation))
+TREES = [
+    (distance, one)
+    for distance, one in product(linkage.DISTANCES, linkage.LINKAGES)
+    if one != "ward" or distance == "euclidean"
+]
 VARIANTS = [
     *((name, {}) for name in METHODS),
     *(("hierarchical", {"feature": feature, "distance": "cosine"}) for feature in FEATURES),
     *(("hierarchical", {"feature": feature, "linkage": "complete"}) for feature in FEATURES[1:]),
     *((name, {"feature": feature}) for name in ("kmeans", "ream") for feature in FEATURES),
+    *(("hierarchical", {"distance": distance, "linkage": one}) for distance, one in TREES),
     ("ean", {"statistic": "sum"}),
     ("ream", {"max_absorbed": 2}),
     ("o_prune", {"max_subsets": 50}),
@@ -102,11 +112,15 @@ def test_pairs_of_a_grouped_router_stay_in_their_groups() -> None:
         }
 
 
-def plan_of(name: str, evidence: LayerEvidence, num_slots: int, settings: dict[str, Any] | None = None) -> LayerPlan:
+def plan_of(
+    name: str, evidence: LayerEvidence, num_slots: int, settings: dict[str, Any] | None = None, rule: Any = "frequency"
+) -> LayerPlan:
+    """rule: of merges, and of router rows where there is one of that name."""
     method = methods()[name]
     chosen = method.settings.model_validate({"num_experts": [num_slots], "method": name, **(settings or {})})
     assert method.requires(chosen) <= set(evidence.columns)
-    return method.plan(evidence, num_slots, PlanSettings(chosen, Merging(), "frequency"))
+    router = rule if rule in ROUTER_RULES else "frequency"
+    return method.plan(evidence, num_slots, PlanSettings(chosen, Merging(method=rule), router))
 
 
 def groups(plan: LayerPlan) -> set[frozenset[int]]:
@@ -124,6 +138,40 @@ def test_another_numbering_of_the_experts_gives_the_same_plan(name: str, setting
         assert {frozenset(order[expert] for expert in group) for group in groups(found)} == groups(due)
         weights = {order[one.expert]: one.weight for slot in found.slots for one in slot.members}
         assert weights == pytest.approx({one.expert: one.weight for slot in due.slots for one in slot.members})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_another_numbering_gives_the_same_weights_of_members_and_of_router_rows(rule: str) -> None:
+    evidence, order = evidence_of(2), np.random.default_rng(1).permutation(NUM_EXPERTS).tolist()
+    found, due = (plan_of("hierarchical", one, 4, rule=rule) for one in (renumbered(evidence, order), evidence))
+
+    def weights(plan: LayerPlan, names: list[int]) -> dict[tuple[str, int], float]:
+        members = {("member", names[one.expert]): one.weight for slot in plan.slots for one in slot.members}
+        rows = [part for slot in plan.slots if slot.row is not None for part in slot.row.parts]
+        assert len(plan.slots) == 4 < len({expert for expert, _ in rows}) or rule in ("dominant", "central")
+        return {**members, **{("row", names[expert]): weight for expert, weight in rows}}
+
+    assert weights(found, order) == pytest.approx(weights(due, list(range(NUM_EXPERTS))))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_clusters_of_one_stay_as_they_are_by_every_rule(rule: str) -> None:
+    for expert, slot in enumerate(plan_of("hierarchical", evidence_of(), NUM_EXPERTS, rule=rule).slots):
+        assert slot.members == (Member(expert),) and slot.row is not None and slot.row.parts == ((expert, 1.0),)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_copies_merge_into_themselves_by_every_rule(rule: str) -> None:
+    """Each slot's weighted sum of its members' tensors, and of their router rows, is that of any of them."""
+    half = evidence_of(3, NUM_EXPERTS // 2)
+    twins = renumbered(half, [*range(NUM_EXPERTS // 2), *range(NUM_EXPERTS // 2)])
+    values_E = np.tile(np.random.default_rng(0).normal(size=NUM_EXPERTS // 2), 2)
+    plan = plan_of("hierarchical", twins, NUM_EXPERTS // 2, rule=rule)
+    for slot in plan.slots:
+        due = [pytest.approx(values_E[expert], rel=1e-12) for expert in slot.experts]
+        assert slot.row is not None and len(due) == 2
+        assert [sum(one.weight * values_E[one.expert] for one in slot.members)] * 2 == due
+        assert [sum(weight * values_E[expert] for expert, weight in slot.row.parts)] * 2 == due
 
 
 @pytest.mark.parametrize(("name", "settings"), VARIANTS)
@@ -144,7 +192,7 @@ def test_as_many_slots_as_were_asked_for_and_every_expert_in_one_or_dropped(name
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [one for one in VARIANTS if one[0] in CLUSTERING and one[0] not in ("random", "pairs")]
+    ("name", "settings"), [one for one in VARIANTS if one[0] in CLUSTERING and one[0] not in ("random", "pairs", "best")]
 )
 def test_experts_that_are_copies_of_each_other_share_a_slot(name: str, settings: dict[str, Any]) -> None:
     """Six pairs of equal experts into six slots."""
@@ -305,7 +353,7 @@ def test_many_experts_are_paired_greedily_at_a_total_loss_near_the_exact_one(mon
         return sum(matching.lost(importance, np.flatnonzero(labels == label).tolist()) for label in range(6))
 
     exact = total(matching.paired(importance, 6))
-    monkeypatch.setattr(matching, "EXACT_EXPERTS", 0)
+    monkeypatch.setattr(pairing, "EXACT_EXPERTS", 0)
     assert exact <= total(matching.paired(importance, 6)) < 1.3 * exact
 
 

@@ -191,7 +191,7 @@ def test_a_cluster_whose_correlations_do_not_fit_is_refused() -> None:
     assert plan_of(evidence_of(activations(0)), LABELS, {"method": "zipit"}, 4 * 21 * 21)
 
 
-@pytest.mark.parametrize("method", ["fix_dominant", "zipit", "dominant"])
+@pytest.mark.parametrize("method", ["fix_dominant", "zipit", "dominant", "central"])
 def test_what_matches_neurons_itself_or_keeps_one_member_is_not_aligned(method: str) -> None:
     with pytest.raises(ValueError, match=rf"align is weight, but method {method} .*; leave align out, or set method to"):
         Merging.model_validate({"method": method, "align": "weight"})

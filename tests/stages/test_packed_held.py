@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.checkpoint import codec
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
-from stages.model import packed as packed_module
 from stages.model.layer_shard import LayerShard
 from stages.model.stream import replaced_forward
 from stages.model.survey import survey_checkpoint
@@ -46,8 +46,8 @@ def test_experts_stay_packed_and_one_at_a_time_is_unpacked(
         most.append(1 + sum(piece._values is not None for piece in pieces))
         return dequantise(*args)
 
-    dequantise = packed_module.dequantise
-    monkeypatch.setattr(packed_module, "dequantise", watched)
+    dequantise = codec.dequantise
+    monkeypatch.setattr(codec, "dequantise", watched)
     hidden = [shard.embed(ids) for shard in shards]
     for layer in range(3):
         hidden = [shard.run_layer(layer, one) for shard, one in zip(shards, hidden, strict=True)]

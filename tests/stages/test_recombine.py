@@ -5,6 +5,7 @@ Dimensions: T tokens, D hidden size, F neurons of a slot, S slots.
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.checks import check
-from pipeline.commands.plan import describe_plan
 from pipeline.run.view import RunView
 from stages.contracts.errors import InputError
-from stages.contracts.layer_plan import LayerPlan, Member, Slot, read_plan
+from stages.contracts.layer_plan import Member, Slot, read_plan
 from stages.contracts.units import Unit
 from stages.model.families import SUPPORTED
 from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
+from stages.recombine.calls import Bounds
+from stages.recombine.factor import FACTOR_DTYPES, factor_of
 from stages.recombine.solve import Problem, SlotTokens, solve
 from tests.runs import read_tensors, run_all, run_config, tensor_bytes, token_ids
 from tests.tiny import build, load, logits, save
 
 NUM_TOKENS, HIDDEN, NEURONS, SLOTS = 400, 6, 5, 3
+BOUNDS = Bounds(joint_columns=100, moment_values=10**6, activation_values=10**6)
 
 
 def problem_of(seed: int = 0, noise: float = 0.3) -> tuple[Problem, Tensor]:
@@ -41,7 +44,7 @@ def problem_of(seed: int = 0, noise: float = 0.3) -> tuple[Problem, Tensor]:
     tokens = [gate_TS[:, slot].nonzero().flatten() for slot in range(SLOTS)]
     slots = [SlotTokens(tokens_R, gate_TS[tokens_R, slot]) for slot, tokens_R in enumerate(tokens)]
     start = [torch.randn(HIDDEN, NEURONS) for _ in range(SLOTS)]
-    problem = Problem(slots, lambda slot, tokens_R: a_STF[slot, tokens_R], target_TD, weight_T, start, "layer 0", 10)
+    problem = Problem(slots, lambda slot, tokens_R: a_STF[slot, tokens_R], target_TD, weight_T, start, "layer 0", [10] * 40)
     dense = (gate_TS * weight_T[:, None]).T[:, :, None] * a_STF
     return problem, dense.permute(1, 0, 2).flatten(1).double()
 
@@ -64,7 +67,7 @@ def stacked(weights: tuple[Tensor, ...]) -> np.ndarray:
 @pytest.mark.parametrize("ridge", [1e-3, 0.1])
 def test_all_slots_together_are_the_ridge_solution(ridge: float) -> None:
     problem, dense = problem_of()
-    found = solve(problem, ridge)
+    found = solve(problem, ridge, BOUNDS)
     due = reference(problem, dense, ridge)
     np.testing.assert_allclose(stacked(found.weights), due, rtol=1e-5, atol=1e-6)
     target = (problem.target_TD * problem.weight_T[:, None]).double().numpy()
@@ -84,38 +87,110 @@ def test_the_ridge_is_the_one_with_the_least_error_on_every_eighth_sequence() ->
             ridge: np.square(target - dense[held].numpy() @ reference(problem, dense, ridge, others)).sum()
             for ridge in solving.RIDGES
         }
-        found = solve(problem, None)
+        found = solve(problem, None, BOUNDS)
         chosen = found.ridge
         assert found.error_unseen == pytest.approx(errors[chosen] / np.square(target).sum(), rel=1e-5)
         assert chosen == min(errors, key=lambda ridge: errors[ridge])
         assert (chosen >= 1e-2) == is_strong
 
 
-def test_slots_one_after_another_come_close_to_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_one_after_another_come_close_to_all_together() -> None:
     problem, _ = problem_of()
-    together = solve(problem, 1e-3)
-    monkeypatch.setattr(solving, "JOINT_COLUMNS", 0)
-    found = solve(problem, 1e-3)
+    together = solve(problem, 1e-3, BOUNDS)
+    found = solve(problem, 1e-3, Bounds(0, 10**6))
     assert found.error_before == pytest.approx(together.error_before, rel=1e-6)
     assert together.error_after <= found.error_after < together.error_after * 1.05
-    monkeypatch.setattr(solving, "SWEEPS", 30)
-    np.testing.assert_allclose(stacked(solve(problem, 1e-6).weights), stacked(together.weights), rtol=0.02, atol=0.02)
+    many = solve(problem, 1e-6, Bounds(0, 10**6), sweeps=30)
+    np.testing.assert_allclose(stacked(many.weights), stacked(together.weights), rtol=0.02, atol=0.02)
+
+
+def test_a_sweep_near_a_solution_is_one_more_sweep() -> None:
+    problem, _ = problem_of()
+    two, three = (solve(problem, 1e-2, Bounds(0, 10**6), sweeps=sweeps) for sweeps in (2, 3))
+    found = solve(problem, 1e-2, Bounds(0, 10**6), sweeps=1, near=two.weights)
+    np.testing.assert_allclose(stacked(found.weights), stacked(three.weights), rtol=1e-5, atol=1e-6)
+    assert found.error_after == pytest.approx(three.error_after, rel=1e-6) and found.error_after < two.error_after
+
+
+@pytest.mark.parametrize("ridge", [1e-2, None])
+def test_factors_that_find_no_room_are_made_again_and_change_no_bit(ridge: float | None) -> None:
+    problem, _ = problem_of()
+    kept, again = (solve(problem, ridge, Bounds(0, room, room)) for room in (10**6, 0))
+    assert kept.ridge == again.ridge
+    assert all(torch.equal(*pair) for pair in zip(kept.weights, again.weights, strict=True))
+
+
+def test_the_target_that_a_slot_is_solved_for_has_its_own_part() -> None:
+    """One slot after another, the second sweep against the dense ridge solution on what the others leave."""
+    problem, dense = problem_of()
+    first, second = (solve(problem, 1e-2, Bounds(0, 10**6), sweeps=sweeps) for sweeps in (1, 2))
+    target = (problem.target_TD * problem.weight_T[:, None]).double().numpy()
+    weights = stacked(first.weights)
+    for slot in range(SLOTS):
+        own = slice(slot * NEURONS, (slot + 1) * NEURONS)
+        columns = dense.numpy()[:, own]
+        left = target - dense.numpy() @ weights + columns @ weights[own]
+        start = problem.start[slot].double().T.numpy()
+        gram = columns.T @ columns
+        pull = 1e-2 * gram.diagonal().mean() * np.eye(NEURONS)
+        weights[own] = np.linalg.solve(gram + pull, columns.T @ left + pull @ start)
+    np.testing.assert_allclose(stacked(second.weights), weights, rtol=1e-5, atol=1e-6)
+
+
+def test_products_of_16_bit_activations_in_float32_are_as_good() -> None:
+    problem, _ = problem_of()
+    due = solve(problem, 1e-2, BOUNDS)
+    found = solve(replace(problem, wide=torch.float32), 1e-2, BOUNDS)
+    np.testing.assert_allclose(stacked(found.weights), stacked(due.weights), rtol=1e-4, atol=1e-4)
+
+
+def test_a_factor_of_float32_is_refined_to_the_same_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. What float32 cannot factor, or refine, is factored in float64."""
+    _, dense = problem_of()
+    gram, right = dense.T @ dense, torch.randn(dense.shape[1], HIDDEN, dtype=torch.float64)
+    due = np.linalg.solve(gram.numpy() + 1e-4 * float(gram.diagonal().mean()) * np.eye(len(gram)), right.numpy())
+    monkeypatch.setitem(FACTOR_DTYPES, "cpu", torch.float32)
+    factor = factor_of(gram, 1e-4, "layer 0", "mend it")
+    assert factor.lower_NN.dtype == torch.float32
+    np.testing.assert_allclose(factor.solve(right), due, rtol=1e-9)
+    single = torch.cholesky_solve(right.float(), factor.lower_NN).double()
+    assert (single - torch.from_numpy(due)).norm() > 1e3 * (factor.solve(right) - torch.from_numpy(due)).norm()
+    index = torch.arange(1, 9, dtype=torch.float64)
+    hilbert = 1 / (index[:, None] + index - 1)
+    for ridge in (1e-7, 1e-12):  # more than float32 resolves
+        found = factor_of(hilbert, ridge, "layer 0", "mend it").solve(index[:, None])
+        exact = np.linalg.solve((hilbert + ridge * hilbert.diagonal().mean() * torch.eye(8)).numpy(), index[:, None].numpy())
+        np.testing.assert_allclose(found, exact, rtol=1e-4)
+    twins = 1 + 1e-10 * torch.eye(2, dtype=torch.float64)
+    assert factor_of(twins, 1e-12, "layer 0", "mend it").lower_NN.dtype == torch.float64
+
+
+def test_moments_that_are_not_positive_definite_are_refused_with_layer_slot_and_condition() -> None:
+    problem, _ = problem_of()
+    wrong = replace(problem, activations=lambda slot, tokens_R: torch.full((len(tokens_R), NEURONS), float(slot != 1) + 1e-30))
+    with pytest.raises(InputError, match=r"layer 0, slot 0: the moments of 5 columns are not positive definite .*eigenvalues"):
+        solve(wrong, 1e-18, Bounds(0, 0))
+    with pytest.raises(InputError, match=r"layer 0, slots 0 to 2 together: .* at ridge 1e-18 .*; set refit.ridge to a larger"):
+        solve(wrong, 1e-18, BOUNDS)
+    endless = replace(problem, activations=lambda slot, tokens_R: torch.full((len(tokens_R), NEURONS), float("inf")))
+    with pytest.raises(InputError, match=r"not positive definite at ridge 0.001 \(some are not finite"):
+        solve(endless, 1e-3, BOUNDS)
 
 
 def test_where_nothing_is_lost_nothing_changes() -> None:
     problem, _ = problem_of(noise=0)
-    exact = solve(problem, 1e-6)
+    exact = solve(problem, 1e-6, BOUNDS)
     again = Problem(
-        problem.slots, problem.activations, problem.target_TD, problem.weight_T, exact.weights, problem.place, 10
+        problem.slots, problem.activations, problem.target_TD, problem.weight_T, exact.weights, problem.place, problem.lengths
     )  # fmt: skip
-    found = solve(again, None)
+    found = solve(again, None, BOUNDS)
     np.testing.assert_allclose(stacked(found.weights), stacked(exact.weights), atol=1e-5)
 
 
 def test_a_slot_that_no_token_reaches_keeps_its_values() -> None:
     problem, _ = problem_of()
     nothing = SlotTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    found = solve(Problem([nothing] * SLOTS, *list(vars(problem).values())[1:]), None)
+    found = solve(Problem([nothing] * SLOTS, *list(vars(problem).values())[1:]), None, BOUNDS)
     assert all(torch.equal(*pair) for pair in zip(found.weights, problem.start, strict=True))
 
 
@@ -138,19 +213,15 @@ def test_the_neuron_that_goes_is_the_one_whose_loss_costs_least(monkeypatch: pyt
     np.testing.assert_allclose(weight_DF.T, np.linalg.lstsq(dense[:, left].numpy(), target.numpy(), rcond=None)[0], rtol=1e-5)
 
 
-def no_activations(expert: int, tokens_R: Tensor) -> Tensor:
-    return torch.zeros(len(tokens_R), NEURONS)
-
-
 def test_a_cluster_that_no_token_reaches_keeps_its_average() -> None:
     """Nothing says which of its neurons matter, and no ridge would help."""
     problem, _ = problem_of()
     nothing = SlotTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    unseen = Problem([nothing] * SLOTS, *list(vars(problem).values())[1:])
-    plan = LayerPlan(0, 2 * SLOTS, tuple(Slot((n, n + 3), (Member(n, 0.5), Member(n + 3, 0.5))) for n in range(SLOTS)))
-    found, weights = choosing.chosen_plan(plan, unseen, problem.start, no_activations, NEURONS)
-    assert found == plan
-    assert all(torch.equal(*pair) for pair in zip(weights, problem.start, strict=True))
+    unseen = replace(problem, slots=[nothing] * SLOTS)
+    pair = Slot((0, 3), (Member(0, 0.5), Member(3, 0.5)))
+    found = choosing.chosen(pair, unseen, 0, unseen.weighted_TD, lambda expert, tokens_R: torch.zeros(0, NEURONS), NEURONS)
+    assert choosing.chosen_slot(pair, found, NEURONS) == pair
+    assert torch.equal(found.weight_DK, problem.start[0])
 
 
 def facts(run_dir: Path, target: str) -> Iterator[dict[str, Any]]:
@@ -164,8 +235,12 @@ NORMALISED = sorted(name for name, family in SUPPORTED.items() if family.normali
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe", "nemotron_h", "granitemoe"])
 def test_a_refitted_checkpoint_is_nearer_to_the_source(family: str, tmp_path: Path) -> None:
-    """In every layer, and in its logits; every other tensor keeps its bytes. The ridge is given: 8 held-out tokens are too few
-    to choose one."""
+    """In every layer, and in its logits; every other tensor keeps its bytes.
+
+    The ridge is given, since `auto` chooses for tokens that the solution has not seen. Of the 64 random tokens here, it chooses
+    the strongest for every family: that too is nearer, but fits the calibration tokens, on which logits are compared, less
+    (mixtral 0.29 of the plain error instead of 0.003, nemotron_h, whose other layers carry the rest on, 0.51 instead of 0.17).
+    """
     source = save(build(family, torch.float32), tmp_path / "source")
     path, ids = token_ids(tmp_path)
     formats = ["tied", "stock"]
@@ -290,24 +365,6 @@ def test_survivors_with_adopted_neurons_start_from_the_pruned_model_and_leave_le
     assert adopted["error_before"] == pytest.approx(refit["error_before"], rel=1e-6)
     assert adopted["error_after"] < refit["error_after"]
     assert torch.isfinite(logits(load(exports["reap-recombine-4e-stock"]), ids)).all()
-
-
-def test_plan_warns_of_little_text_and_of_little_memory(tmp_path: Path) -> None:
-    """64 tokens, two of eight experts each: a third of a token for each of 48 neurons."""
-    source = save(build("mixtral", torch.float32), tmp_path / "source")
-    path, _ = token_ids(tmp_path)
-    refit, small = {"mode": "sequential", "neurons": "choose"}, {"worker_memory": "100 kB"}
-    lines = [str(line) for line in describe_plan(run_config(source, tmp_path / "run", path, [4], ["tied"], refit=refit))]
-    (few,) = (line for line in lines if line.startswith("few tokens"))
-    assert few.startswith("few tokens   0.3 calibration tokens for each neuron") and "num_sequences to 240 for 20" in few
-    assert not [line for line in lines if line.startswith("memory  ")]
-    for changes in ({"refit": {"mode": "sequential"}, "resources": small}, {"refit": refit, "resources": small}):
-        lines = [str(line) for line in describe_plan(run_config(source, tmp_path / "run", path, [4], ["tied"], **changes))]
-        (memory,) = (line for line in lines if line.startswith("memory  "))
-        assert "4e-tied: solving a layer takes about" in memory and "more than resources.worker_memory, 100.0 kB" in memory
-        assert len([line for line in lines if line.startswith("few tokens")]) == ("neurons" in changes["refit"])
-    whole = run_config(source, tmp_path / "run", path, [8], ["tied"], refit=refit, resources=small)
-    assert not [line for line in map(str, describe_plan(whole)) if line.startswith(("few tokens", "memory  "))]
 
 
 def test_in_one_shot_every_layer_is_solved_on_the_sources_own_hidden_states(tmp_path: Path) -> None:

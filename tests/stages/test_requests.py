@@ -94,8 +94,8 @@ def test_without_the_extra_a_run_with_tasks_is_one_line_that_names_it(monkeypatc
         "evaluation": {**text, "tasks": "paper"},
     }  # fmt: skip
     with pytest.raises(InputError, match=r"lm_eval and accelerate is not installed; .* `pip install 'hcsmoe\[eval\]'`$"):
-        notes.notes_of(read_config(values))
-    assert notes.notes_of(read_config({**values, "evaluation": text})) == {}
+        notes.notes_of(read_config(values), Path("m"))
+    assert notes.notes_of(read_config({**values, "evaluation": text}), Path("m")) == {}
 
 
 def test_groups_stand_for_their_tasks_and_each_task_is_named_once() -> None:

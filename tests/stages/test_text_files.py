@@ -117,7 +117,8 @@ def test_no_permission_is_one_line(tmp_path: Path) -> None:
         for name in ("x.txt", "inside", "inside/x.txt"):
             with pytest.raises(InputError) as raised:
                 list_files([str(tmp_path / name)], "evaluation")
-            assert str(raised.value) == f"evaluation.data: {tmp_path / name} cannot be read: Permission denied"
+            where = f"evaluation.data: {tmp_path / name} cannot be read: Permission denied"
+            assert str(raised.value) == f"{where}; change its permissions, or name another file"
     finally:
         if os.getuid() == 0:
             os.seteuid(0)
@@ -152,11 +153,11 @@ NAMES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a link to nothing": (
         lambda folder: (folder / "x.txt").symlink_to("gone"),
-        "calibration.data: {x} is a link to gone, which does not exist",
+        "calibration.data: {x} is a link to gone, which does not exist; replace the link, or name another file",
     ),
     "a link to itself": (
         lambda folder: (folder / "x.txt").symlink_to("x.txt"),
-        "calibration.data: {x} cannot be read: Too many levels of symbolic links",
+        "calibration.data: {x} cannot be read: Too many levels of symbolic links; change its permissions, or name another file",
     ),
     "nothing": (
         lambda folder: None,
@@ -164,11 +165,12 @@ NAMES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an empty folder": (
         lambda folder: (folder / "x.txt").mkdir(),
-        "calibration.data: {x} is a folder without files (names that begin with . or _ do not count)",
+        "calibration.data: {x} is a folder without files (names that begin with . or _ do not count); "
+        "put files there, or name another folder",
     ),
     "a folder of two kinds": (
         mixed,
-        "calibration.data: {x}/a.txt and {x}/b.jsonl are of different kinds; files must be of one kind",
+        "calibration.data: {x}/a.txt and {x}/b.jsonl are of different kinds; name files of one kind",
     ),
     "a folder with a link to a folder": (
         linked_folder,

@@ -113,11 +113,17 @@ def test_a_model_file_with_one_byte_changed_is_not_run(change: object, folder: P
     path.write_bytes(change(path.read_text()).encode())  # type: ignore[operator]
     with pytest.raises(InputError) as caught:
         build_meta_model(Checkpoint(folder))
-    assert str(caught.value) == f"{path} is not the file that this version writes for a tied checkpoint; it is not run"
+    assert str(caught.value) == (
+        f"{path} is not the file that this version writes for a tied checkpoint; it is not run: run the run file again, which "
+        "writes it anew"
+    )
 
 
 def test_a_tied_checkpoint_without_its_model_file_is_named(folder: Path) -> None:
     (folder / "modeling_hcsmoe.py").unlink()
     with pytest.raises(InputError) as caught:
         build_meta_model(Checkpoint(folder))
-    assert str(caught.value) == f"{folder / 'modeling_hcsmoe.py'} does not exist; a tied checkpoint is not whole without it"
+    assert (
+        str(caught.value)
+        == f"{folder / 'modeling_hcsmoe.py'} does not exist; a tied checkpoint is not whole without it; run the run file again"
+    )

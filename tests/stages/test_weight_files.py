@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.commands.inspect import describe_model, inspect_model
+from pipeline.commands.inspect import inspect_model, shown_facts
 from pipeline.errors import RunFailed
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.errors import InputError
@@ -38,7 +38,7 @@ def source(checkpoint: Path, tmp_path: Path) -> Path:
 
 def shown(source: Path) -> str:
     """What `inspect` prints."""
-    return "\n".join(line for line in describe_model(inspect_model(str(source), None)) if isinstance(line, str))
+    return "\n".join(line for line in shown_facts(inspect_model(str(source), None)) if isinstance(line, str))
 
 
 def test_a_single_file_comes_before_an_index_beside_it_as_in_transformers(source: Path, tmp_path: Path) -> None:
@@ -125,7 +125,10 @@ def test_an_expert_without_a_proper_number_is_refused(index: str, source: Path) 
     tensors = read_tensors(source)
     tensors[name.format(index)] = tensors.pop(name.format(3))
     rewrite(source, tensors)
-    with pytest.raises(InputError, match=r"needs one tensor for each of 8 experts but 8 are there .*; missing experts: 3$"):
+    with pytest.raises(
+        InputError,
+        match=r"needs one tensor for each of 8 experts but 8 are there .*; missing experts: 3; download the checkpoint again$",
+    ):
         survey_checkpoint(str(source))
 
 

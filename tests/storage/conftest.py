@@ -18,11 +18,11 @@ from tests.tiny import save_checkpoint, save_token_ids
 
 SECRET = "5ec4e7ba5e64keyf0rt3stsonly00000"
 BUCKET = "s3://hcsmoe-tests"
-_START_S = 60
+_START_S = 200
 NUM_LAYERS = 4
 SETTINGS: dict[str, Any] = {
-    "calibration.tokens_per_shard": 64,
-    "evaluation.tokens_per_shard": 64,
+    "calibration.tokens_per_shard": 128,
+    "evaluation.tokens_per_shard": 128,
     "resources.layers_per_shard": 2,
     "export.max_file_bytes": "400 kB",
 }

@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY
 from tests.storage.conftest import SECRET
 
 RunFile = Callable[[dict[str, Any]], Path]
-_LIMIT_S = 90
+_LIMIT_S = 200
 
 
 @pytest.mark.parametrize(

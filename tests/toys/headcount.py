@@ -7,7 +7,7 @@ from typing import ClassVar
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.keys import Part
 from stages.contracts.paths import CHECKPOINT_DIR
-from stages.contracts.settings import Section
+from stages.contracts.section import Section
 from stages.contracts.spec import Publication, Run, StagePlan, StageSpec
 from stages.contracts.units import Job, Unit, UnitCall, UnitResult
 from stages.io.files import write_json

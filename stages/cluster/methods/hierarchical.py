@@ -24,9 +24,12 @@ class Hierarchical(Clustering):
 
     method: Literal["hierarchical"] = "hierarchical"
     feature: Feature = "expert_output"
-    """What experts are compared by; `stages.cluster.features` says what each is."""
+    """What experts are compared by: mean output over all tokens; mean router logits over all tokens; mean of output times gate
+    over routed tokens; all weights of an expert; or outputs token by token."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
+    """How far apart two experts' features are."""
     linkage: Literal["average", "single", "complete", "ward"] = "average"
+    """How far apart two clusters are: the mean, the least or the largest distance of their experts, or Ward's criterion."""
 
     @model_validator(mode="after")
     def _check_ward(self) -> Self:
@@ -45,8 +48,8 @@ def linkage(evidence: LayerEvidence, settings: Hierarchical) -> Array:
 
 def plan(evidence: LayerEvidence, num_slots: int, settings: PlanSettings[Hierarchical]) -> LayerPlan:
     """The dendrogram cut to `num_slots` clusters, each merged by the weights that the section `merging` names."""
-    from stages.cluster.linkage import cut
     from stages.cluster.plans import merged
+    from stages.contracts.dendrogram import cut
 
     return merged(evidence, cut(linkage(evidence, settings.clustering), num_slots), settings)
 

@@ -16,6 +16,7 @@ class KMeans(Clustering):
 
     method: Literal["kmeans"] = "kmeans"
     feature: Feature = "expert_output"
+    """What experts are compared by, as of hierarchical clustering."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     """Of the first centres (k-means++)."""
 

@@ -15,6 +15,7 @@ class Random(Clustering):
 
     method: Literal["random"] = "random"
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Decides the groups."""
 
 
 def plan(evidence: LayerEvidence, num_slots: int, settings: PlanSettings[Random]) -> LayerPlan:

@@ -15,6 +15,7 @@ class RandomPrune(Clustering):
 
     method: Literal["random_prune"] = "random_prune"
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Decides which experts are kept."""
 
 
 def plan(evidence: LayerEvidence, num_slots: int, settings: PlanSettings[RandomPrune]) -> LayerPlan:

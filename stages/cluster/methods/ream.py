@@ -16,6 +16,7 @@ class Ream(Clustering):
 
     method: Literal["ream"] = "ream"
     feature: Feature = "gated_output"
+    """What experts are compared by, as of hierarchical clustering."""
     max_absorbed: Annotated[int, Field(ge=1, strict=True)] = 16
     """Experts that a centre takes in at most. Where that leaves some over, they join the nearest centre."""
 

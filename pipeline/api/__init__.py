@@ -1,0 +1,1 @@
+"""What `hcsmoe.py` offers: functions that take Python values for a run file, and typed results."""

@@ -1,0 +1,1 @@
+"""Code of this project that other engines load into their own processes."""

@@ -1,0 +1,1 @@
+"""mtp: plans of layers that predict further tokens, by the distances of their experts' weights."""

@@ -1,0 +1,178 @@
+"""Arguments and facts of the units of recombine. No torch."""
+
+from dataclasses import dataclass
+from math import isqrt
+
+from stages.contracts.stream_units import LayerShardArgs
+from stages.contracts.units import HoldCall, NoFacts, UnitCall
+
+JOINT_COLUMNS = 4096
+"""Columns (experts times neurons) of a layer beyond which solving for all slots together takes too long."""
+SWEEPS = 2
+"""Gauss-Seidel passes over all slots."""
+_MATRICES = 4
+"""Matrices of float64 that a solution holds at a time: moments of two kinds of tokens, a copy, its factor."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Sizes of moments. joint_columns: up to so many columns all slots are solved together; else one after another
+    (Gauss-Seidel), each on what the others leave. Results depend on it. moment_values, activation_values: numbers of float64
+    that moments may take, and room for activations that are kept from one use to the next, counted alike."""
+
+    joint_columns: int
+    moment_values: int
+    activation_values: int = 0
+
+    @classmethod
+    def of(cls, worker_memory: int) -> "Bounds":
+        """Moments may take half of a worker's memory, kept activations an eighth; layer and tokens have the rest."""
+        moment_values = worker_memory // 2 // 8
+        return cls(min(JOINT_COLUMNS, isqrt(moment_values // _MATRICES)), moment_values, worker_memory // 8 // 8)
+
+
+def moment_bytes(num_columns: int) -> int:
+    """Memory in bytes of a solution for so many columns at a time, or of a choice among so many neurons."""
+    return 8 * _MATRICES * num_columns**2
+
+
+SAMPLED = 8192
+"""Tokens that pairs are compared on, evenly spaced over those that choose no ridge."""
+COMPARED = 768
+"""Neurons of an expert that pairs are compared by, evenly spaced over all."""
+FEW, NEAR, FIRST_LOOK = 16, 4, 192
+"""Where an expert has more than FEW partners, all are looked at by FIRST_LOOK of its neurons, and the best NEAR compared."""
+OWN = "planned"
+"""Name of the method's own plan where it is compared with alternatives."""
+
+
+@dataclass(frozen=True)
+class PairArgs:
+    """Pairs are chosen anew, by elimination. num_runs: groups of equally many experts, in order, in which slots stay."""
+
+    num_runs: int
+
+
+@dataclass(frozen=True)
+class LayerArgs:
+    """A MoE layer of a target.
+
+    tokens_dir, plan_dir: of the calibration set and of the method's plans, relative to the run directory. micro_batch:
+    sequences that run at once. score: of the family's router, whose rows are fitted; None if they are not. is_one_shot: whether
+    the layer gets what the source's earlier layers give, instead of what is left of them. has_shared: whether W_down of a
+    shared expert is solved, too. shard_weights: how much each token shard counts; empty where all count the same.
+    """
+
+    tokens_dir: str
+    plan_dir: str
+    layer: int
+    num_shards: int
+    micro_batch: int
+    score: str | None
+    is_one_shot: bool
+    has_shared: bool
+    shard_weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class GatherArgs:
+    """A token shard through a layer, as the source has it and as the student without its experts. is_last: no layer with
+    experts follows."""
+
+    of: LayerArgs
+    shard: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class CompareArgs:
+    """The pairs of an expert with every later one of its run."""
+
+    of: LayerArgs
+    pairs: PairArgs
+    expert: int
+
+
+@dataclass(frozen=True)
+class StartArgs:
+    """The plan as it is, solved: what neurons are chosen from, and what a fitted router is compared by. ridge: None for a fixed
+    one. chooses: whether neurons are chosen. name: of the plan, OWN or an alternative. pairs: how its slots are chosen anew, if
+    they are."""
+
+    of: LayerArgs
+    name: str
+    pairs: PairArgs | None
+    ridge: float | None
+    bounds: Bounds
+    chooses: bool
+
+
+@dataclass(frozen=True)
+class ChooseArgs:
+    """A slot of a plan, and how many whole neurons of its members it keeps."""
+
+    of: LayerArgs
+    name: str
+    slot: int
+    num_neurons: int
+
+
+@dataclass(frozen=True)
+class SolveArgs:
+    """ridge: None to be chosen. has_start: whether the layer has had a start. num_neurons: that each
+    slot has chosen; None if they are not chosen. names: of the plans that are compared, OWN first."""
+
+    of: LayerArgs
+    names: tuple[str, ...]
+    ridge: float | None
+    bounds: Bounds
+    has_start: bool
+    num_neurons: int | None
+
+
+@dataclass(frozen=True)
+class SolveFacts:
+    """ridge: that was used. error_before, error_after: of the layer's output, squared, over that of giving nothing.
+    is_router_fitted: whether router rows were fitted, and gave a lesser error on held-out tokens than those of the planned
+    rule. is_joint: whether all slots were solved together, and not one after another. chosen, compared: where plans were
+    compared, the name of the best, and the error of each on held-out calibration text as a share of that of giving nothing,
+    the method's own first."""
+
+    layer: int
+    ridge: float
+    error_before: float
+    error_after: float
+    is_router_fitted: bool
+    is_joint: bool
+    chosen: str = ""
+    compared: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class AdvanceArgs:
+    """A token shard through a layer: the student's stream where the layer has experts (has_plan), else every stream."""
+
+    tokens_dir: str
+    layer: int
+    shard: int
+    micro_batch: int
+    has_plan: bool
+    is_one_shot: bool
+
+
+@dataclass(frozen=True)
+class KeepArgs:
+    """A MoE layer of a target that loses nothing. plan_dir: of the method's plans, relative to the run directory."""
+
+    plan_dir: str
+    layer: int
+
+
+OPEN = HoldCall("stages.recombine.steps.held:open_layer", LayerShardArgs)
+GATHER = UnitCall("stages.recombine.steps.gather:gather_unit", GatherArgs, NoFacts)
+COMPARE = UnitCall("stages.recombine.steps.compare:compare_unit", CompareArgs, NoFacts)
+START = UnitCall("stages.recombine.steps.start:start_unit", StartArgs, NoFacts)
+CHOOSE = UnitCall("stages.recombine.steps.choose:choose_unit", ChooseArgs, NoFacts)
+SOLVE = UnitCall("stages.recombine.steps.solve:solve_unit", SolveArgs, SolveFacts)
+ADVANCE = UnitCall("stages.recombine.steps.advance:advance_unit", AdvanceArgs, NoFacts)
+KEEP = UnitCall("stages.recombine.steps.solve:keep_unit", KeepArgs, NoFacts)

@@ -1,0 +1,195 @@
+"""The units of a refitted target: what each step of a layer reads, writes and waits for, and which workers it may run on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.contracts import paths
+from stages.contracts.keys import Part
+from stages.contracts.partition import held_bytes
+from stages.contracts.spec import Run, counts_of, narrowed_to
+from stages.contracts.stream_units import LayerShardArgs
+from stages.contracts.targets import Target
+from stages.contracts.tensors import num_neurons
+from stages.contracts.units import Call, Hold, Unit
+from stages.model.families import SUPPORTED
+from stages.recombine.calls import (
+    ADVANCE,
+    CHOOSE,
+    COMPARE,
+    GATHER,
+    KEEP,
+    OPEN,
+    OWN,
+    SOLVE,
+    START,
+    AdvanceArgs,
+    Bounds,
+    ChooseArgs,
+    CompareArgs,
+    GatherArgs,
+    KeepArgs,
+    LayerArgs,
+    SolveArgs,
+    StartArgs,
+)  # fmt: skip
+from stages.recombine.pairing import pairs_of, shard_weights
+
+_LANES_PER_WORKER = 2
+"""Units of a step are dealt to so many holds for each worker, so that a worker that is done early finds more."""
+
+
+def is_fitted(target: Target) -> bool:
+    """Whether a target's router rows are fitted."""
+    return target.format == "stock" and target.variant.export.router == "fitted"
+
+
+def kept_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
+    """Of a target that keeps all experts whole: its plans stay as they are."""
+    for layer in run.survey.moe_layers:
+        args = KeepArgs(run.part("cluster", target.part).dir, layer)
+        yield run.unit(part, f"layer-{layer:04d}", KEEP.on(args), f"{target.part}, layer {layer}")
+
+
+def target_units(run: Run, target: Target, part: Part, solve_bytes: int) -> Iterator[Unit]:
+    """Layer after layer, up to the last with experts. solve_bytes: memory of a solution beside the layer."""
+    steps = _Steps(run, target, part, solve_bytes)
+    counts = counts_of(run, target)
+    for layer in range(run.survey.moe_layers[-1] + 1):
+        yield from steps.of_experts(layer, counts[layer]) if layer in counts else steps.of_dense(layer)
+
+
+def num_lanes(num_workers: int, num_layers: int, is_one_shot: bool) -> int:
+    """Holds that the units of one step of a layer are dealt to. One worker needs one; where layers do not wait for each other,
+    so do as many workers as there are layers."""
+    workers = -(-num_workers // num_layers) if is_one_shot else num_workers
+    return 1 if workers == 1 else _LANES_PER_WORKER * workers
+
+
+@dataclass(frozen=True)
+class _Steps:
+    run: Run
+    target: Target
+    part: Part
+    solve_bytes: int
+
+    @property
+    def is_one_shot(self) -> bool:
+        return self.target.variant.refit.mode == "one_shot"
+
+    @property
+    def shards(self) -> range:
+        return range(self.run.config.calibration.num_shards)
+
+    @property
+    def tokens_dir(self) -> str:
+        return self.run.part("prepare", "calibration").dir
+
+    def of_experts(self, layer: int, num_slots: int) -> Iterator[Unit]:
+        """Gather, compare, start, choose, solve, advance."""
+        run, data, refit, folder = self.run, self.run.config.calibration, self.target.variant.refit, Path(self.part.dir)
+        score = SUPPORTED[run.survey.family].score if is_fitted(self.target) else None
+        of = LayerArgs(
+            self.tokens_dir, run.part("cluster", self.target.part).dir, layer, data.num_shards, data.micro_batch, score,
+            self.is_one_shot, refit.shared_expert, shard_weights(run, self.target),
+        )  # fmt: skip
+        ridge = None if refit.ridge == "auto" else refit.ridge
+        bounds, is_last = Bounds.of(run.config.resources.worker_memory), layer == run.survey.moe_layers[-1]
+        width = (narrowed_to(run, self.target) or num_neurons(run.tensors)) if refit.neurons == "choose" else None
+        names = (OWN, *self.target.variant.method.alternatives_in(self.target.format))
+        pairs = pairs_of(run, self.target)
+        has_start = width is not None or score is not None or pairs is not None or len(names) > 1
+        given, made = [paths.given_file(folder, layer, shard) for shard in self.shards], list[Path]()
+        ours = [path for shard in self.shards for path in self._hidden(layer, shard)[-1:]]
+        for shard in self.shards:
+            yield self._unit(
+                layer, f"gather-{shard:04d}", shard, GATHER.on(GatherArgs(of, shard, is_last)),
+                f"gather {shard + 1}/{data.num_shards}", reads=self._hidden(layer, shard),
+                writes=[given[shard], *([] if is_last else [paths.hidden_file(folder, layer + 1, shard)])],
+            )  # fmt: skip
+        losses = list[Path]()
+        num_experts = run.survey.num_experts
+        if pairs is not None and num_slots < num_experts:
+            for expert in range(num_experts):
+                if not (expert + 1) % (num_experts // pairs.num_runs):
+                    continue  # the last of a run has no later one
+                losses.append(paths.pairs_file(folder, layer, expert))
+                yield self._unit(
+                    layer, f"pairs-{expert:04d}", expert, COMPARE.on(CompareArgs(of, pairs, expert)),
+                    f"pairs of expert {expert}", given, losses[-1:], is_solving=True,
+                )  # fmt: skip
+        for number, name in enumerate(names if has_start else ()):
+            start = [paths.start_file(folder, layer, name), paths.start_plan_file(folder, layer, name)]
+            args = StartArgs(of, name, pairs if name == OWN else None, ridge, bounds, width is not None)
+            yield self._unit(
+                layer,
+                f"{name}/start",
+                number,
+                START.on(args),
+                f"start {name}",
+                [*given, *ours, *(losses if name == OWN else ())],
+                start,
+                is_solving=True,
+            )
+            made += start
+        for name in names if width is not None else ():
+            for slot in range(num_slots):
+                chosen = paths.chosen_file(folder, layer, name, slot)
+                start = [paths.start_file(folder, layer, name), paths.start_plan_file(folder, layer, name)]
+                yield self._unit(
+                    layer, f"{name}/slot-{slot:04d}", slot, CHOOSE.on(ChooseArgs(of, name, slot, width or 0)),
+                    f"neurons of slot {slot + 1}/{num_slots}, {name}", [*given, *start], [chosen], is_solving=True,
+                )  # fmt: skip
+                made.append(chosen)
+        solved = run.unit(
+            self.part, f"layer-{layer:04d}", SOLVE.on(SolveArgs(of, names, ridge, bounds, has_start, width)),
+            f"{self.target.part}, layer {layer}", reads=[*given, *made, *(ours if score is not None else ())],
+            hold=self._hold(layer, "solve", 0), on_worker=True,
+            memory_bytes=self._memory(layer) + self.solve_bytes,
+        )  # fmt: skip
+        yield solved
+        if not is_last and not self.is_one_shot:
+            yield from self._advance(layer, has_plan=True, after=[solved])
+
+    def of_dense(self, layer: int) -> Iterator[Unit]:
+        """Every stream passes."""
+        return self._advance(layer, has_plan=False, after=[])
+
+    def _advance(self, layer: int, has_plan: bool, after: Sequence[Unit]) -> Iterator[Unit]:
+        data, folder = self.run.config.calibration, Path(self.part.dir)
+        for shard in self.shards:
+            args = AdvanceArgs(self.tokens_dir, layer, shard, data.micro_batch, has_plan, self.is_one_shot)
+            reads, writes = self._hidden(layer, shard), self._hidden(layer + 1, shard)
+            if has_plan:  # the source's have been gathered
+                reads, writes = reads[-1:], [paths.student_file(folder, layer + 1, shard)]
+            label = f"advance {shard + 1}/{data.num_shards}"
+            yield self._unit(layer, f"advance-{shard:04d}", shard, ADVANCE.on(args), label, reads, writes, after)
+
+    def _unit(
+        self, layer: int, name: str, number: int, call: Call, label: str, reads: Sequence[Path], writes: Sequence[Path],
+        after: Sequence[Unit] = (), is_solving: bool = False,
+    ) -> Unit:  # fmt: skip
+        return self.run.unit(
+            self.part, f"layer-{layer:04d}/{name}", call, f"{self.target.part}, layer {layer}, {label}",
+            reads=reads, writes=writes, after=after, hold=self._hold(layer, call.function, number), on_worker=True,
+            memory_bytes=self._memory(layer) + (self.solve_bytes if is_solving else 0),
+        )  # fmt: skip
+
+    def _memory(self, layer: int) -> int:
+        return held_bytes(self.run.survey, (layer, layer + 1), self.run.config.calibration)
+
+    def _hold(self, layer: int, step: str, number: int) -> Hold:
+        """Of the layer, which a worker that has it open does not open again; one a lane and step, so that no hold waits for a
+        later one."""
+        run, part = self.run, self.part
+        lanes = num_lanes(run.num_workers or 1, len(run.survey.moe_layers), self.is_one_shot)
+        key = f"{run.run_dir}/{part.dir}:{layer}" + ("" if lanes == 1 else f":{step}:{number % lanes}")
+        call = OPEN.on(LayerShardArgs(str(run.model), layer, layer + 1, run.config.resources.num_cpus))
+        return Hold(key, call, str(run.run_dir), f"{part.stage} {self.target.part}, layer {layer}")
+
+    def _hidden(self, layer: int, shard: int) -> list[Path]:
+        """Hidden states as they enter a layer, of both streams or of the source's alone; none at the first, which embeds the
+        tokens."""
+        folder = Path(self.part.dir)
+        files = [paths.hidden_file(folder, layer, shard), paths.student_file(folder, layer, shard)]
+        return files[: 1 if self.is_one_shot else 2] if layer else []

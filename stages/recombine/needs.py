@@ -1,0 +1,258 @@
+"""What a refitted target needs, for `plan`: memory, operations, disk, tokens. No torch."""
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from stages.contracts.partition import held_bytes
+from stages.contracts.spec import Run, narrowed_to
+from stages.contracts.survey import Survey
+from stages.contracts.targets import Target
+from stages.contracts.tensors import num_neurons
+from stages.contracts.text_settings import Calibration
+from stages.recombine.calls import COMPARED, FEW, FIRST_LOOK, JOINT_COLUMNS, NEAR, SAMPLED, SWEEPS, Bounds, moment_bytes
+from stages.recombine.listing import is_fitted
+from stages.recombine.pairing import pairs_of
+
+NUM_RIDGES = 5
+"""Ridges that a search among eight usually tries."""
+ROUNDS = (0.85, 0.7225, 0.614, 0.522, 0.5)
+"""Shares of its candidates that a slot of two experts has after each round of elimination."""
+_SHARED = re.compile(r"\.shared[^.]*\.down_proj\.weight$")
+"""Names of the matrices that `SharedExpert` finds."""
+
+
+class Work(NamedTuple):
+    """Operations of matrix products, and of Cholesky factors and inverses, which are slower."""
+
+    products: float
+    factors: float
+
+
+@dataclass(frozen=True)
+class LayerNeeds:
+    """Of a layer of a target. All slots count as of equal size.
+
+    num_slots, kept: slots, and neurons of each. candidates: neurons that a slot chooses from; 0 if it does not. tokens: that
+    are routed to a slot. hidden_size; all_tokens. itemsize: of a value of the model. neurons: of an expert of the source.
+    shared: neurons of a shared expert that is solved, too; else 0. num_plans: that are solved and compared.
+    """
+
+    num_slots: int
+    kept: int
+    candidates: int
+    tokens: int
+    hidden_size: int
+    all_tokens: int
+    itemsize: int
+    bounds: Bounds
+    is_fitted: bool
+    compares_pairs: bool
+    num_experts: int
+    top_k: int
+    neurons: int
+    shared: int
+    num_plans: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of W_down that are solved for, of all slots and a shared expert."""
+        return self.num_slots * self.kept + self.shared
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether all slots are solved for together."""
+        return self.columns <= self.bounds.joint_columns
+
+    @property
+    def router_unknowns(self) -> int:
+        """Numbers of a stock router that take a Gauss-Newton step together; 0 if they take none."""
+        unknowns = self.num_slots * self.hidden_size
+        return unknowns if self.is_fitted and unknowns <= JOINT_COLUMNS else 0
+
+    @property
+    def moment_bytes(self) -> int:
+        """Memory in bytes of moments and what is made of them, of the largest step on one worker."""
+        largest = max(self.kept, self.shared)
+        columns = self.columns if self.is_joint else largest
+        num_bytes = moment_bytes(max(columns, self.candidates, self.router_unknowns))
+        kept_values = 2 * (self.num_slots * self.kept**2 + self.shared**2)
+        if self.is_joint or kept_values > self.bounds.moment_values:
+            return num_bytes
+        return max(num_bytes, 8 * kept_values + moment_bytes(largest))
+
+    @property
+    def token_bytes(self) -> int:
+        """Memory in bytes of what a worker that solves or chooses holds of all tokens: the experts' input and the target, each
+        in pieces and in one; what is left of the target, as it is stored and as it is used, and the target of each further
+        plan; a router's input; activations of all slots where the bounds have room for them, or of the experts whose pairs are
+        compared."""
+        wide = 4 if self.itemsize == 2 else 8
+        values = self.all_tokens * self.hidden_size
+        activations = (self.num_slots * self.tokens * self.kept + self.all_tokens * self.shared) * self.itemsize
+        if self.is_joint or activations > 8 * self.bounds.activation_values:
+            activations = 0
+        of_plans = (self.num_plans - 1) * (wide + 4)
+        held = values * (2 * self.itemsize + 2 * 4 + 2 * wide + of_plans + (self.itemsize if self.is_fitted else 0))
+        return held + max(activations, self.compare_bytes)
+
+    @property
+    def compare_bytes(self) -> int:
+        """Memory in bytes of what the experts give on the sampled tokens, kept while pairs are compared."""
+        if not self.compares_pairs:
+            return 0
+        looks: tuple[int, ...] = (COMPARED, FIRST_LOOK) if self.num_experts - 1 > FEW else (COMPARED,)
+        neurons = sum(min(most, self.neurons) for most in looks)
+        outputs = self.top_k * self.hidden_size * 4
+        return self.sampled * (self.num_experts * neurons * self.itemsize + len(looks) * outputs)
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that pairs are compared on."""
+        return min(SAMPLED, self.all_tokens)
+
+    @property
+    def choose_work(self) -> Work:
+        """Operations of a slot's choice: half of A of its candidates; C; factor, inverse, solution; rounds of elimination."""
+        n, t, d = self.candidates, self.tokens, self.hidden_size
+        moments = t * n * n + 2 * t * n * d + 2 * t * self.kept * d
+        shares = (1.0, *ROUNDS)
+        rounds = sum(2 * (b * n) ** 2 * (a - b) * n for a, b in pairwise(shares))
+        return Work(moments + 2 * n * n * d + rounds, n**3)
+
+    @property
+    def compare_work(self) -> Work:
+        """Operations of the comparison of all pairs, where they are chosen anew."""
+        if not self.compares_pairs:
+            return Work(0, 0)
+        works = [self.pairs_work(later) for later in range(self.num_experts)]
+        products, factors = (sum(numbers) for numbers in zip(*works, strict=True))
+        return Work(self.activations_work.products + products, factors)
+
+    @property
+    def activations_work(self) -> Work:
+        """Operations of what all experts give on the sampled tokens."""
+        return Work(self.num_experts * self.sampled * 4.0 * self.hidden_size * self.neurons, 0)
+
+    def pairs_work(self, num_others: int) -> Work:
+        """Operations of an expert's comparison with some others: of each pair half of A and C on the tokens of both, factor,
+        inverse and rounds."""
+        looks = [(NEAR, COMPARED), (num_others, FIRST_LOOK)] if num_others > FEW else [(num_others, COMPARED)]
+        tokens = min(1.0, 2 * self.top_k / self.num_experts) * self.sampled
+        products = factors = 0.0
+        for num_pairs, most in looks:
+            columns = 2 * min(most, self.neurons)
+            products += num_pairs * columns * (columns + 2 * self.hidden_size) * tokens
+            factors += num_pairs * 2.0 * columns**3
+        return Work(products, factors)
+
+    def solve_work(self, sweeps: int, num_ridges: int) -> Work:
+        """Operations of one solution of all slots."""
+        d, slots = self.hidden_size, [(self.kept, self.tokens)] * self.num_slots
+        if self.shared:
+            slots.append((self.shared, self.all_tokens))
+        if self.is_joint:
+            t, n = self.all_tokens, self.columns
+            return Work(t * n * n + 2 * t * n * d + (num_ridges + 1) * 4 * n * n * d, (num_ridges + 1) * n**3 / 3)
+        squares = sum(n * n for n, _ in slots)
+        again = 1 if 2 * squares <= self.bounds.moment_values else sweeps  # factors that find no room are made again
+        products = sum(again * t * n * n + 2 * t * n * d + sweeps * (4 * t * n * d + 4 * n * n * d) for n, t in slots)
+        factors = again * sum(n**3 for n, _ in slots) / 3
+        return Work(products + num_ridges * 4 * self.kept**2 * d, factors + num_ridges * self.kept**3 / 3)
+
+    @property
+    def router_work(self) -> Work:
+        """Operations of the router's Gauss-Newton step: what the slots give; products of slopes and inputs for each two rows;
+        the factor; and the solution for the moved rows, near the one that there is."""
+        unknowns = self.router_unknowns
+        if not unknowns:
+            return Work(0, 0)
+        t, d, s = self.all_tokens, self.hidden_size, self.num_slots
+        outputs = 2 * s * self.tokens * self.kept * d
+        again = self.solve_work(sweeps=1, num_ridges=0)
+        products = 2 * outputs + t * s * s * 2 * d + t * s * (s + 1) * d * d
+        return Work(products + again.products, unknowns**3 / 3 + again.factors)
+
+    @property
+    def start_work(self) -> Work:
+        """Operations of the solution that neurons are chosen from, twice where router rows are compared."""
+        one = self.solve_work(sweeps=1, num_ridges=0)
+        return Work(*(2 * part for part in one)) if self.is_fitted else one
+
+
+def layer_needs(run: Run, target: Target) -> LayerNeeds:
+    """Of the layer that keeps the fewest slots, which have the most members."""
+    data, survey, fewest = run.config.calibration, run.survey, min(target.counts(run.survey).values())
+    width = num_neurons(run.tensors)
+    all_tokens = data.num_sequences * data.sequence_length
+    chooses = target.variant.refit.neurons == "choose"
+    return LayerNeeds(
+        num_slots=fewest,
+        kept=narrowed_to(run, target) or width,
+        candidates=-(-survey.num_experts // fewest) * width if chooses else 0,
+        tokens=min(all_tokens, all_tokens * survey.top_k // fewest),
+        hidden_size=survey.hidden_size,
+        all_tokens=all_tokens,
+        itemsize=survey.itemsize,
+        bounds=Bounds.of(run.config.resources.worker_memory),
+        is_fitted=is_fitted(target),
+        compares_pairs=pairs_of(run, target) is not None,
+        num_experts=survey.num_experts,
+        top_k=survey.top_k,
+        neurons=width,
+        shared=_shared_neurons(run) if target.variant.refit.shared_expert else 0,
+        num_plans=1 + len(target.variant.method.alternatives_in(target.format)),
+    )
+
+
+def _shared_neurons(run: Run) -> int:
+    """Neurons of the shared expert whose W_down can be solved; the most of any layer, 0 where there is none."""
+    layers = set(run.survey.moe_layers)
+    rows = [row for row in run.tensors if row.layer in layers and not row.scheme and _SHARED.search(row.parameter)]
+    return max((row.values_shape[-1] for row in rows), default=0)
+
+
+def solve_bytes(run: Run, target: Target) -> int:
+    """Memory in bytes of a worker that solves, beside the layer."""
+    needs = layer_needs(run, target)
+    return needs.moment_bytes + needs.token_bytes
+
+
+def worker_bytes(run: Run, target: Target) -> int:
+    """Memory in bytes of a worker that solves: the layer's, that of the tokens, and that of the moments."""
+    survey, data = run.survey, run.config.calibration
+    return max(held_bytes(survey, (one, one + 1), data) for one in survey.moe_layers) + solve_bytes(run, target)
+
+
+def target_flops(run: Run, target: Target, num_plans: int | None = None) -> float:
+    """Operations of all layers: both streams' ways through them, pairs, and starts, choices and solutions of each plan.
+    num_plans: as many as are compared, by default."""
+    needs, survey = layer_needs(run, target), run.survey
+    passing = pass_flops(survey, run.config.calibration, is_one_shot=target.variant.refit.mode == "one_shot")
+    solving = sum(needs.solve_work(SWEEPS, NUM_RIDGES)) + sum(needs.router_work)
+    if needs.candidates:
+        solving += sum(needs.start_work) + needs.num_slots * sum(needs.choose_work)
+    return passing + len(survey.moe_layers) * (sum(needs.compare_work) + (num_plans or needs.num_plans) * solving)
+
+
+def pass_flops(survey: Survey, data: Calibration, is_one_shot: bool) -> float:
+    """Operations of both streams' ways through all layers: the source's with its experts, the student's without them and, where
+    another layer follows, with them."""
+    experts = sum(survey.layer_expert_bytes) / survey.itemsize * survey.top_k / survey.num_experts
+    rest = sum(survey.layer_bytes) / survey.itemsize - sum(survey.layer_expert_bytes) / survey.itemsize
+    ways_of_experts, ways_of_rest = (1, 2) if is_one_shot else (2, 3)
+    return 2 * data.num_sequences * data.sequence_length * (ways_of_experts * experts + ways_of_rest * rest)
+
+
+def disk_bytes(run: Run, target: Target) -> int:
+    """Temporary disk space: two streams at two layer boundaries, what a layer's experts are given and have to give, what
+    a plan's start leaves, and what its slots have chosen. In one shot layers do not wait for each other, so all stay."""
+    needs, survey = layer_needs(run, target), run.survey
+    values, wide = needs.all_tokens * needs.hidden_size, 4 if needs.itemsize == 2 else 8
+    given = values * (needs.itemsize + 4 + (needs.itemsize if needs.is_fitted else 0))
+    weights = needs.num_slots * needs.hidden_size * 4 * (num_neurons(run.tensors) + needs.kept)
+    layer = given + (needs.num_plans * (values * wide + weights) if needs.candidates else 0)
+    if target.variant.refit.mode == "one_shot":
+        return len(survey.moe_layers) * (layer + values * needs.itemsize)
+    return layer + 4 * values * needs.itemsize

@@ -1,0 +1,53 @@
+"""The step gather: both streams of a token shard as they leave a layer, and what the student lacks there.
+
+Dimensions: B sequences of a micro-batch, T tokens, D hidden size.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from stages.contracts.paths import hidden_file
+from stages.contracts.units import HeldJob, NoFacts, UnitResult
+from stages.model.stream import write_hidden
+from stages.recombine.calls import OWN, GatherArgs, LayerArgs
+from stages.recombine.given import GivenShard
+from stages.recombine.steps.held import HeldLayer, plan_of
+from stages.recombine.steps.passing import Passed, ids_of, passed_through, streams
+from stages.recombine.student import Student, output_scale
+
+
+def gather_unit(job: HeldJob[GatherArgs, HeldLayer]) -> UnitResult[NoFacts]:
+    """Send both streams of a token shard through the layer, the student's without its experts; keep what is missing then."""
+    args, of, shard = job.args, job.args.of, job.held
+    with torch.inference_mode():
+        student = shard.planned(job.part_dir, OWN, plan_of(job, of, OWN))
+        ids = ids_of(job, of, args.shard)
+        source, ours = streams(job.part_dir, shard, of.layer, args.shard, ids, of.is_one_shot)
+        after = [shard.run_layer(of.layer, source_BTD) for source_BTD in source]
+        passed = passed_through(student, of, ids, ours)
+        added, norms = list[Tensor](), list[Tensor]()
+        for after_BTD, bare_BTD, is_token_T in zip(after, passed.bare, passed.is_token, strict=True):
+            added.append((after_BTD.float() - bare_BTD.float()).flatten(0, 1)[is_token_T])
+            norms.append(after_BTD.float().square().mean(-1).sqrt().flatten()[is_token_T])
+        factor = of.shard_weights[args.shard] if of.shard_weights else 1.0
+        scale = None if args.shard else _scale(student, of, ours[0], passed)
+        router = (torch.cat(passed.router_x), torch.cat(passed.router_logits)) if passed.router_x else (None, None)
+        shard_given = GivenShard(
+            torch.cat(passed.x), torch.cat(passed.slots), torch.cat(passed.gates), torch.cat(added),
+            torch.cat(norms) / math.sqrt(factor), passed.lengths, scale, *router,
+        )  # fmt: skip
+        written = [shard_given.write(job.part_dir, of.layer, args.shard)]
+        if not args.is_last:
+            written.append(write_hidden(hidden_file(job.part_dir, of.layer + 1, args.shard), after))
+    return UnitResult(NoFacts(), transient=tuple(written))
+
+
+def _scale(student: Student, of: LayerArgs, hidden_BTD: Tensor, passed: Passed) -> float:
+    """The factor with which the layer adds what its experts give, from the first micro-batch."""
+    assert passed.first is not None
+    output_TD = student.outputs(*passed.first)
+    whole_BTD = student.run(hidden_BTD, lambda *routed, given=output_TD: given)
+    bare_TD = passed.bare[0].flatten(0, 1).float()
+    return output_scale(bare_TD, whole_BTD.flatten(0, 1).float(), output_TD, f"layer {of.layer}")

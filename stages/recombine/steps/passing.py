@@ -1,0 +1,95 @@
+"""The way of hidden states through a layer without its experts, and what its router makes of them.
+
+Dimensions: B sequences of a micro-batch, T tokens, D hidden size, k experts a token.
+"""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.contracts.paths import hidden_file, student_file, tokens_file
+from stages.contracts.units import HeldJob, Job
+from stages.contracts.windows import NO_TOKEN
+from stages.model.layer_shard import LayerShard
+from stages.model.stream import read_hidden, read_token_ids
+from stages.recombine.calls import LayerArgs, SolveArgs, StartArgs
+from stages.recombine.given import Given
+from stages.recombine.router import Router
+from stages.recombine.steps.held import HeldLayer
+from stages.recombine.student import Student
+
+
+def ids_of(job: Job[object], of: LayerArgs, shard: int) -> list[Tensor]:
+    """Token ids of a token shard, by micro-batch."""
+    return list(read_token_ids(job.run_dir / of.tokens_dir / tokens_file(shard)).split(of.micro_batch))
+
+
+def streams(
+    part_dir: Path, shard: LayerShard, layer: int, number: int, ids: list[Tensor], is_one_shot: bool, has_source: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Hidden states of the source and of the student as they enter a layer, by micro-batch; the source's twice in one shot.
+    has_source: whether the source's are read where they are not the student's, too."""
+    if layer == 0 or is_one_shot:
+        source = read_hidden(shard, ids, hidden_file(part_dir, layer, number) if layer else None)
+        return source, source
+    source = read_hidden(shard, ids, hidden_file(part_dir, layer, number)) if has_source else []
+    return source, read_hidden(shard, ids, student_file(part_dir, layer, number))
+
+
+class Passed:
+    """What a student's stream gives on its way through a layer without its experts, by micro-batch; tokens alone, no padding,
+    but for `bare`. is_token: by micro-batch, of its positions. lengths: tokens of each sequence."""
+
+    def __init__(self) -> None:
+        self.bare, self.x, self.slots, self.gates = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+        self.router_x, self.router_logits = list[Tensor](), list[Tensor]()
+        self.is_token, self.lengths = list[Tensor](), list[int]()
+        self.first: tuple[Tensor, Tensor, Tensor] | None = None
+        """Of the first micro-batch, padding and all."""
+
+    def see(self, x_TD: Tensor, slots_Tk: Tensor, gates_Tk: Tensor) -> Tensor:
+        """Stands in for the experts, which give nothing."""
+        self.first = self.first or (x_TD, slots_Tk, gates_Tk)
+        for parts, value in ((self.x, x_TD), (self.slots, slots_Tk), (self.gates, gates_Tk)):
+            parts.append(value[self.is_token[-1]])
+        return torch.zeros_like(x_TD)
+
+
+def passed_through(student: Student, of: LayerArgs, ids: list[Tensor], ours: list[Tensor]) -> Passed:
+    """What a student's stream gives, of token ids and hidden states by micro-batch."""
+    passed = Passed()
+    with student.watched_router(passed.router_x, passed.router_logits) if of.score is not None else nullcontext():
+        for ids_BT, hidden_BTD in zip(ids, ours, strict=True):
+            is_token_BT = (ids_BT != NO_TOKEN).to(hidden_BTD.device)
+            passed.is_token.append(is_token_BT.flatten())
+            passed.lengths += is_token_BT.sum(1).tolist()
+            passed.bare.append(student.run(hidden_BTD, passed.see))
+            for parts in (passed.router_x, passed.router_logits):
+                parts[-1:] = [part[passed.is_token[-1]] for part in parts[-1:]]
+    return passed
+
+
+def routed_by(job: HeldJob[StartArgs, HeldLayer] | HeldJob[SolveArgs, HeldLayer], student: Student, given: Given) -> Given:
+    """With slots, gates and logits of all token shards under the router of another student."""
+    of = job.args.of
+    slots, gates, logits = list[Tensor](), list[Tensor](), list[Tensor]()
+    for number in range(of.num_shards):
+        ids = ids_of(job, of, number)
+        _, ours = streams(job.part_dir, job.held, of.layer, number, ids, of.is_one_shot, has_source=of.is_one_shot)
+        passed = passed_through(student, of, ids, ours)
+        slots += passed.slots
+        gates += passed.gates
+        logits += passed.router_logits
+    return replace(given, routed=(torch.cat(slots), torch.cat(gates)), router_logits=torch.cat(logits) if logits else None)
+
+
+def plain_routers(student: Student, given: Given) -> tuple[Router, Router] | None:
+    """The router of the source and of a stock student; None for a family whose router is more than a matrix."""
+    routers = student.routers()
+    if routers is None or given.router_x is None or given.router_logits is None:
+        return None
+    source, start, _ = routers
+    return (source, start) if start.gives(given.router_x, given.router_logits) else None

@@ -1,0 +1,72 @@
+"""The step start: a plan as it is, solved, with pairs chosen anew and router rows fitted where they are.
+
+Dimensions: T tokens, D hidden size.
+"""
+
+import torch
+from torch import Tensor
+
+from stages.contracts.layer_plan import LayerPlan
+from stages.contracts.paths import pairs_file
+from stages.contracts.units import HeldJob, NoFacts, UnitResult
+from stages.model.experts_forward import ExpertsForward
+from stages.recombine.calls import OWN, PairArgs, StartArgs
+from stages.recombine.given import Given, Start, load_tensors
+from stages.recombine.pairs import paired_plan
+from stages.recombine.router import fitted
+from stages.recombine.solve import FIRST_RIDGE, Solution, left_of, solve
+from stages.recombine.steps.compare import losses_of
+from stages.recombine.steps.held import HeldLayer, plan_of
+from stages.recombine.steps.passing import plain_routers, routed_by
+from stages.recombine.student import Student
+
+
+def start_unit(job: HeldJob[StartArgs, HeldLayer]) -> UnitResult[NoFacts]:
+    """Solve a plan as it is, with pairs chosen anew if they are, with the router of the plan and, if it leaves a lesser error,
+    with fitted rows."""
+    args, of, shard = job.args, job.args.of, job.held
+    plan = plan_of(job, of, args.name)
+    ridge = FIRST_RIDGE if args.ridge is None else args.ridge
+    with torch.inference_mode():
+        student, given = shard.planned(job.part_dir, args.name, plan), shard.given(job.part_dir, of)
+        if args.name != OWN:
+            given = routed_by(job, student, given)
+        if args.pairs is not None and len(plan.slots) < plan.num_experts:
+            plan = _paired(job, args.pairs, student, plan, given)
+            student = Student(shard, of.layer, plan)
+            given = routed_by(job, student, given)
+        problem = given.problem(student, of.has_shared)
+        solution = solve(problem, ridge, args.bounds, sweeps=1)
+        before, rows = solution.error_before, dict[str, Tensor]()
+        if of.score is not None and (found := _fitted_rows(of.score, student, plan, given)):
+            other = routed_by(job, Student(shard, of.layer, plan, found), given)
+            again = other.problem(student, of.has_shared)
+            better: Solution = solve(again, ridge, args.bounds, sweeps=1)
+            if better.error_unseen < solution.error_unseen:
+                rows, given, problem, solution = found, other, again, better
+        left_TD = solution.left_TD if solution.left_TD is not None else left_of(problem, solution.weights)
+        start = Start(
+            plan, solution.weights, before, left_TD if args.chooses else None, rows, given.routed, given.router_logits
+        )
+        return UnitResult(NoFacts(), transient=start.write(job.part_dir, args.name))
+
+
+def _paired(job: HeldJob[StartArgs, HeldLayer], pairs: PairArgs, student: Student, plan: LayerPlan, given: Given) -> LayerPlan:
+    """The plan with the pairs of experts that lose least on a sample of the tokens. given: under the plan's router."""
+    of, size = job.args.of, plan.num_experts // pairs.num_runs
+    known: dict[tuple[int, ...], float] = {}
+    for expert in range(plan.num_experts):
+        if (expert + 1) % size:
+            found = load_tensors(pairs_file(job.part_dir, of.layer, expert))["losses"].tolist()
+            known |= {(expert, other): loss for other, loss in enumerate(found, expert + 1)}
+    losses, used_E = losses_of(of, student, given, ExpertsForward(job.held.expert_weights(of.layer)), known)
+    return paired_plan(plan, losses, used_E, pairs.num_runs)
+
+
+def _fitted_rows(score: str, student: Student, plan: LayerPlan, given: Given) -> dict[str, Tensor]:
+    """Router rows for the slots of a stock plan, by parameter; none where there is nothing to fit: every slot gets the tokens
+    of one expert, or the family's router is more than a matrix."""
+    routers = plain_routers(student, given) if any(len(slot.experts) > 1 for slot in plan.slots) else None
+    if routers is None or given.router_x is None:
+        return {}
+    return fitted(score, *routers, given.router_x, [slot.experts for slot in plan.slots])
