@@ -1,5 +1,6 @@
 """Fills the system's file cache before the data are needed."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -22,11 +23,15 @@ def read_ahead(folder: Path, stretches: Sequence[Stretch]) -> None:
 
 
 def _advise(folder: Path, stretches: Iterable[Stretch]) -> None:
-    """Give the hints to the kernel. Runs in a thread, because the call blocks while the kernel's queue to the disk is full."""
+    """Give the hints to the kernel. Runs in a thread, because the call blocks while the kernel's queue to the disk is full.
+
+    What cannot be opened gets no hint: whoever reads the file says what is wrong with it.
+    """
     for file, parts in groupby(sorted(stretches), key=lambda stretch: stretch[0]):
-        descriptor = os.open(folder / file, os.O_RDONLY)
-        try:
-            for _, begin, num_bytes in parts:
-                os.posix_fadvise(descriptor, begin, num_bytes, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder / file, os.O_RDONLY)
+            try:
+                for _, begin, num_bytes in parts:
+                    os.posix_fadvise(descriptor, begin, num_bytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)

@@ -120,6 +120,23 @@ def test_a_unit_whose_process_is_killed_runs_again_elsewhere(
     assert (tmp_path / STAGE_DIR / "alive.txt").read_bytes() == b"alive"
 
 
+def meet(job: Job[ToyArgs]) -> UnitResult[NoFacts]:
+    """Wait for the other unit of two, which must run meanwhile in another process."""
+    (job.run_dir / f"here-{os.getpid()}").touch()
+    until = time.monotonic() + 120
+    while len(list(job.run_dir.glob("here-*"))) < 2:
+        assert time.monotonic() < until, "nobody came"
+        time.sleep(0.05)
+    return UnitResult(NoFacts())
+
+
+def test_as_many_units_run_at_once_as_there_are_workers(tmp_path: Path, on_ray: Callable[..., Maker]) -> None:
+    units = [unit(name, call="tests.ray.test_executors:meet", on_worker=True) for name in ("a", "b")]
+    done, failures = drive(tmp_path, units, on_ray(num_gpus=1), max_attempts=1)
+    assert failures == []
+    assert set(done) == {"a", "b"}
+
+
 def test_a_unit_that_kills_its_process_again_and_again_fails(tmp_path: Path, on_ray: Callable[..., Maker]) -> None:
     bad = unit("bad", call="tests.ray.test_executors:die", on_worker=True)
     _, (failed,) = drive(tmp_path, [bad], on_ray(num_gpus=1), max_attempts=2)
@@ -204,7 +221,7 @@ def test_a_run_on_ray_has_the_bytes_of_a_run_in_this_process(
     for one in other.recorder.units:
         if one.stage == "calibrate" and one.hold:
             processes.add(json.loads(manifest_path(one).read_text())["pid"])
-    assert len(processes) == (1 if is_one else 2)
+    assert 1 <= len(processes) <= (1 if is_one else 2)  # a worker that comes late may find nothing left to do
     assert os.getpid() not in processes
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.stream_units import LayerShardArgs
+from stages.io.file_cache import read_ahead
 from stages.model.layer_shard import LayerShard
 
 
@@ -48,6 +49,13 @@ def test_what_is_read_ahead_is_what_the_next_layer_shard_reads(
     due = {(entry.file, entry.begin, entry.num_bytes) for entry in tensors if ".layers.1." in entry.name}
     assert due
     assert asked == Counter(due)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_file_that_is_gone_keeps_no_other_from_being_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").write_bytes(b"12")
+    stretches = [("gone", 0, 1), ("there", 0, 2)]
+    assert _asked_for(monkeypatch, lambda: read_ahead(tmp_path, stretches)) == {("there", 0, 2): 1}
 
 
 def test_another_models_layers_are_left_alone(tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
