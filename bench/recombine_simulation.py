@@ -77,7 +77,8 @@ class RecombineExecutor(SimulatedExecutor):
         if isinstance(args, ChooseArgs):
             return seconds + self._seconds(self.needs.choose_work) + slots_s
         if isinstance(args, StartArgs):
-            return seconds + self._seconds(self.needs.start_work) + slots_s * self.needs.num_slots + self._left_s()
+            seconds += self._seconds(self.needs.groups_work) + self._seconds(self.needs.start_work)
+            return seconds + slots_s * self.needs.num_slots + self._left_s()
         work = self.needs.solve_work(SWEEPS, NUM_RIDGES)
         return seconds + self._seconds(work) + 2 * slots_s * self.needs.num_slots
 

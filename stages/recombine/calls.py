@@ -40,8 +40,9 @@ SAMPLED = 8192
 """Tokens that pairs are compared on, evenly spaced over those that choose no ridge."""
 COMPARED = 768
 """Neurons of an expert that pairs are compared by, evenly spaced over all."""
-FEW, NEAR, FIRST_LOOK = 16, 4, 192
-"""Where an expert has more than FEW partners, all are looked at by FIRST_LOOK of its neurons, and the best NEAR compared."""
+FEW, NEAR, LOOK = 16, 4, 4
+"""Where an expert has more than FEW partners, it looks at all of them by one of LOOK of these neurons, and of the numbers of a
+hidden state, and the best NEAR are compared."""
 OWN = "planned"
 """Name of the method's own plan where it is compared with alternatives."""
 

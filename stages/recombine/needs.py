@@ -1,6 +1,7 @@
 """What a refitted target needs, for `plan`: memory, operations, disk, tokens. No torch."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from stages.contracts.survey import Survey
 from stages.contracts.targets import Target
 from stages.contracts.tensors import num_neurons
 from stages.contracts.text_settings import Calibration
-from stages.recombine.calls import COMPARED, FEW, FIRST_LOOK, JOINT_COLUMNS, NEAR, SAMPLED, SWEEPS, Bounds, moment_bytes
+from stages.recombine.calls import COMPARED, FEW, JOINT_COLUMNS, LOOK, NEAR, SAMPLED, SWEEPS, Bounds, moment_bytes
 from stages.recombine.listing import is_fitted
 from stages.recombine.pairing import pairs_of
 
@@ -28,6 +29,13 @@ class Work(NamedTuple):
 
     products: float
     factors: float
+
+
+def _total(works: Iterable[Work]) -> Work:
+    products, factors = 0.0, 0.0
+    for work in works:
+        products, factors = products + work.products, factors + work.factors
+    return Work(products, factors)
 
 
 @dataclass(frozen=True)
@@ -102,10 +110,15 @@ class LayerNeeds:
         """Memory in bytes of what the experts give on the sampled tokens, kept while pairs are compared."""
         if not self.compares_pairs:
             return 0
-        looks: tuple[int, ...] = (COMPARED, FIRST_LOOK) if self.num_experts - 1 > FEW else (COMPARED,)
-        neurons = sum(min(most, self.neurons) for most in looks)
+        activations = self.num_experts * min(COMPARED, self.neurons) * self.itemsize
         outputs = self.top_k * self.hidden_size * 4
-        return self.sampled * (self.num_experts * neurons * self.itemsize + len(looks) * outputs)
+        looks = outputs // LOOK if self._has_many_experts else 0
+        return self.sampled * (activations + outputs + looks)
+
+    @property
+    def _has_many_experts(self) -> bool:
+        """Whether an expert looks at all its partners before some are compared."""
+        return self.num_experts - 1 > FEW
 
     @property
     def sampled(self) -> int:
@@ -123,12 +136,11 @@ class LayerNeeds:
 
     @property
     def compare_work(self) -> Work:
-        """Operations of the comparison of all pairs, where they are chosen anew."""
+        """Operations of the comparison of all pairs, where they are chosen anew, and of the groups that these make."""
         if not self.compares_pairs:
             return Work(0, 0)
-        works = [self.pairs_work(later) for later in range(self.num_experts)]
-        products, factors = (sum(numbers) for numbers in zip(*works, strict=True))
-        return Work(self.activations_work.products + products, factors)
+        pairs = _total(self.pairs_work(later) for later in range(self.num_experts))
+        return _total((self.activations_work, pairs, self.groups_work))
 
     @property
     def activations_work(self) -> Work:
@@ -136,16 +148,30 @@ class LayerNeeds:
         return Work(self.num_experts * self.sampled * 4.0 * self.hidden_size * self.neurons, 0)
 
     def pairs_work(self, num_others: int) -> Work:
-        """Operations of an expert's comparison with some others: of each pair half of A and C on the tokens of both, factor,
-        inverse and rounds."""
-        looks = [(NEAR, COMPARED), (num_others, FIRST_LOOK)] if num_others > FEW else [(num_others, COMPARED)]
-        tokens = min(1.0, 2 * self.top_k / self.num_experts) * self.sampled
-        products = factors = 0.0
-        for num_pairs, most in looks:
-            columns = 2 * min(most, self.neurons)
-            products += num_pairs * columns * (columns + 2 * self.hidden_size) * tokens
-            factors += num_pairs * 2.0 * columns**3
-        return Work(products, factors)
+        """Operations of an expert's comparison with some others."""
+        if not self._has_many_experts or num_others <= NEAR:
+            return self._losses_work(num_others, 2, 1)
+        return _total((self._losses_work(NEAR, 2, 1), self._losses_work(num_others, 2, LOOK)))
+
+    @property
+    def groups_work(self) -> Work:
+        """Operations of the losses of pairs of groups, round after round, until there are as many groups as slots; on one
+        worker, before it solves."""
+        if not self.compares_pairs:
+            return Work(0, 0)
+        works, num_groups, size = list[Work](), -(-self.num_experts // 2), 4
+        while num_groups > self.num_slots:
+            works.append(self._losses_work(num_groups * (num_groups - 1) // 2, size, LOOK if self._has_many_experts else 1))
+            num_groups, size = -(-num_groups // 2), 2 * size
+        return _total(works)
+
+    def _losses_work(self, num_groups: int, size: int, one_of: int) -> Work:
+        """Operations of the losses of groups of so many experts, by one of so many neurons and numbers of a hidden state: of
+        each, half of A and C on the tokens of all members, factor, inverse and rounds."""
+        tokens = min(1.0, size * self.top_k / self.num_experts) * self.sampled
+        columns = size * -(-min(COMPARED, self.neurons) // one_of)
+        products = columns * (columns + 2 * self.hidden_size / one_of) * tokens
+        return Work(num_groups * products, num_groups * 2.0 * columns**3)
 
     def solve_work(self, sweeps: int, num_ridges: int) -> Work:
         """Operations of one solution of all slots."""

@@ -6,6 +6,7 @@ of an expert, M of these that are compared, G groups.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from stages.contracts.layer_plan import LayerPlan, Member, RouterRow, Slot
 from stages.contracts.pairing import grouped_in_runs
 from stages.model.experts_forward import ExpertsForward
-from stages.recombine.calls import COMPARED, FEW, FIRST_LOOK, NEAR
+from stages.recombine.calls import COMPARED, FEW, LOOK, NEAR
 from stages.recombine.neurons import eliminate
 from stages.recombine.router import ridge_rows, scores_of, sigmoid_target
 from stages.recombine.solve import Moments
@@ -73,6 +74,24 @@ class Routed:
         return torch.stack([self.gate_NE[:, list(group)].sum(1) for group in groups], dim=1)
 
 
+class _Activations:
+    """Activations of the experts on the sampled tokens, kept: of all neurons of an expert, or COMPARED evenly spaced ones."""
+
+    def __init__(self, source: ExpertsForward, x_ND: Tensor) -> None:
+        self.source, self._x_ND = source, x_ND
+        self._found: dict[int, tuple[Tensor, Tensor, int]] = {}
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor, int]:
+        """Activations [N, M], which neurons these are [M], and how many there are."""
+        if expert not in self._found:
+            tokens_N = torch.arange(len(self._x_ND), device=self._x_ND.device)
+            blocks = [self.source.activations_of(self._x_ND, tokens_B, expert) for tokens_B in tokens_N.split(_BLOCK)]
+            size = blocks[0].shape[1]
+            compared_M = torch.linspace(0, size - 1, min(size, COMPARED), device=tokens_N.device).long()
+            self._found[expert] = torch.cat([a_BF[:, compared_M] for a_BF in blocks]), compared_M, size
+        return self._found[expert]
+
+
 @dataclass(frozen=True)
 class _Member:
     """An expert on the sampled tokens. a_NM: activations of its compared neurons. tokens_R: that are routed to it. given_RD:
@@ -83,70 +102,17 @@ class _Member:
     given_RD: Tensor
 
 
-class GroupLosses:
-    """The loss of any group of experts, remembered. Members' outputs are those of the source's experts, weights and all.
+class _Comparison:
+    """Losses by one of so many neurons that have activations, and of the numbers of a hidden state; outputs are kept."""
 
-    What the experts give is kept: E x N x M activations and N x k x D outputs, for M compared neurons of an expert; of a first
-    look, as well.
-    """
+    def __init__(self, activations: _Activations, routed: Routed, one_of: int, place: str) -> None:
+        self._activations, self._routed, self._one_of, self._place = activations, routed, one_of, place
+        self._members: dict[int, _Member] = {}
 
-    def __init__(
-        self, source: ExpertsForward, routed: Routed, place: str, known: Mapping[tuple[int, ...], float] = MappingProxyType({})
-    ) -> None:
-        """known: losses that need not be found again, by group, ascending."""
-        self._source, self._routed, self._place = source, routed, place
-        self._gates = routed.slot_gates()
-        self._known = dict(known)
-        self._members: dict[tuple[int, int], _Member] = {}
-
-    def __call__(self, group: Sequence[int]) -> float:
+    def loss(self, group: Sequence[int], gate_N: Tensor) -> float:
         """|Y - H W|^2 with Y = sum_e q_e f_e(x), what the members give, and H = p [a_e(x)], what their neurons give with the
-        slot's gate p, of which `eliminate` keeps as many as an expert has. A single expert loses nothing."""
-        key = tuple(sorted(group))
-        if len(key) == 1:
-            return 0.0
-        if key not in self._known:
-            self._known[key] = self._loss(key, self._gates([key])[:, 0], COMPARED)
-        return self._known[key]
-
-    def of_pairs(self, expert: int, others: Sequence[int]) -> list[float]:
-        """Losses of an expert with each of some others. Their rows are fitted together, not remembered.
-
-        Of more than FEW others, only those NEAR are compared that lose least at a first look, by fewer neurons. What the rest
-        lose is taken from that look, times the most by which the loss of one that is compared differs from its own.
-        """
-        if not others:
-            return []
-        pairs = [(min(expert, other), max(expert, other)) for other in others]
-        gates_PN = self._gates(pairs).T
-        if len(pairs) <= FEW:
-            return [self._loss(pair, gate_N, COMPARED) for pair, gate_N in zip(pairs, gates_PN, strict=True)]
-        looks = [self._loss(pair, gate_N, FIRST_LOOK) for pair, gate_N in zip(pairs, gates_PN, strict=True)]
-        near = sorted(range(len(pairs)), key=lambda number: (looks[number], number))[:NEAR]
-        found = {number: self._loss(pairs[number], gates_PN[number], COMPARED) for number in near}
-        factor = max((found[number] / looks[number] for number in near if looks[number] > 0), default=1.0)
-        return [found.get(number, look * factor) for number, look in enumerate(looks)]
-
-    def _member(self, expert: int, most: int) -> _Member:
-        """An expert by at most so many of its neurons."""
-        if (expert, most) not in self._members:
-            routed = self._routed
-            gate_N = routed.gate_NE[:, expert]
-            tokens_N = torch.arange(len(gate_N), device=gate_N.device)
-            tokens_R = gate_N.nonzero().flatten()
-            blocks = [self._source.activations_of(routed.x_ND, tokens_B, expert) for tokens_B in tokens_N.split(_BLOCK)]
-            size = blocks[0].shape[1]
-            compared_M = torch.linspace(0, size - 1, min(size, most), device=gate_N.device).long()
-            a_NM = torch.cat([a_BF[:, compared_M] for a_BF in blocks])
-            a_RF = blocks[0].new_zeros(len(tokens_R), size)
-            a_RF[:, compared_M] = a_NM[tokens_R]
-            factor_R1 = (gate_N * routed.weight_N)[tokens_R, None]
-            member = _Member(a_NM, tokens_R, self._source.outputs_from(a_RF, expert).float() * factor_R1)
-            self._members[expert, most] = member
-        return self._members[expert, most]
-
-    def _loss(self, group: tuple[int, ...], gate_N: Tensor, most: int) -> float:
-        routed, members = self._routed, [self._member(expert, most) for expert in group]
+        slot's gate p [N], of which `eliminate` keeps as many as one expert has here."""
+        routed, members = self._routed, [self._member(expert) for expert in group]
         is_used_N = gate_N != 0
         for member in members:
             is_used_N[member.tokens_R] = True
@@ -162,10 +128,85 @@ class GroupLosses:
         moments = Moments.zeros(num_columns, target_RD.shape[1], tokens_R.device).with_rows(columns_RN, target_RD).whole()
         if not moments.gram_NN.any():
             return moments.total
-        place = f"{self._place}, experts {group}"
+        place = f"{self._place}, experts {tuple(group)}"
         kept, weight_DK = eliminate(moments, num_columns // len(group), place, torch.float32, SHARE)
         left = Moments(moments.gram_NN[kept][:, kept], moments.cross_ND[kept], moments.total)
         return left.error(weight_DK.T.double())
+
+    def _member(self, expert: int) -> _Member:
+        if expert not in self._members:
+            a_NM, neurons_M, size = self._activations.of(expert)
+            a_NM, neurons_M = a_NM[:, :: self._one_of], neurons_M[:: self._one_of]
+            gate_N = self._routed.gate_NE[:, expert]
+            tokens_R = gate_N.nonzero().flatten()
+            a_RF = a_NM.new_zeros(len(tokens_R), size)
+            a_RF[:, neurons_M] = a_NM[tokens_R]
+            factor_R1 = (gate_N * self._routed.weight_N)[tokens_R, None]
+            output_RD = self._activations.source.outputs_from(a_RF, expert)[:, :: self._one_of].float()
+            self._members[expert] = _Member(a_NM, tokens_R, output_RD * factor_R1)
+        return self._members[expert]
+
+
+class GroupLosses:
+    """The loss of any group of experts, remembered. Members' outputs are those of the source's experts, weights and all.
+
+    Where an expert has more than FEW partners, most losses are estimates: from a first look, by fewer neurons. What the experts
+    give is kept: E x N x M activations, and N x k x D outputs twice at most.
+    """
+
+    def __init__(
+        self,
+        source: ExpertsForward,
+        routed: Routed,
+        place: str,
+        num_partners: int,
+        known: Mapping[tuple[int, ...], float] = MappingProxyType({}),
+    ) -> None:
+        """num_partners: of each expert. known: losses that need not be found again, by group, ascending."""
+        self._gates, self._is_many = routed.slot_gates(), num_partners > FEW
+        activations = _Activations(source, routed.x_ND)
+        self._comparison = _Comparison(activations, routed, 1, place)
+        self._look = _Comparison(activations, routed, LOOK, place)
+        self._known = dict(known)
+
+    def __call__(self, group: Sequence[int]) -> float:
+        """What a group loses: by the look, times what known losses are to theirs, where it has more than two of many experts.
+        A single expert loses nothing."""
+        key = tuple(sorted(group))
+        if len(key) == 1:
+            return 0.0
+        if key not in self._known:
+            gate_N = self._gates([key])[:, 0]
+            if self._is_many and len(key) > 2:
+                self._known[key] = self._look.loss(key, gate_N) * self._scale
+            else:
+                self._known[key] = self._comparison.loss(key, gate_N)
+        return self._known[key]
+
+    @cached_property
+    def _scale(self) -> float:
+        """What losses are to those of the look, from known pairs that have each expert once."""
+        pairs = [pair for pair in self._known if len(pair) == 2 and pair[0] % 2 == 0 and pair[1] == pair[0] + 1]
+        looks = sum(self._look.loss(pair, gate_N) for pair, gate_N in zip(pairs, self._gates(pairs).T, strict=True))
+        return sum(self._known[pair] for pair in pairs) / looks if looks else 1.0
+
+    def of_pairs(self, expert: int, others: Sequence[int]) -> list[float]:
+        """Losses of an expert with each of some others. Their rows are fitted together, not remembered.
+
+        Of many partners, only those NEAR are compared that lose least at the first look. What the rest lose is taken from that
+        look, times the most by which the loss of one that is compared differs from its own.
+        """
+        if not others:
+            return []
+        pairs = [(min(expert, other), max(expert, other)) for other in others]
+        gates_PN = self._gates(pairs).T
+        if not self._is_many or len(pairs) <= NEAR:
+            return [self._comparison.loss(pair, gate_N) for pair, gate_N in zip(pairs, gates_PN, strict=True)]
+        looks = [self._look.loss(pair, gate_N) for pair, gate_N in zip(pairs, gates_PN, strict=True)]
+        near = sorted(range(len(pairs)), key=lambda number: (looks[number], number))[:NEAR]
+        found = {number: self._comparison.loss(pairs[number], gates_PN[number]) for number in near}
+        factor = max((found[number] / looks[number] for number in near if looks[number] > 0), default=1.0)
+        return [found.get(number, look * factor) for number, look in enumerate(looks)]
 
 
 def paired_plan(plan: LayerPlan, losses: Callable[[Sequence[int]], float], used_E: Tensor, num_runs: int) -> LayerPlan:

@@ -214,14 +214,21 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[own] = tensor
 
 
-def output_scale(bare_TD: Tensor, whole_TD: Tensor, output_TD: Tensor, place: str) -> float:
+def output_scale(layer: Callable[[Tensor], Tensor], bare_TD: Tensor, x_TD: Tensor, place: str) -> float:
     """The factor with which a layer adds what its experts give to its own output. Raises InputError where it does otherwise.
 
-    bare_TD, whole_TD: the layer's output without and with output_TD of its experts.
+    layer: gives the layer's output [T, D] where its experts give this. bare_TD: its output where they give nothing. x_TD: what
+    they are given.
+
+    The experts' own output may be so much smaller than the stream that little but rounding would be seen of it. So they give
+    their input instead, of every second token as large as the layer's output, of the others half as large.
     """
-    added, output = (whole_TD - bare_TD).double(), output_TD.double()
-    scale = float((added * output).sum() / output.square().sum())
-    left = float((added - scale * output).norm() / added.norm().clamp(min=1e-30))
+    size_T1 = bare_TD.float().norm(dim=1, keepdim=True) / x_TD.float().norm(dim=1, keepdim=True).clamp(min=1e-30)
+    size_T1[1::2] /= 2
+    given_TD = (x_TD.float() * size_T1).to(x_TD.dtype)
+    added, given = (layer(given_TD).float() - bare_TD.float()).double(), given_TD.double()
+    scale = float((added * given).sum() / given.square().sum())
+    left = float((added - scale * given).norm() / added.norm().clamp(min=1e-30))
     if not left < 0.05:
         raise InputError(
             f"{place}: the layer does not simply add its experts' outputs ({left:.0%} of the change is something else), so "

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checks import check
 from pipeline.run.view import RunView
@@ -26,6 +26,7 @@ from stages.recombine import solve as solving
 from stages.recombine.calls import Bounds
 from stages.recombine.factor import FACTOR_DTYPES, factor_of
 from stages.recombine.solve import Problem, SlotTokens, solve
+from stages.recombine.student import output_scale
 from tests.runs import read_tensors, run_all, run_config, tensor_bytes, token_ids
 from tests.tiny import build, load, logits, save
 
@@ -340,6 +341,31 @@ def test_a_family_whose_layers_do_more_than_add_is_refused_before_anything_runs(
     with pytest.raises(InputError, match=r"refit\.mode is sequential, but this family's .*; set it to none"):
         run_all(source, tmp_path / "run", path, [4], ["stock"], refit={"mode": "sequential"})
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_factor_of_what_experts_add_is_seen_beside_a_much_larger_stream(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    bare_TD, x_TD = 1000 * torch.randn(64, 32).to(dtype), torch.randn(64, 32).to(dtype)
+    assert output_scale(lambda output_TD: bare_TD + 0.22 * output_TD, bare_TD, x_TD, "layer 3") == pytest.approx(0.22, rel=2e-3)
+
+
+def test_a_layer_that_normalises_what_its_experts_give_is_refused() -> None:
+    torch.manual_seed(0)
+    bare_TD = nn.functional.normalize(torch.randn(64, 32), dim=1)
+    with pytest.raises(InputError, match=r"layer 3: the layer does not simply add its experts' outputs \(3\d% of the change"):
+        output_scale(
+            lambda output_TD: bare_TD + nn.functional.normalize(output_TD, dim=1), bare_TD, torch.randn(64, 32), "layer 3"
+        )
+
+
+def test_experts_that_add_little_to_a_large_stream_are_refitted(tmp_path: Path) -> None:
+    """In bfloat16, whose rounding of the stream is as large as what they add."""
+    model = build("mixtral", torch.bfloat16)
+    model.get_input_embeddings().weight.data *= 1000
+    source, (path, _) = save(model, tmp_path / "source"), token_ids(tmp_path)
+    done = run_all(source, tmp_path / "run", path, [2], ["stock"], refit={"mode": "sequential"})
+    assert len(done) == 1
 
 
 def test_pairs_of_a_stock_export_stay_in_the_groups_of_its_router(tmp_path: Path) -> None:

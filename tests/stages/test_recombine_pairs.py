@@ -33,26 +33,27 @@ NUM_TOKENS, HIDDEN, NEURONS, EXPERTS = 300, 4, 3, 6
 
 
 class Experts:
-    """Experts of random activations, [E, T, F], and W_down, [E, D, F]."""
+    """Experts of random activations, [E, T, F], and W_down, [E, D, F]. The first number of an input [T, D] is its token."""
 
     def __init__(self, a_ETF: Tensor, down_EDF: Tensor) -> None:
         self.a_ETF, self.down_EDF = a_ETF, down_EDF
 
-    def activations_of(self, _x: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
-        return self.a_ETF[expert, tokens_R]
+    def activations_of(self, x_TD: Tensor, tokens_R: Tensor, expert: int) -> Tensor:
+        return self.a_ETF[expert, x_TD[tokens_R, 0].long()]
 
     def outputs_from(self, a_RF: Tensor, expert: int) -> Tensor:
         return a_RF @ self.down_EDF[expert].T
 
-    def losses(self, routed: Routed) -> GroupLosses:
-        return GroupLosses(cast(ExpertsForward, self), routed, "layer 0")
+    def losses(self, routed: Routed, known: dict[tuple[int, ...], float] | None = None) -> GroupLosses:
+        return GroupLosses(cast(ExpertsForward, self), routed, "layer 0", EXPERTS - 1, known or {})
 
 
 def experts_of(seed: int = 0) -> tuple[Experts, Routed]:
     torch.manual_seed(seed)
     gate_TE = torch.rand(NUM_TOKENS, EXPERTS) * (torch.rand(NUM_TOKENS, EXPERTS) < 0.4)
     a_ETF, down_EDF = torch.randn(EXPERTS, NUM_TOKENS, NEURONS), torch.randn(EXPERTS, HIDDEN, NEURONS)
-    return Experts(a_ETF, down_EDF), Routed(torch.randn(NUM_TOKENS, HIDDEN), gate_TE, torch.rand(NUM_TOKENS) + 0.5)
+    x_TD = torch.cat([torch.arange(NUM_TOKENS)[:, None], torch.randn(NUM_TOKENS, HIDDEN - 1)], dim=1)
+    return Experts(a_ETF, down_EDF), Routed(x_TD, gate_TE, torch.rand(NUM_TOKENS) + 0.5)
 
 
 @pytest.mark.parametrize("group", [[0, 1], [5, 2], [1, 3, 4]])
@@ -92,20 +93,24 @@ def test_of_many_partners_the_best_of_a_first_look_are_compared_and_the_rest_are
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     experts, routed = experts_of()
-    fewer = Experts(experts.a_ETF[:, :, [0, 2]], experts.down_EDF[:, :, [0, 2]])
+    look = Experts(experts.a_ETF[:, :, [0, 2]], experts.down_EDF[:, ::2, [0, 2]])
     others = [0, 1, 3, 4, 5]
-    looks = {other: fewer.losses(routed)([2, other]) for other in others}
+    looks = {other: look.losses(routed)([2, other]) for other in others}
     whole = {other: experts.losses(routed)([2, other]) for other in others}
-    monkeypatch.setattr(pairs, "FEW", 4)
+    looks_of_more = look.losses(routed)([0, 1, 2, 4])
     monkeypatch.setattr(pairs, "NEAR", 2)
-    monkeypatch.setattr(pairs, "FIRST_LOOK", 2)
+    monkeypatch.setattr(pairs, "LOOK", 2)
+    assert experts.losses(routed).of_pairs(2, others) == pytest.approx(list(whole.values()), rel=1e-5)
+    monkeypatch.setattr(pairs, "FEW", EXPERTS - 2)
     near = sorted(others, key=lambda other: looks[other])[:2]
     factor = max(whole[other] / looks[other] for other in near)
     due = [whole[other] if other in near else looks[other] * factor for other in others]
     assert experts.losses(routed).of_pairs(2, others) == pytest.approx(due, rel=1e-5)
     assert len(set(due)) == 5
-    monkeypatch.setattr(pairs, "FEW", 5)
-    assert experts.losses(routed).of_pairs(2, others) == pytest.approx([whole[other] for other in others], rel=1e-5)
+    assert experts.losses(routed).of_pairs(2, [3, 5]) == pytest.approx([whole[3], whole[5]], rel=1e-5)
+    known = {(0, 1): 3.0, (1, 2): 40.0, (2, 3): 5.0, (2, 4): 60.0}
+    scale = 8 / (look.losses(routed)([0, 1]) + looks[3])
+    assert experts.losses(routed, known)([4, 0, 1, 2]) == pytest.approx(looks_of_more * scale, rel=1e-5)
 
 
 def test_experts_with_the_same_neurons_in_another_order_lose_nothing_and_become_pairs() -> None:

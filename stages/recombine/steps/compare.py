@@ -5,6 +5,7 @@ Dimensions: N sampled tokens, T tokens, E experts of the source.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from stages.contracts.paths import pairs_file
 from stages.contracts.units import HeldJob, NoFacts, UnitResult
 from stages.model.experts_forward import ExpertsForward
-from stages.recombine.calls import OWN, SAMPLED, CompareArgs, LayerArgs
+from stages.recombine.calls import OWN, SAMPLED, CompareArgs, LayerArgs, PairArgs
 from stages.recombine.given import Given, save_tensors
 from stages.recombine.pairs import GroupLosses, Routed
 from stages.recombine.solve import held_tokens
@@ -28,7 +29,8 @@ def compare_unit(job: HeldJob[CompareArgs, HeldLayer]) -> UnitResult[NoFacts]:
         plan = plan_of(job, of, OWN)
         if shard.losses is None or shard.losses[0] != job.part_dir:
             student, given = shard.planned(job.part_dir, OWN, plan), shard.given(job.part_dir, of)
-            shard.losses = job.part_dir, losses_of(of, student, given, ExpertsForward(shard.expert_weights(of.layer)))[0]
+            source = ExpertsForward(shard.expert_weights(of.layer))
+            shard.losses = job.part_dir, losses_of(of, args.pairs, student, given, source)[0]
         size = plan.num_experts // args.pairs.num_runs
         later = range(args.expert + 1, (args.expert // size + 1) * size)
         found = torch.tensor(shard.losses[1].of_pairs(args.expert, later), dtype=torch.float64)
@@ -37,7 +39,12 @@ def compare_unit(job: HeldJob[CompareArgs, HeldLayer]) -> UnitResult[NoFacts]:
 
 
 def losses_of(
-    of: LayerArgs, student: Student, given: Given, source: ExpertsForward, known: Mapping[tuple[int, ...], float] | None = None
+    of: LayerArgs,
+    pairs: PairArgs,
+    student: Student,
+    given: Given,
+    source: ExpertsForward,
+    known: Mapping[tuple[int, ...], float] = MappingProxyType({}),
 ) -> tuple[GroupLosses, Tensor]:
     """The losses of groups of experts on a sample of the tokens, and how many of these each expert gets [E]."""
     tokens_T = (~held_tokens(given.lengths, given.x_TD.device)).nonzero().flatten()
@@ -49,4 +56,5 @@ def losses_of(
         ones = [x_ND.new_ones(len(x_ND), 1)] if routers[0].bias is not None else []
         columns_NX = torch.cat([x_ND, *ones], dim=1)
         routed = replace(routed, score=of.score, logit_NE=routers[0].logits(x_ND), column_NX=columns_NX)
-    return GroupLosses(source, routed, given.place, known or {}), (gate_NE != 0).sum(0)
+    num_partners = gate_NE.shape[1] // pairs.num_runs - 1
+    return GroupLosses(source, routed, given.place, num_partners, known), (gate_NE != 0).sum(0)

@@ -45,9 +45,10 @@ def gather_unit(job: HeldJob[GatherArgs, HeldLayer]) -> UnitResult[NoFacts]:
 
 
 def _scale(student: Student, of: LayerArgs, hidden_BTD: Tensor, passed: Passed) -> float:
-    """The factor with which the layer adds what its experts give, from the first micro-batch."""
-    assert passed.first is not None
-    output_TD = student.outputs(*passed.first)
-    whole_BTD = student.run(hidden_BTD, lambda *routed, given=output_TD: given)
-    bare_TD = passed.bare[0].flatten(0, 1).float()
-    return output_scale(bare_TD, whole_BTD.flatten(0, 1).float(), output_TD, f"layer {of.layer}")
+    """The factor with which the layer adds what its experts give, seen on the first micro-batch."""
+    assert passed.first_x is not None
+
+    def layer(output_TD: Tensor) -> Tensor:
+        return student.run(hidden_BTD, lambda *_routed: output_TD).flatten(0, 1)
+
+    return output_scale(layer, passed.bare[0].flatten(0, 1), passed.first_x, f"layer {of.layer}")

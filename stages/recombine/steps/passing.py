@@ -47,12 +47,12 @@ class Passed:
         self.bare, self.x, self.slots, self.gates = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
         self.router_x, self.router_logits = list[Tensor](), list[Tensor]()
         self.is_token, self.lengths = list[Tensor](), list[int]()
-        self.first: tuple[Tensor, Tensor, Tensor] | None = None
-        """Of the first micro-batch, padding and all."""
+        self.first_x: Tensor | None = None
+        """What the experts are given of the first micro-batch, padding and all."""
 
     def see(self, x_TD: Tensor, slots_Tk: Tensor, gates_Tk: Tensor) -> Tensor:
         """Stands in for the experts, which give nothing."""
-        self.first = self.first or (x_TD, slots_Tk, gates_Tk)
+        self.first_x = x_TD if self.first_x is None else self.first_x
         for parts, value in ((self.x, x_TD), (self.slots, slots_Tk), (self.gates, gates_Tk)):
             parts.append(value[self.is_token[-1]])
         return torch.zeros_like(x_TD)

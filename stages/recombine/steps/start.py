@@ -59,7 +59,7 @@ def _paired(job: HeldJob[StartArgs, HeldLayer], pairs: PairArgs, student: Studen
         if (expert + 1) % size:
             found = load_tensors(pairs_file(job.part_dir, of.layer, expert))["losses"].tolist()
             known |= {(expert, other): loss for other, loss in enumerate(found, expert + 1)}
-    losses, used_E = losses_of(of, student, given, ExpertsForward(job.held.expert_weights(of.layer)), known)
+    losses, used_E = losses_of(of, pairs, student, given, ExpertsForward(job.held.expert_weights(of.layer)), known)
     return paired_plan(plan, losses, used_E, pairs.num_runs)
 
 
