@@ -187,6 +187,8 @@ class GroupLosses:
     def _scale(self) -> float:
         """What losses are to those of the look, from known pairs that have each expert once."""
         pairs = [pair for pair in self._known if len(pair) == 2 and pair[0] % 2 == 0 and pair[1] == pair[0] + 1]
+        if not pairs:
+            return 1.0
         looks = sum(self._look.loss(pair, gate_N) for pair, gate_N in zip(pairs, self._gates(pairs).T, strict=True))
         return sum(self._known[pair] for pair in pairs) / looks if looks else 1.0
 
