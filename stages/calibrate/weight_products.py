@@ -23,13 +23,8 @@ class WeightProducts:
     @cached_property
     def down_square_norms(self) -> Array:
         """Squared norms of the columns of W_down, float64 [E, F]: for each neuron."""
-        weights = self.weights
-        norm_EF = torch.zeros(weights.num_experts, weights.intermediate, dtype=torch.float64, device=weights.device)
-        for expert, norm_F in enumerate(norm_EF):
-            for _, weight_FD in weights.matrices("down_proj", expert, expert + 1):
-                norm_F += weight_FD.double().square().sum(1)
-            weights.release("down_proj", expert, expert + 1)
-        return norm_EF.cpu().numpy()
+        norms = [self.weights.down_square_norms(expert) for expert in range(self.weights.num_experts)]
+        return torch.stack(norms).cpu().numpy()
 
     @cached_property
     def gram(self) -> Array:

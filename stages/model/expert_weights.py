@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stages.contracts.errors import InputError
@@ -97,6 +98,14 @@ class ExpertWeights:
     def bias(self, name: str, first: int, stop: int) -> Tensor | None:
         """Biases of experts [first, stop), concatenated; None if the module has none."""
         return getattr(self.experts, f"{name}_bias")[first:stop].flatten() if self.layout.has_bias else None
+
+    def down_square_norms(self, expert: int) -> Tensor:
+        """Squared norms of the columns of an expert's W_down, float64 [F]: for each neuron."""
+        norm_F = torch.zeros(self.intermediate, dtype=torch.float64, device=self.device)
+        for _, weight_FD in self.matrices("down_proj", expert, expert + 1):
+            norm_F += weight_FD.double().square().sum(1)
+        self.release("down_proj", expert, expert + 1)
+        return norm_F
 
     def release(self, name: str, first: int, stop: int) -> None:
         """Release the mapped pages or unpacked values of experts [first, stop), which are not needed for the moment."""

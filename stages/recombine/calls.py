@@ -38,13 +38,21 @@ def moment_bytes(num_columns: int) -> int:
 
 SAMPLED = 8192
 """Tokens that pairs are compared on, evenly spaced over those that choose no ridge."""
-COMPARED = 768
+COMPARED = 384
 """Neurons of an expert that pairs are compared by, evenly spaced over all."""
 FEW, NEAR, LOOK = 16, 4, 4
 """Where an expert has more than FEW partners, it looks at all of them by one of LOOK of these neurons, and of the numbers of a
 hidden state, and the best NEAR are compared."""
+CANDIDATES = 8192
+"""Neurons from which a slot may choose by elimination; of more, the most important CANDIDATES, or half as many again as it
+keeps."""
 OWN = "planned"
 """Name of the method's own plan where it is compared with alternatives."""
+
+
+def num_candidates(num_neurons: int, num_kept: int) -> int:
+    """Of so many neurons of a slot's members, those from which it chooses."""
+    return min(num_neurons, max(CANDIDATES, num_kept + num_kept // 2))
 
 
 @dataclass(frozen=True)

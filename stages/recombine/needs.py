@@ -12,7 +12,18 @@ from stages.contracts.survey import Survey
 from stages.contracts.targets import Target
 from stages.contracts.tensors import num_neurons
 from stages.contracts.text_settings import Calibration
-from stages.recombine.calls import COMPARED, FEW, JOINT_COLUMNS, LOOK, NEAR, SAMPLED, SWEEPS, Bounds, moment_bytes
+from stages.recombine.calls import (
+    COMPARED,
+    FEW,
+    JOINT_COLUMNS,
+    LOOK,
+    NEAR,
+    SAMPLED,
+    SWEEPS,
+    Bounds,
+    moment_bytes,
+    num_candidates,
+)
 from stages.recombine.listing import is_fitted
 from stages.recombine.pairing import pairs_of
 
@@ -202,9 +213,9 @@ class LayerNeeds:
 
     @property
     def start_work(self) -> Work:
-        """Operations of the solution that neurons are chosen from, twice where router rows are compared."""
-        one = self.solve_work(sweeps=1, num_ridges=0)
-        return Work(*(2 * part for part in one)) if self.is_fitted else one
+        """Operations of the solution that neurons are chosen from; before it, what the slots give where rows are compared."""
+        outputs = 2.0 * self.num_slots * self.tokens * self.kept * self.hidden_size if self.is_fitted else 0.0
+        return _total((Work(outputs, 0), self.solve_work(sweeps=1, num_ridges=0)))
 
 
 def layer_needs(run: Run, target: Target) -> LayerNeeds:
@@ -212,11 +223,12 @@ def layer_needs(run: Run, target: Target) -> LayerNeeds:
     data, survey, fewest = run.config.calibration, run.survey, min(target.counts(run.survey).values())
     width = num_neurons(run.tensors)
     all_tokens = data.num_sequences * data.sequence_length
+    kept = narrowed_to(run, target) or width
     chooses = target.variant.refit.neurons == "choose"
     return LayerNeeds(
         num_slots=fewest,
-        kept=narrowed_to(run, target) or width,
-        candidates=-(-survey.num_experts // fewest) * width if chooses else 0,
+        kept=kept,
+        candidates=num_candidates(-(-survey.num_experts // fewest) * width, kept) if chooses else 0,
         tokens=min(all_tokens, all_tokens * survey.top_k // fewest),
         hidden_size=survey.hidden_size,
         all_tokens=all_tokens,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.contracts.layer_plan import Member, Slot
+from stages.recombine.calls import num_candidates
 from stages.recombine.factor import factor_of
 from stages.recombine.solve import Moments, Problem
 
@@ -20,8 +21,13 @@ SHARE = 0.15
 """Of the neurons that are left, so many go at a time."""
 _REMEDY = "neurons are chosen at this fixed ridge: calibrate with more tokens, or set refit.neurons to keep"
 
+_EVERY = 8
+"""One token of so many tells which neurons are important enough to be candidates."""
+
 Activations = Callable[[int, Tensor], Tensor]
 """Of an expert of the source on some tokens, [R, F]."""
+Norms = Callable[[int], Tensor]
+"""Squared norms of the columns of W_down of an expert of the source, [F]."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,16 @@ class Chosen:
     weight_DK: Tensor
 
 
-def chosen(slot: Slot, problem: Problem, number: int, left_TD: Tensor, activations: Activations, num_kept: int) -> Chosen:
+def chosen(
+    slot: Slot, problem: Problem, number: int, left_TD: Tensor, activations: Activations, norms: Norms, num_kept: int
+) -> Chosen:
     """The num_kept whole neurons of a slot's members that are missed most, given what the other slots give.
 
-    A single member that keeps all its neurons stays as it is. problem: of the plan as it is, from W_down [D, F] that solves it.
-    left_TD: what all slots with these leave of the weighted target. Slots do not depend on each other, so each may be chosen
-    elsewhere.
+    A single member that keeps all its neurons stays as it is. Of many neurons (`num_candidates`) only the most important are
+    candidates, by the sum of (gate a_n)^2 times the squared norm of column n of the source's W_down, over some tokens.
+
+    problem: of the plan as it is, from W_down [D, F] that solves it. left_TD: what all slots with these leave of the weighted
+    target. Slots do not depend on each other, so each may be chosen elsewhere.
     """
     tokens, weight_DF = problem.slots[number], problem.start[number]
     size = weight_DF.shape[1]
@@ -52,13 +62,25 @@ def chosen(slot: Slot, problem: Problem, number: int, left_TD: Tensor, activatio
         kept_K = torch.argsort(-weight_DF.square().sum(0), stable=True)[:num_kept].sort().values
         return Chosen(kept_K, False, weight_DF[:, kept_K])
     experts = [member.expert for member in slot.members]
-    moments = Moments.zeros(len(experts) * size, left_TD.shape[1], left_TD.device)
+
+    def columns(tokens_R: Tensor, gates_R: Tensor) -> Tensor:
+        a_RN = torch.cat([activations(expert, tokens_R) for expert in experts], dim=1)
+        return problem.scaled(a_RN, tokens_R, gates_R)
+
+    candidates_N = torch.arange(len(experts) * size, device=left_TD.device)
+    num = num_candidates(len(candidates_N), num_kept)
+    if num < len(candidates_N):
+        energy_N = torch.zeros(len(candidates_N), dtype=torch.float64, device=left_TD.device)
+        for tokens_R, gates_R in seen.every(_EVERY).blocks():
+            energy_N += columns(tokens_R, gates_R).square().sum(0)
+        energy_N *= torch.cat([norms(expert) for expert in experts])
+        candidates_N = torch.argsort(-energy_N, stable=True)[:num].sort().values
+    moments = Moments.zeros(num, left_TD.shape[1], left_TD.device)
     for tokens_R, gates_R in seen.blocks():
         own_RD = problem.columns(number, tokens_R, gates_R) @ weight_DF.T.to(problem.wide)
-        a_RN = torch.cat([activations(expert, tokens_R) for expert in experts], dim=1)
-        moments = moments.with_rows(problem.scaled(a_RN, tokens_R, gates_R), left_TD[tokens_R] + own_RD)
+        moments = moments.with_rows(columns(tokens_R, gates_R)[:, candidates_N], left_TD[tokens_R] + own_RD)
     kept_K, weight_DK = eliminate(moments.whole(), num_kept, f"{problem.place}, slot {number}", problem.wide)
-    return Chosen(kept_K, True, weight_DK.float())
+    return Chosen(candidates_N[kept_K], True, weight_DK.float())
 
 
 def chosen_slot(slot: Slot, found: Chosen, size: int) -> Slot:

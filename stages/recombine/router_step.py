@@ -3,7 +3,7 @@
 Dimensions: T tokens, B tokens of a block, D hidden size, S slots, X columns that the rows multiply, N = S X.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from stages.recombine.calls import JOINT_COLUMNS
 from stages.recombine.factor import factor_of
 from stages.recombine.router import Router, scores_of
-from stages.recombine.solve import Problem, left_of
+from stages.recombine.solve import Problem
 
 RIDGE = 1e-2
 """Of the mean diagonal of the moments."""
@@ -23,7 +23,7 @@ _EQUAL = 0.02
 def moved(
     score: str,
     problem: Problem,
-    weights: Sequence[Tensor],
+    left_TD: Tensor,
     outputs: Callable[[int, Tensor], Tensor],
     router: Router,
     x_TD: Tensor,
@@ -33,13 +33,14 @@ def moved(
 
     With r_t what is left of token t's target, weighted, the step is the ridge solution towards zero of
     sum_t |r_t - sum_u (d y_t / d l_tu) (x_t . step_u)|^2, y the slots' output, l their logits; which slots a token picks is
-    taken to stay. Tokens that choose the ridge are left out. problem: whose first slots are those of the router. weights: that
-    solve it. outputs: of a slot on some tokens [R, D], with its bias. x_TD, logit_TS: what the router is given, and gives.
+    taken to stay. Tokens that choose the ridge are left out.
+
+    problem: whose first slots are those of the router. left_TD: what is left of its weighted target. outputs: of a slot on some
+    tokens [R, D], with its bias. x_TD, logit_TS: what the router is given, and gives.
     """
     num_slots = logit_TS.shape[1]
     if num_slots * (x_TD.shape[1] + (router.bias is not None)) > JOINT_COLUMNS:
         return {}
-    left_TD = left_of(problem, weights)
     gate_TS = torch.zeros(len(x_TD), num_slots, device=x_TD.device)
     for number in range(num_slots):
         gate_TS[problem.slots[number].tokens_R, number] = problem.slots[number].gates_R

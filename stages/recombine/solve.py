@@ -20,7 +20,7 @@ HELD_OUT = 8
 """One sequence of so many chooses, and nothing else may have seen it."""
 _BLOCK = 2048
 """Tokens whose columns are made at a time."""
-_STRIP = 512
+_STRIP = 128
 """Columns of a moment matrix that are computed at a time: only what is not above the diagonal."""
 _REMEDY = "set refit.ridge to a larger number"
 
@@ -40,6 +40,10 @@ class SlotTokens:
         """Those of the tokens that are not held out, and those that are."""
         held_R = held_T[self.tokens_R]
         return self.of(~held_R), self.of(held_R)
+
+    def every(self, step: int) -> "SlotTokens":
+        """One of so many."""
+        return SlotTokens(self.tokens_R[::step], self.gates_R[::step])
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens and gates, so many at a time as columns are made for."""
@@ -115,6 +119,10 @@ class Solution:
     total_unseen: float
     left_TD: Tensor | None = None
 
+    def left_of(self, problem: Problem) -> Tensor:
+        """What it leaves of the weighted target of the problem that it solves, [T, D]."""
+        return left_of(problem, self.weights) if self.left_TD is None else self.left_TD
+
 
 def solve(
     problem: Problem, ridge: float | None, bounds: Bounds, sweeps: int = SWEEPS, near: Sequence[Tensor] | None = None
@@ -136,6 +144,16 @@ def left_of(problem: Problem, weights: Sequence[Tensor]) -> Tensor:
     for number, slot in enumerate(problem.slots):
         problem.add(left_TD, number, slot, -weights[number])
     return left_TD
+
+
+def error_of_start(problem: Problem, is_unseen: bool = False) -> float:
+    """Squared error of the start over that of giving nothing: on all tokens, or on those that choose the ridge."""
+    target_TD = problem.weighted_TD
+    left_TD, tokens_T = target_TD.clone(), problem.held_T if is_unseen else torch.ones_like(problem.held_T)
+    for number, slot in enumerate(problem.slots):
+        problem.add(left_TD, number, slot.of(tokens_T[slot.tokens_R]), -problem.start[number])
+    total = _energy(target_TD[tokens_T])
+    return _energy(left_TD[tokens_T]) / total if total else 0.0
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from stages.contracts.units import Unit
 from stages.model.families import SUPPORTED
 from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
-from stages.recombine.calls import Bounds
+from stages.recombine.calls import Bounds, num_candidates
 from stages.recombine.factor import FACTOR_DTYPES, factor_of
 from stages.recombine.solve import Problem, SlotTokens, solve
 from stages.recombine.student import output_scale
@@ -220,9 +220,45 @@ def test_a_cluster_that_no_token_reaches_keeps_its_average() -> None:
     nothing = SlotTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     unseen = replace(problem, slots=[nothing] * SLOTS)
     pair = Slot((0, 3), (Member(0, 0.5), Member(3, 0.5)))
-    found = choosing.chosen(pair, unseen, 0, unseen.weighted_TD, lambda expert, tokens_R: torch.zeros(0, NEURONS), NEURONS)
+    none_of = lambda expert, tokens_R: torch.zeros(0, NEURONS)  # noqa: E731
+    found = choosing.chosen(pair, unseen, 0, unseen.weighted_TD, none_of, torch.zeros, NEURONS)
     assert choosing.chosen_slot(pair, found, NEURONS) == pair
     assert torch.equal(found.weight_DK, problem.start[0])
+
+
+def test_of_many_neurons_a_slot_chooses_from_the_most_important(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that give most on every eighth token; from them it chooses as if there were no others."""
+    problem, _ = problem_of(2)
+    a_ETF, norms_EF = torch.randn(2, NUM_TOKENS, NEURONS), torch.rand(2, NEURONS) ** 4
+    pair = Slot((0, 1), (Member(0, 0.5), Member(1, 0.5)))
+    seen, _ = problem.slots[0].split(problem.held_T)
+    scale_R = (seen.gates_R * problem.weight_T[seen.tokens_R]).double()
+    columns_RN = torch.cat([*a_ETF[:, seen.tokens_R].double()], dim=1) * scale_R[:, None]
+    energy_N = columns_RN[::8].square().sum(0) * norms_EF.flatten()
+    own_RD = problem.columns(0, seen.tokens_R, seen.gates_R) @ problem.start[0].T.double()
+    target_RD = problem.weighted_TD[seen.tokens_R] + own_RD
+    found = dict[int, list[int]]()
+    for num in (6, 10):
+        some_N = energy_N.argsort(descending=True)[:num].sort().values
+        h_RN = columns_RN[:, some_N]
+        moments = solving.Moments(h_RN.T @ h_RN, h_RN.T @ target_RD, float(target_RD.square().sum()))
+        kept, weight_DK = choosing.eliminate(moments, NEURONS, "here")
+        monkeypatch.setattr(choosing, "num_candidates", lambda _all, _kept, num=num: num)
+        one = choosing.chosen(
+            pair, problem, 0, problem.weighted_TD, lambda e, tokens_R: a_ETF[e, tokens_R], norms_EF.__getitem__, NEURONS
+        )
+        assert one.kept_K is not None
+        found[num] = one.kept_K.tolist()
+        assert found[num] == some_N[kept].tolist()
+        torch.testing.assert_close(one.weight_DK, weight_DK.float(), rtol=1e-4, atol=1e-5)
+    assert found[6] != found[10]
+
+
+@pytest.mark.parametrize(
+    ("num_neurons", "num_kept", "due"), [(512, 256, 512), (28_672, 14_336, 21_504), (8192, 4096, 8192), (9000, 300, 8192)]
+)
+def test_how_many_neurons_a_slot_chooses_from(num_neurons: int, num_kept: int, due: int) -> None:
+    assert num_candidates(num_neurons, num_kept) == due
 
 
 def facts(run_dir: Path, target: str) -> Iterator[dict[str, Any]]:

@@ -270,9 +270,8 @@ def test_a_step_of_the_router_finds_rows_that_give_the_target(has_bias: bool) ->
         return Problem(slots, lambda n, tokens: a_STF[n, tokens], target_TD, torch.ones(400), list(down_SDF), "here", [10] * 40)
 
     problem = problem_of(off)
-    rows = moved(
-        "softmax", problem, down_SDF, lambda n, tokens: a_STF[n, tokens] @ down_SDF[n].T, off, x_TD, off.logits(x_TD)
-    )  # fmt: skip
+    left_TD = left_of(problem, down_SDF)
+    rows = moved("softmax", problem, left_TD, lambda n, tokens: a_STF[n, tokens] @ down_SDF[n].T, off, x_TD, off.logits(x_TD))
     found = Router(true.names, rows["w"], rows.get("b"))
     errors = [float(left_of(problem_of(router), down_SDF).square().sum()) for router in (off, found)]
     assert errors[1] < 0.05 * errors[0], errors

@@ -23,6 +23,7 @@ def choose_unit(job: HeldJob[ChooseArgs, HeldLayer]) -> UnitResult[NoFacts]:
             args.slot,
             start.left_TD,
             lambda expert, tokens_R: source.activations_of(given.x_TD, tokens_R, expert),
+            source.weights.down_square_norms,
             args.num_neurons,
         )
     return UnitResult(NoFacts(), transient=(write_chosen(job.part_dir, of.layer, args.name, args.slot, found),))

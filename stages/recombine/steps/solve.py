@@ -113,7 +113,7 @@ def _moved_rows(score: str, student: Student, given: Given, problem: Problem, so
         output_RD = problem.activations(number, tokens_R).float() @ solution.weights[number].T
         return output_RD if bias_D is None else output_RD + bias_D.float()
 
-    return moved(score, problem, solution.weights, outputs, routers[1], given.router_x, given.router_logits)
+    return moved(score, problem, solution.left_of(problem), outputs, routers[1], given.router_x, given.router_logits)
 
 
 def _write(part_dir: Path, plan: LayerPlan, values: Mapping[str, Tensor]) -> list[WrittenFile]:

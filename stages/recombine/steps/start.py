@@ -14,7 +14,7 @@ from stages.recombine.calls import OWN, PairArgs, StartArgs
 from stages.recombine.given import Given, Start, load_tensors
 from stages.recombine.pairs import paired_plan
 from stages.recombine.router import fitted
-from stages.recombine.solve import FIRST_RIDGE, Solution, left_of, solve
+from stages.recombine.solve import FIRST_RIDGE, error_of_start, solve
 from stages.recombine.steps.compare import losses_of
 from stages.recombine.steps.held import HeldLayer, plan_of
 from stages.recombine.steps.passing import plain_routers, routed_by
@@ -22,8 +22,8 @@ from stages.recombine.student import Student
 
 
 def start_unit(job: HeldJob[StartArgs, HeldLayer]) -> UnitResult[NoFacts]:
-    """Solve a plan as it is, with pairs chosen anew if they are, with the router of the plan and, if it leaves a lesser error,
-    with fitted rows."""
+    """Solve a plan as it is, with pairs chosen anew if they are, and with fitted rows where these, before anything is solved,
+    leave less on held-out tokens than the plan's router does."""
     args, of, shard = job.args, job.args.of, job.held
     plan = plan_of(job, of, args.name)
     ridge = FIRST_RIDGE if args.ridge is None else args.ridge
@@ -36,18 +36,17 @@ def start_unit(job: HeldJob[StartArgs, HeldLayer]) -> UnitResult[NoFacts]:
             student = Student(shard, of.layer, plan)
             given = routed_by(job, student, given)
         problem = given.problem(student, of.has_shared)
-        solution = solve(problem, ridge, args.bounds, sweeps=1)
-        before, rows = solution.error_before, dict[str, Tensor]()
+        before, rows = None, dict[str, Tensor]()
         if of.score is not None and (found := _fitted_rows(of.score, student, plan, given)):
             other = routed_by(job, Student(shard, of.layer, plan, found), given)
             again = other.problem(student, of.has_shared)
-            better: Solution = solve(again, ridge, args.bounds, sweeps=1)
-            if better.error_unseen < solution.error_unseen:
-                rows, given, problem, solution = found, other, again, better
-        left_TD = solution.left_TD if solution.left_TD is not None else left_of(problem, solution.weights)
+            if error_of_start(again, is_unseen=True) < error_of_start(problem, is_unseen=True):
+                before, rows, given, problem = error_of_start(problem), found, other, again
+        solution = solve(problem, ridge, args.bounds, sweeps=1)
         start = Start(
-            plan, solution.weights, before, left_TD if args.chooses else None, rows, given.routed, given.router_logits
-        )
+            plan, solution.weights, solution.error_before if before is None else before,
+            solution.left_of(problem) if args.chooses else None, rows, given.routed, given.router_logits,
+        )  # fmt: skip
         return UnitResult(NoFacts(), transient=start.write(job.part_dir, args.name))
 
 
