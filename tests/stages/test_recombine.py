@@ -26,6 +26,8 @@ from stages.recombine import solve as solving
 from stages.recombine.calls import Bounds, num_candidates
 from stages.recombine.factor import FACTOR_DTYPES, factor_of
 from stages.recombine.solve import Problem, SlotTokens, solve
+from stages.recombine.steps import solve as solve_step
+from stages.recombine.steps import start as start_step
 from stages.recombine.student import output_scale
 from tests.runs import read_tensors, run_all, run_config, tensor_bytes, token_ids
 from tests.tiny import build, load, logits, save
@@ -306,6 +308,21 @@ def test_a_slot_of_chosen_neurons_is_better_than_an_average(family: str, tmp_pat
     first = {neurons: next(facts(tmp_path / neurons, "4e-tied")) for neurons in ("keep", "choose")}
     assert first["choose"]["error_before"] == pytest.approx(first["keep"]["error_before"], rel=1e-4)
     assert first["choose"]["error_after"] < first["keep"]["error_after"]
+
+
+def test_rows_are_fitted_where_they_leave_less_than_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the opposite sign send tokens to the wrong slots."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+    monkeypatch.setattr(solve_step, "_moved_rows", lambda *_: {})
+    fit, found = start_step._fitted_rows, dict[int, list[bool]]()
+    for sign in (1, -1):
+        rows_of = lambda *args, sign=sign: {name: sign * rows for name, rows in fit(*args).items()}  # noqa: E731
+        monkeypatch.setattr(start_step, "_fitted_rows", rows_of)
+        run_all(source, tmp_path / f"run{sign}", path, [4], ["stock"], variants=["recombine"])
+        found[sign] = [layer["is_router_fitted"] for layer in facts(tmp_path / f"run{sign}", "recombine-4e-stock")]
+    assert any(found[1])
+    assert len(found[-1]) == len(found[1]) and not any(found[-1])
 
 
 def test_chosen_neurons_are_whole_neurons_of_the_members(tmp_path: Path) -> None:
