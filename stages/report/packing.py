@@ -4,15 +4,21 @@ Dimensions: N rows, M values of a row.
 """
 
 import base64
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from stages.contracts.arrow import Array
 
-Packed = dict[str, Any]
-"""data: base64 of little-endian integers, row after row. type: name of the JavaScript array that reads them. scales: of each
-row, what a value is multiplied by; absent for integers."""
+
+class Packed(TypedDict):
+    """data: base64 of little-endian integers, row after row. type: name of the JavaScript array that reads them. scales: of
+    each row, what a value is multiplied by; absent for integers."""
+
+    data: str
+    type: str
+    scales: NotRequired[list[float]]
+
 
 _ARRAYS = {"uint8": "Uint8Array", "uint16": "Uint16Array", "int16": "Int16Array", "float32": "Float32Array"}
 

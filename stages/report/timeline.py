@@ -111,7 +111,7 @@ def timeline_values(story: Story) -> dict[str, Any]:
     }
 
 
-def _lanes(units: Iterable[Ran]) -> tuple[list[dict[str, Any]], list[int]]:
+def _lanes(units: Iterable[Ran]) -> tuple[list[dict[str, str]], list[int]]:
     """Rows of the timeline: one for each worker, and on each node as many for its CPU tasks as ran at once; and the row of each
     unit."""
     free_s: dict[tuple[str, str, int], float] = {}
@@ -128,7 +128,7 @@ def _lanes(units: Iterable[Ran]) -> tuple[list[dict[str, Any]], list[int]]:
     return lanes, [places[row] for row in chosen]
 
 
-def _nodes(units: Iterable[Ran]) -> list[dict[str, Any]]:
+def _nodes(units: Iterable[Ran]) -> list[dict[str, str | float]]:
     """Sums over the units of each node. wait_s: see `Ran`. busy_s: seconds of the units alone, of all its workers together."""
     found: dict[str, list[Ran]] = {}
     for one in units:
