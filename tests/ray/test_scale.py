@@ -1,13 +1,12 @@
 """Thousands of units: what one more costs the driver, in time and in memory."""
 
+import gc
 import json
-import os
-import statistics
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,38 +20,48 @@ from stages.contracts.units import Job, NoFacts, Unit, UnitResult
 from tests.pipeline.fake import ToyRun, at, unit
 
 REPOSITORY = Path(__file__).parents[2]
-NUM_UNITS = 6_000
-WINDOW = 250
+NUM_UNITS = 4_000
 LIMIT_S = 600  # a slow processor that two other tests use as well
 MAX_CPU_S = 0.005
-MAX_GROWTH_BYTES = 500  # a unit
+MAX_GROWTH_BYTES = 500  # a unit; 192 are the dictionaries that pickling makes of three dataclasses of a unit
 
 
 def nothing(job: Job[object]) -> UnitResult[NoFacts]:
     return UnitResult(NoFacts())
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def traced_bytes() -> int:
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
 
 
 class CountingRun(ToyRun):
-    """Keeps nothing of a unit that is done, and looks at this process after every so many."""
+    """Keeps nothing of a unit that is done. CPU is measured over the first half of the units; memory over the rest, since to
+    trace it costs time.
+
+    Memory is what Python's allocators gave and did not get back: the resident size also holds the pools of Ray's own threads,
+    which grow by megabytes now and then, and more so on a busy machine.
+    """
 
     def __init__(self, units: Sequence[Unit], run_dir: Path) -> None:
         super().__init__(units, run_dir)
         self.num_done = 0
-        self.resident: list[int] = []
+        self.half, self.warm, self.last = len(units) // 2, len(units) * 5 // 8, len(units)
+        self.start_s = time.process_time()
+        self.cpu_s = 0.0
+        self.bytes_when_warm = 0
+        self.growth_bytes = 0.0
 
     def done(self, unit: Unit, outcome: Outcome) -> None:
         self.num_done += 1
         self.count_done()
-        if self.num_done % WINDOW == 0:
-            self.resident.append(resident_bytes())
-
-    def growth_bytes(self) -> float:
-        """Bytes a unit: the median over windows. Ray's own pools grow by megabytes, now and then; a leak, all the time."""
-        return statistics.median(after - before for before, after in pairwise(self.resident)) / WINDOW
+        if self.num_done == self.half:
+            self.cpu_s = (time.process_time() - self.start_s) / self.half
+            tracemalloc.start()
+        elif self.num_done == self.warm:
+            self.bytes_when_warm = traced_bytes()
+        elif self.num_done == self.last:  # while the driver still is there, with what it keeps
+            self.growth_bytes = (traced_bytes() - self.bytes_when_warm) / (self.last - self.warm)
 
 
 def measure(num_gpus: int, num_units: int, folder: Path) -> dict[str, float]:
@@ -62,21 +71,14 @@ def measure(num_gpus: int, num_units: int, folder: Path) -> dict[str, float]:
         log_to_driver=False, logging_level="error",
     )  # fmt: skip
     units = at(folder, [unit(f"{n:05d}", call="tests.ray.test_scale:nothing") for n in range(num_units)])
-    run = CountingRun(units, folder)
     executor = RayExecutor(Resources(num_gpus=num_gpus))
-    cpu = time.process_time()
+    run = CountingRun(units, folder)
     try:
         Driver([run], executor, print).drive()
+        return {"num_done": run.num_done - len(run.failures), "cpu_s": run.cpu_s, "growth_bytes": run.growth_bytes}
     finally:
         executor.close()
-    found = {
-        "num_done": run.num_done - len(run.failures),
-        "cpu_s": (time.process_time() - cpu) / num_units,
-        "growth_bytes": run.growth_bytes(),
-    }
-    ray.shutdown()
-    assert len(units) == num_units  # kept to here, so that units that are freed hide no growth
-    return found
+        ray.shutdown()
 
 
 @pytest.mark.slow
