@@ -46,7 +46,7 @@ class RecombineExecutor(SimulatedExecutor):
 
     needs: LayerNeeds | None = None
     solving: Solving = field(default_factory=Solving)
-    _has_read: dict[str, tuple[str, set[str]]] = field(default_factory=dict)
+    _has_read: dict[str, str] = field(default_factory=dict)
     """What each worker has read of the layer that it is at."""
 
     def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
@@ -78,37 +78,25 @@ class RecombineExecutor(SimulatedExecutor):
             return seconds + self._seconds(self.needs.choose_work) + slots_s
         if isinstance(args, StartArgs):
             seconds += self._seconds(self.needs.groups_work) + self._seconds(self.needs.start_work)
-            return seconds + slots_s * self.needs.num_slots + self._left_s()
-        work = self.needs.solve_work(SWEEPS, NUM_RIDGES)
-        return seconds + self._seconds(work) + 2 * slots_s * self.needs.num_slots
+            return seconds
+        seconds += self._seconds(self.needs.solve_work(SWEEPS, NUM_RIDGES)) + self._seconds(self.needs.router_work)
+        return seconds + 2 * slots_s * self.needs.num_slots
 
     def _seconds(self, work: Work) -> float:
         return work.products / self.solving.single_flops + work.factors / self.solving.factor_flops
 
     def _given_s(self, slot: Slot, unit: Unit) -> float:
-        """What the layer's experts are given, and what a start leaves, are read once by a worker."""
+        """What the layer's experts are given is read once by a worker."""
         assert unit.hold is not None and self.needs is not None
         layer = _layer_hold(unit.hold).key
-        at, has_read = self._has_read.get(slot.id, ("", set()))
-        if at != layer:
-            has_read = set()
-        self._has_read[slot.id] = layer, has_read
-        tokens, seconds = self.needs.all_tokens, 0.0
-        if "given" not in has_read:
-            seconds += self._given_bytes(tokens) / self.costs.hardware.link_bytes_s
-        if "start" not in has_read and isinstance(unit.call.args, ChooseArgs):
-            has_read.add("start")
-            seconds += self._left_s()
-        has_read.add("given")
-        return seconds
+        if self._has_read.get(slot.id) == layer:
+            return 0.0
+        self._has_read[slot.id] = layer
+        return self._given_bytes(self.needs.all_tokens) / self.costs.hardware.link_bytes_s
 
     def _given_bytes(self, num_tokens: int) -> float:
         """The experts' input and the target."""
         return num_tokens * self.costs.model.hidden_size * (VALUE_BYTES + _SINGLE_BYTES)
-
-    def _left_s(self) -> float:
-        values = self.costs.num_tokens * self.costs.model.hidden_size
-        return values * _SINGLE_BYTES / self.costs.hardware.link_bytes_s
 
     def _gather_s(self, args: GatherArgs, num_streams: int, writes_source: bool) -> float:
         """The source's stream with its experts, the student's without."""

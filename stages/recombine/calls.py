@@ -10,6 +10,8 @@ JOINT_COLUMNS = 4096
 """Columns (experts times neurons) of a layer beyond which solving for all slots together takes too long."""
 SWEEPS = 2
 """Gauss-Seidel passes over all slots."""
+HELD_OUT = 8
+"""One sequence of so many chooses the ridge, and nothing else may have seen it."""
 _MATRICES = 4
 """Matrices of float64 that a solution holds at a time: moments of two kinds of tokens, a copy, its factor."""
 
@@ -45,14 +47,16 @@ FEW, NEAR, LOOK = 16, 4, 4
 hidden state, and the best NEAR are compared."""
 CANDIDATES = 8192
 """Neurons from which a slot may choose by elimination; of more, the most important CANDIDATES, or half as many again as it
-keeps."""
+keeps. The least important eighth is never among them: losing a neuron costs at most what it gives."""
+SHARE = 0.15
+"""Of the neurons that a slot still has, so many are eliminated at a time."""
 OWN = "planned"
 """Name of the method's own plan where it is compared with alternatives."""
 
 
 def num_candidates(num_neurons: int, num_kept: int) -> int:
     """Of so many neurons of a slot's members, those from which it chooses."""
-    return min(num_neurons, max(CANDIDATES, num_kept + num_kept // 2))
+    return max(num_kept, min(num_neurons - num_neurons // 8, max(CANDIDATES, num_kept + num_kept // 2)))
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,12 @@ class CompareArgs:
 
 @dataclass(frozen=True)
 class StartArgs:
-    """The plan as it is, solved: what neurons are chosen from, and what a fitted router is compared by. ridge: None for a fixed
-    one. chooses: whether neurons are chosen. name: of the plan, OWN or an alternative. pairs: how its slots are chosen anew, if
-    they are."""
+    """A plan whose pairs or router rows are chosen before anything is solved. name: of the plan, OWN or an alternative. pairs:
+    how its slots are chosen anew, if they are."""
 
     of: LayerArgs
     name: str
     pairs: PairArgs | None
-    ridge: float | None
-    bounds: Bounds
-    chooses: bool
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ _ENOUGH = 1e-10
 @dataclass(frozen=True)
 class Factor:
     """lower_NN: Cholesky factor of moments with a ridge, float64 or float32. matrix_NN: the moments, float64; None where they
-    are not needed for refinement."""
+    are not needed for refinement. shift: what the ridge adds to their diagonal."""
 
     lower_NN: Tensor
     matrix_NN: Tensor | None
+    shift: float
 
     def solve(self, right_ND: Tensor) -> Tensor:
         """Solution [N, D], float64.
@@ -43,10 +44,6 @@ class Factor:
             solution_ND += torch.cholesky_solve(left_ND.to(dtype), self.lower_NN).double()
         return torch.cholesky_solve(right_ND, torch.linalg.cholesky(self.matrix_NN))
 
-    def inverse(self, dtype: torch.dtype) -> Tensor:
-        """[N, N], computed in this dtype from the factor."""
-        return torch.cholesky_inverse(self.lower_NN.to(dtype))
-
 
 def factor_of(gram_NN: Tensor, ridge: float, place: str, remedy: str) -> Factor:
     """Factor of moments and a ridge, a share of their mean diagonal. Raises InputError, with place and condition, where they
@@ -56,11 +53,12 @@ def factor_of(gram_NN: Tensor, ridge: float, place: str, remedy: str) -> Factor:
     then, an imperative.
     """
     matrix_NN = gram_NN.clone()
-    matrix_NN.diagonal().add_(ridge * float(gram_NN.diagonal().mean()))
+    shift = ridge * float(gram_NN.diagonal().mean())
+    matrix_NN.diagonal().add_(shift)
     for dtype in dict.fromkeys((FACTOR_DTYPES.get(gram_NN.device.type, torch.float64), torch.float64)):
         lower_NN, info = torch.linalg.cholesky_ex(matrix_NN.to(dtype))
         if not int(info):
-            return Factor(lower_NN, matrix_NN if dtype != torch.float64 else None)
+            return Factor(lower_NN, matrix_NN if dtype != torch.float64 else None, shift)
     raise InputError(
         f"{place}: the moments of {len(gram_NN)} columns are not positive definite at ridge {ridge:g} "
         f"({_condition(matrix_NN)}, column {int(info)}); {remedy}"

@@ -15,6 +15,7 @@ from stages.contracts.layer_plan import LayerPlan, read_plan, write_plan
 from stages.contracts.paths import chosen_file, given_file, start_file, start_plan_file
 from stages.io.files import WrittenFile, write_bytes
 from stages.io.storage import is_remote
+from stages.recombine.moments import down
 from stages.recombine.neurons import Chosen
 from stages.recombine.solve import Problem, SlotTokens
 from stages.recombine.student import Student
@@ -34,36 +35,28 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
 
 @dataclass(frozen=True)
 class Start:
-    """A plan as it is, solved. weights: W_down [D, F] of each slot, and of a shared expert after them. left_TD: what they leave
-    of the weighted target; none if no neurons are chosen. rows: fitted router rows, by parameter. routed: slots [T, k] and
-    gates [T, k] of every token; router_logits: what chose them, where the router is one matrix."""
+    """A plan whose pairs and router rows are chosen. error_before: of the plan as it was, as `error_of_start` gives it. rows:
+    fitted router rows, by parameter. routed: slots [T, k] and gates [T, k] of every token; router_logits: what chose them,
+    where the router is one matrix."""
 
     plan: LayerPlan
-    weights: Sequence[Tensor]
     error_before: float
-    left_TD: Tensor | None
     rows: Mapping[str, Tensor]
     routed: tuple[Tensor, Tensor]
     router_logits: Tensor | None
 
     def write(self, part_dir: Path, name: str) -> tuple[WrittenFile, WrittenFile]:
         """Write the start of a layer's plan of this name."""
-        num_slots, layer = len(self.plan.slots), self.plan.layer
         tensors = {
-            "weights": torch.stack(list(self.weights[:num_slots])),
             "error_before": torch.tensor([self.error_before], dtype=torch.float64),
             "slots": self.routed[0],
             "gates": self.routed[1],
             **{f"{_ROW}{parameter}": row for parameter, row in self.rows.items()},
         }
-        for weight_DF in self.weights[num_slots:]:
-            tensors["shared"] = weight_DF
         if self.router_logits is not None:
             tensors["logits"] = self.router_logits
-        if self.left_TD is not None:
-            tensors["left"] = self.left_TD
-        written = write_plan(start_plan_file(part_dir, layer, name), self.plan)
-        return save_tensors(start_file(part_dir, layer, name), tensors), written
+        written = write_plan(start_plan_file(part_dir, self.plan.layer, name), self.plan)
+        return save_tensors(start_file(part_dir, self.plan.layer, name), tensors), written
 
     @classmethod
     def read(cls, part_dir: Path, layer: int, name: str, device: torch.device) -> "Start":
@@ -71,9 +64,7 @@ class Start:
         found = {key: tensor.to(device) for key, tensor in load_tensors(start_file(part_dir, layer, name)).items()}
         return cls(
             read_plan(start_plan_file(part_dir, layer, name)),
-            [*found["weights"], *([found["shared"]] if "shared" in found else [])],
             float(found["error_before"]),
-            found.get("left"),
             {key.removeprefix(_ROW): row for key, row in found.items() if key.startswith(_ROW)},
             (found["slots"], found["gates"]),
             found.get("logits"),
@@ -112,21 +103,22 @@ class Given:
 
     def problem(self, student: Student, has_shared: bool, start: Sequence[Tensor] | None = None) -> Problem:
         """To be solved for a student's slots, and after them for its shared expert where has_shared is set and there is one
-        that can be solved. start: W_down of each, instead of what they have."""
+        that can be solved. start: W_down of each slot, instead of what they have."""
         target_TD, shared = self.target_TD.clone(), student.shared
+        wide = torch.float32 if self.x_TD.dtype.itemsize == 2 else torch.float64
         slots = slot_tokens(self.routed[0], self.routed[1].float(), student.weights.num_experts)
         num_slots = len(slots)
         for number, slot in enumerate(slots):
             bias_D = student.weights.bias("down_proj", number, number + 1)
             if bias_D is not None:
                 target_TD.index_add_(0, slot.tokens_R, -slot.gates_R[:, None] * bias_D.float())
-        own = [student.down(number) for number in range(num_slots)]
+        own = list(start or (student.down(number) for number in range(num_slots)))
         shared_T = shared.gates(self.x_TD) if has_shared and shared is not None else None
         if shared is not None and shared_T is not None:
             everyone = SlotTokens(torch.arange(len(self.x_TD), device=self.x_TD.device), shared_T)
             for tokens_R, gates_R in everyone.blocks():
-                given_RD = shared.activations(self.x_TD[tokens_R]).float() @ shared.weight_DF.float().T
-                target_TD.index_add_(0, tokens_R, gates_R[:, None] * given_RD)
+                given_RD = down(shared.activations(self.x_TD[tokens_R]), shared.weight_DF, wide)
+                target_TD.index_add_(0, tokens_R, gates_R[:, None] * given_RD.float())
             slots, own = [*slots, everyone], [*own, shared.weight_DF]
 
         def activations(number: int, tokens_R: Tensor) -> Tensor:
@@ -134,8 +126,7 @@ class Given:
                 return shared.activations(self.x_TD[tokens_R])
             return student.forward.activations_of(self.x_TD, tokens_R, number)
 
-        wide = torch.float32 if self.x_TD.dtype.itemsize == 2 else torch.float64
-        return Problem(slots, activations, target_TD, self.weight_T, start or own, self.place, self.lengths, wide)
+        return Problem(slots, activations, target_TD, self.weight_T, own, self.place, self.lengths, wide)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,6 @@ class _Steps:
         pairs = pairs_of(run, self.target)
         has_start = width is not None or score is not None or pairs is not None or len(names) > 1
         given, made = [paths.given_file(folder, layer, shard) for shard in self.shards], list[Path]()
-        ours = [path for shard in self.shards for path in self._hidden(layer, shard)[-1:]]
         for shard in self.shards:
             yield self._unit(
                 layer, f"gather-{shard:04d}", shard, GATHER.on(GatherArgs(of, shard, is_last)),
@@ -120,14 +119,14 @@ class _Steps:
                 )  # fmt: skip
         for number, name in enumerate(names if has_start else ()):
             start = [paths.start_file(folder, layer, name), paths.start_plan_file(folder, layer, name)]
-            args = StartArgs(of, name, pairs if name == OWN else None, ridge, bounds, width is not None)
+            args = StartArgs(of, name, pairs if name == OWN else None)
             yield self._unit(
                 layer,
                 f"{name}/start",
                 number,
                 START.on(args),
                 f"start {name}",
-                [*given, *ours, *(losses if name == OWN else ())],
+                [*given, *(losses if name == OWN else ())],
                 start,
                 is_solving=True,
             )
@@ -143,7 +142,7 @@ class _Steps:
                 made.append(chosen)
         solved = run.unit(
             self.part, f"layer-{layer:04d}", SOLVE.on(SolveArgs(of, names, ridge, bounds, has_start, width)),
-            f"{self.target.part}, layer {layer}", reads=[*given, *made, *(ours if score is not None else ())],
+            f"{self.target.part}, layer {layer}", reads=[*given, *made],
             hold=self._hold(layer, "solve", 0), on_worker=True,
             memory_bytes=self._memory(layer) + self.solve_bytes,
         )  # fmt: skip

@@ -15,10 +15,12 @@ from stages.contracts.text_settings import Calibration
 from stages.recombine.calls import (
     COMPARED,
     FEW,
+    HELD_OUT,
     JOINT_COLUMNS,
     LOOK,
     NEAR,
     SAMPLED,
+    SHARE,
     SWEEPS,
     Bounds,
     moment_bytes,
@@ -29,8 +31,6 @@ from stages.recombine.pairing import pairs_of
 
 NUM_RIDGES = 5
 """Ridges that a search among eight usually tries."""
-ROUNDS = (0.85, 0.7225, 0.614, 0.522, 0.5)
-"""Shares of its candidates that a slot of two experts has after each round of elimination."""
 _SHARED = re.compile(r"\.shared[^.]*\.down_proj\.weight$")
 """Names of the matrices that `SharedExpert` finds."""
 
@@ -104,15 +104,14 @@ class LayerNeeds:
     @property
     def token_bytes(self) -> int:
         """Memory in bytes of what a worker that solves or chooses holds of all tokens: the experts' input and the target, each
-        in pieces and in one; what is left of the target, as it is stored and as it is used, and the target of each further
-        plan; a router's input; activations of all slots where the bounds have room for them, or of the experts whose pairs are
-        compared."""
+        in pieces and in one; the target as it is solved for, of each plan, and what is left of it; a router's input;
+        activations of all slots where the bounds have room for them, or of the experts whose pairs are compared."""
         wide = 4 if self.itemsize == 2 else 8
         values = self.all_tokens * self.hidden_size
         activations = (self.num_slots * self.tokens * self.kept + self.all_tokens * self.shared) * self.itemsize
         if self.is_joint or activations > 8 * self.bounds.activation_values:
             activations = 0
-        of_plans = (self.num_plans - 1) * (wide + 4)
+        of_plans = 4 * self.num_plans
         held = values * (2 * self.itemsize + 2 * 4 + 2 * wide + of_plans + (self.itemsize if self.is_fitted else 0))
         return held + max(activations, self.compare_bytes)
 
@@ -123,7 +122,7 @@ class LayerNeeds:
             return 0
         activations = self.num_experts * min(COMPARED, self.neurons) * self.itemsize
         outputs = self.top_k * self.hidden_size * 4
-        looks = outputs // LOOK if self._has_many_experts else 0
+        looks = (activations + outputs) // LOOK if self._has_many_experts else 0
         return self.sampled * (activations + outputs + looks)
 
     @property
@@ -138,11 +137,14 @@ class LayerNeeds:
 
     @property
     def choose_work(self) -> Work:
-        """Operations of a slot's choice: half of A of its candidates; C; factor, inverse, solution; rounds of elimination."""
+        """Operations of a slot's choice: half of A of its candidates; C; what the members give; factor, inverse, solution;
+        rounds of elimination."""
         n, t, d = self.candidates, self.tokens, self.hidden_size
-        moments = t * n * n + 2 * t * n * d + 2 * t * self.kept * d
-        shares = (1.0, *ROUNDS)
-        rounds = sum(2 * (b * n) ** 2 * (a - b) * n for a, b in pairwise(shares))
+        moments = t * n * n + 4 * t * n * d
+        sizes = [float(n)]
+        while sizes[-1] > self.kept:
+            sizes.append(max((1 - SHARE) * sizes[-1], self.kept))
+        rounds = sum(2 * after**2 * (before - after) for before, after in pairwise(sizes))
         return Work(moments + 2 * n * n * d + rounds, n**3)
 
     @property
@@ -194,28 +196,28 @@ class LayerNeeds:
             return Work(t * n * n + 2 * t * n * d + (num_ridges + 1) * 4 * n * n * d, (num_ridges + 1) * n**3 / 3)
         squares = sum(n * n for n, _ in slots)
         again = 1 if 2 * squares <= self.bounds.moment_values else sweeps  # factors that find no room are made again
-        products = sum(again * t * n * n + 2 * t * n * d + sweeps * (4 * t * n * d + 4 * n * n * d) for n, t in slots)
+        products = sum(again * t * n * n + 2 * t * n * d + sweeps * (4 * t * n * d + 2 * n * n * d) for n, t in slots)
         factors = again * sum(n**3 for n, _ in slots) / 3
         return Work(products + num_ridges * 4 * self.kept**2 * d, factors + num_ridges * self.kept**3 / 3)
 
     @property
     def router_work(self) -> Work:
-        """Operations of the router's Gauss-Newton step: what the slots give; products of slopes and inputs for each two rows;
-        the factor; and the solution for the moved rows, near the one that there is."""
+        """Operations of the router's Gauss-Newton step: what the slots give, for the step and for what is left; products of
+        slopes and inputs for each two rows; the factor; and what the slots give held-out tokens, under the rows before and
+        after."""
         unknowns = self.router_unknowns
         if not unknowns:
             return Work(0, 0)
         t, d, s = self.all_tokens, self.hidden_size, self.num_slots
         outputs = 2 * s * self.tokens * self.kept * d
-        again = self.solve_work(sweeps=1, num_ridges=0)
-        products = 2 * outputs + t * s * s * 2 * d + t * s * (s + 1) * d * d
-        return Work(products + again.products, unknowns**3 / 3 + again.factors)
+        products = (2 + 2 / HELD_OUT) * outputs + t * s * s * 2 * d + t * s * (s + 1) * d * d
+        return Work(products, unknowns**3 / 3)
 
     @property
     def start_work(self) -> Work:
-        """Operations of the solution that neurons are chosen from; before it, what the slots give where rows are compared."""
-        outputs = 2.0 * self.num_slots * self.tokens * self.kept * self.hidden_size if self.is_fitted else 0.0
-        return _total((Work(outputs, 0), self.solve_work(sweeps=1, num_ridges=0)))
+        """Operations of what the slots give: all tokens, and held-out ones under the plan's rows and under fitted ones."""
+        outputs = 2.0 * self.num_slots * self.tokens * self.kept * self.hidden_size
+        return Work(outputs * (1 + (2 / HELD_OUT if self.is_fitted else 0)), 0)
 
 
 def layer_needs(run: Run, target: Target) -> LayerNeeds:
@@ -284,13 +286,14 @@ def pass_flops(survey: Survey, data: Calibration, is_one_shot: bool) -> float:
 
 
 def disk_bytes(run: Run, target: Target) -> int:
-    """Temporary disk space: two streams at two layer boundaries, what a layer's experts are given and have to give, what
-    a plan's start leaves, and what its slots have chosen. In one shot layers do not wait for each other, so all stay."""
+    """Temporary disk space: two streams at two layer boundaries, what a layer's experts are given and have to give, how each
+    plan routes, and what its slots have chosen. In one shot layers do not wait for each other, so all stay."""
     needs, survey = layer_needs(run, target), run.survey
-    values, wide = needs.all_tokens * needs.hidden_size, 4 if needs.itemsize == 2 else 8
+    values = needs.all_tokens * needs.hidden_size
     given = values * (needs.itemsize + 4 + (needs.itemsize if needs.is_fitted else 0))
-    weights = needs.num_slots * needs.hidden_size * 4 * (num_neurons(run.tensors) + needs.kept)
-    layer = given + (needs.num_plans * (values * wide + weights) if needs.candidates else 0)
+    chosen = needs.num_slots * needs.hidden_size * 4 * needs.kept
+    routed = needs.all_tokens * needs.top_k * (8 + needs.itemsize)
+    layer = given + (needs.num_plans * (routed + chosen) if needs.candidates else 0)
     if target.variant.refit.mode == "one_shot":
         return len(survey.moe_layers) * (layer + values * needs.itemsize)
     return layer + 4 * values * needs.itemsize

@@ -1,33 +1,39 @@
 """Which neurons a slot keeps, of all that its members have: those whose loss a new W_down makes good least.
 
-Dimensions: R tokens that are routed to a slot, D hidden size, F neurons of an expert, K neurons that a slot keeps, N neurons of
-all members, S slots.
+Dimensions: R tokens that are routed to a slot, D hidden size, E experts of the source, F neurons of one, K neurons that a slot
+keeps, N neurons of all members.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stages.contracts.layer_plan import Member, Slot
-from stages.recombine.calls import num_candidates
+from stages.recombine.calls import SHARE, num_candidates
 from stages.recombine.factor import factor_of
-from stages.recombine.solve import Moments, Problem
+from stages.recombine.moments import Moments
+from stages.recombine.solve import Problem, SlotTokens
 
 RIDGE = 1e-2
 """Of the mean diagonal of the moments, while neurons are eliminated."""
-SHARE = 0.15
-"""Of the neurons that are left, so many go at a time."""
 _REMEDY = "neurons are chosen at this fixed ridge: calibrate with more tokens, or set refit.neurons to keep"
 
 _EVERY = 8
 """One token of so many tells which neurons are important enough to be candidates."""
 
-Activations = Callable[[int, Tensor], Tensor]
-"""Of an expert of the source on some tokens, [R, F]."""
-Norms = Callable[[int], Tensor]
-"""Squared norms of the columns of W_down of an expert of the source, [F]."""
+
+@dataclass(frozen=True)
+class SourceExperts:
+    """Experts of the source on what the student gives them. activations: of an expert on some tokens, [R, F]. outputs: what its
+    W_down makes of these, without a bias, [R, D]. gates: of all experts on some tokens by the source's router, [R, E].
+    down_square_norms: of the columns of its W_down, [F]."""
+
+    activations: Callable[[int, Tensor], Tensor]
+    outputs: Callable[[int, Tensor], Tensor]
+    gates: Callable[[Tensor], Tensor]
+    down_square_norms: Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,14 @@ class Chosen:
     weight_DK: Tensor
 
 
-def chosen(
-    slot: Slot, problem: Problem, number: int, left_TD: Tensor, activations: Activations, norms: Norms, num_kept: int
-) -> Chosen:
-    """The num_kept whole neurons of a slot's members that are missed most, given what the other slots give.
+def chosen(slot: Slot, problem: Problem, number: int, source: SourceExperts, num_kept: int) -> Chosen:
+    """The num_kept whole neurons of a slot's members with which, W_down solved anew, the slot comes closest to what the members
+    give: sum_e q_e f_e(x), with the source's gates q, on the tokens that are routed to the slot.
 
-    A single member that keeps all its neurons stays as it is. Of many neurons (`num_candidates`) only the most important are
-    candidates, by the sum of (gate a_n)^2 times the squared norm of column n of the source's W_down, over some tokens.
+    A single member that keeps all its neurons stays as it is. Only the most important neurons are candidates
+    (`num_candidates`), by the sum of (gate a_n)^2 times the squared norm of column n of the source's W_down, over some tokens.
 
-    problem: of the plan as it is, from W_down [D, F] that solves it. left_TD: what all slots with these leave of the weighted
-    target. Slots do not depend on each other, so each may be chosen elsewhere.
+    problem: of the plan as it is. Slots do not depend on each other, so each may be chosen elsewhere.
     """
     tokens, weight_DF = problem.slots[number], problem.start[number]
     size = weight_DF.shape[1]
@@ -62,25 +66,31 @@ def chosen(
         kept_K = torch.argsort(-weight_DF.square().sum(0), stable=True)[:num_kept].sort().values
         return Chosen(kept_K, False, weight_DF[:, kept_K])
     experts = [member.expert for member in slot.members]
-
-    def columns(tokens_R: Tensor, gates_R: Tensor) -> Tensor:
-        a_RN = torch.cat([activations(expert, tokens_R) for expert in experts], dim=1)
-        return problem.scaled(a_RN, tokens_R, gates_R)
-
-    candidates_N = torch.arange(len(experts) * size, device=left_TD.device)
-    num = num_candidates(len(candidates_N), num_kept)
-    if num < len(candidates_N):
-        energy_N = torch.zeros(len(candidates_N), dtype=torch.float64, device=left_TD.device)
-        for tokens_R, gates_R in seen.every(_EVERY).blocks():
-            energy_N += columns(tokens_R, gates_R).square().sum(0)
-        energy_N *= torch.cat([norms(expert) for expert in experts])
-        candidates_N = torch.argsort(-energy_N, stable=True)[:num].sort().values
-    moments = Moments.zeros(num, left_TD.shape[1], left_TD.device)
+    candidates_N = _candidates(experts, problem, seen, source, num_candidates(len(experts) * size, num_kept))
+    moments = Moments.zeros(len(candidates_N), len(weight_DF), weight_DF.device)
     for tokens_R, gates_R in seen.blocks():
-        own_RD = problem.columns(number, tokens_R, gates_R) @ weight_DF.T.to(problem.wide)
-        moments = moments.with_rows(columns(tokens_R, gates_R)[:, candidates_N], left_TD[tokens_R] + own_RD)
+        gate_RE, parts = source.gates(tokens_R), [source.activations(expert, tokens_R) for expert in experts]
+        target_RD = sum(
+            problem.scaled(source.outputs(expert, a_RF), tokens_R, gate_RE[:, expert])
+            for expert, a_RF in zip(experts, parts, strict=True)
+        )
+        assert isinstance(target_RD, Tensor)
+        columns_RN = problem.scaled(torch.cat(parts, dim=1)[:, candidates_N], tokens_R, gates_R)
+        moments = moments.with_rows(columns_RN, target_RD)
     kept_K, weight_DK = eliminate(moments.whole(), num_kept, f"{problem.place}, slot {number}", problem.wide)
     return Chosen(candidates_N[kept_K], True, weight_DK.float())
+
+
+def _candidates(experts: Sequence[int], problem: Problem, seen: SlotTokens, source: SourceExperts, num: int) -> Tensor:
+    """The num most important neurons of some experts, ascending, numbered over all of them."""
+    norm_N = torch.cat([source.down_square_norms(expert) for expert in experts])
+    if num == len(norm_N):
+        return torch.arange(num, device=norm_N.device)
+    energy_N = torch.zeros_like(norm_N)
+    for tokens_R, gates_R in seen.every(_EVERY).blocks():
+        a_RN = torch.cat([source.activations(expert, tokens_R) for expert in experts], dim=1)
+        energy_N += problem.scaled(a_RN, tokens_R, gates_R).square().sum(0)
+    return torch.argsort(-energy_N * norm_N, stable=True)[:num].sort().values
 
 
 def chosen_slot(slot: Slot, found: Chosen, size: int) -> Slot:
@@ -110,10 +120,10 @@ def eliminate(
     is solved anew from the inverse that there is: without neurons G, P becomes P_KK - P_KG P_GG^-1 P_GK, and b becomes
     b_K - P_KG P_GG^-1 b_G.
 
-    dtype: of P and b once the moments, float64, are factored and solved; they decide, and are where the refit starts.
+    dtype: of P and b once the moments, float64, are factored; they decide, and are where the refit starts.
     """
-    factor = factor_of(moments.gram_NN, RIDGE, place, _REMEDY)
-    weight_ND, inverse_NN = factor.solve(moments.cross_ND).to(dtype), factor.inverse(dtype)
+    lower_NN = factor_of(moments.gram_NN, RIDGE, place, _REMEDY).lower_NN.to(dtype)
+    weight_ND, inverse_NN = torch.cholesky_solve(moments.cross_ND.to(dtype), lower_NN), torch.cholesky_inverse(lower_NN)
     kept = torch.arange(len(weight_ND), device=weight_ND.device)
     while len(kept) > num_kept:
         loss_N = weight_ND.square().sum(1) / inverse_NN.diagonal()

@@ -16,9 +16,9 @@ from stages.contracts.layer_plan import LayerPlan, Member, RouterRow, Slot
 from stages.contracts.pairing import grouped_in_runs
 from stages.model.experts_forward import ExpertsForward
 from stages.recombine.calls import COMPARED, FEW, LOOK, NEAR
+from stages.recombine.moments import Moments
 from stages.recombine.neurons import eliminate
 from stages.recombine.router import ridge_rows, scores_of, sigmoid_target
-from stages.recombine.solve import Moments
 
 SHARE = 0.3
 """Of the neurons that are left, so many go at a time."""
@@ -48,7 +48,8 @@ class Routed:
         """
         if self.score is None or self.logit_NE is None or self.column_NX is None:
             return self._summed
-        logit_NE, column_NX = self.logit_NE.double(), self.column_NX.double()
+        wide = torch.float32 if self.x_ND.dtype.itemsize == 2 else torch.float64
+        logit_NE, column_NX = self.logit_NE.to(wide), self.column_NX.to(wide)
         probability_NE = scores_of(self.score, logit_NE)
         is_picked_NE = self.gate_NE != 0
         scale_N1 = self.gate_NE.sum(1, keepdim=True) / (probability_NE * is_picked_NE).sum(1, keepdim=True).clamp(min=1e-30)
@@ -59,9 +60,9 @@ class Routed:
         def of(groups: Sequence[Sequence[int]]) -> Tensor:
             if self.score == "softmax":  # logits of a token are known up to a common number
                 due_NG = torch.stack([logit_NE[:, list(group)].logsumexp(1) for group in groups], dim=1) - common_N1
-                p_NG = (column_NX @ solve(due_NG) + common_N1 - total_N1).exp()
+                p_NG = (column_NX @ solve(due_NG).to(wide) + common_N1 - total_N1).exp()
             else:
-                p_NG = torch.sigmoid(column_NX @ solve(sigmoid_target(logit_NE, groups)))
+                p_NG = torch.sigmoid(column_NX @ solve(sigmoid_target(logit_NE, groups)).to(wide))
             found_NG = torch.where(p_NG >= least_N1, p_NG * scale_N1, 0).float()
             for number, group in enumerate(groups):
                 if len(group) == 1:
@@ -136,7 +137,7 @@ class _Comparison:
     def _member(self, expert: int) -> _Member:
         if expert not in self._members:
             a_NM, neurons_M, size = self._activations.of(expert)
-            a_NM, neurons_M = a_NM[:, :: self._one_of], neurons_M[:: self._one_of]
+            a_NM, neurons_M = a_NM[:, :: self._one_of].contiguous(), neurons_M[:: self._one_of]
             gate_N = self._routed.gate_NE[:, expert]
             tokens_R = gate_N.nonzero().flatten()
             a_RF = a_NM.new_zeros(len(tokens_R), size)

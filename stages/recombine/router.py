@@ -83,7 +83,9 @@ def fitted(score: str, source: Router, start: Router, x_TD: Tensor, groups: Sequ
 
 
 def ridge_rows(columns_TN: Tensor) -> Callable[[Tensor], Tensor]:
-    """Given targets [T, S], the weights [N, S] of the columns that fit them, by ridge regression towards zero."""
+    """Given targets [T, S] in the dtype of the columns, the weights [N, S] of the columns that fit them, float64, by ridge
+    regression towards zero."""
     remedy = "calibrate with more tokens, or set export.router to frequency"
-    factor = factor_of(columns_TN.T @ columns_TN, RIDGE, "router", remedy)
-    return lambda target_TS: factor.solve(columns_TN.T @ target_TS)
+    wide_TN = columns_TN.double()
+    factor = factor_of(wide_TN.T @ wide_TN, RIDGE, "router", remedy)
+    return lambda target_TS: factor.solve((columns_TN.T @ target_TS).double())

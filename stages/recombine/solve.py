@@ -9,19 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.recombine.calls import SWEEPS, Bounds
+from stages.recombine.calls import HELD_OUT, SWEEPS, Bounds
 from stages.recombine.factor import Factor, factor_of
+from stages.recombine.moments import Moments, down, product
 
 RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Shares of the mean diagonal of the moments, of which the held-out tokens choose."""
 FIRST_RIDGE = 1e-2
 """Where the search among RIDGES begins, and what is used where a solution is only a start."""
-HELD_OUT = 8
-"""One sequence of so many chooses, and nothing else may have seen it."""
 _BLOCK = 2048
 """Tokens whose columns are made at a time."""
-_STRIP = 128
-"""Columns of a moment matrix that are computed at a time: only what is not above the diagonal."""
 _REMEDY = "set refit.ridge to a larger number"
 
 
@@ -56,8 +53,8 @@ class Problem:
 
     slots: routing to each slot. activations: of a slot on some tokens [R, F]. target_TD: what the slots' outputs, less their
     biases, have to add up to. weight_T: of each token. start: W_down [D, F] of each slot as it is. lengths: tokens of each
-    sequence; they stand in order. wide: dtype of columns and their products over a block of tokens: exact products of what a
-    model computes, so float32 for one of 16 bits. Sums over blocks are float64.
+    sequence; they stand in order. wide: dtype of columns and their products over a block of tokens: float32 for a model of 16
+    bits, else float64. Sums over blocks are float64.
     """
 
     slots: Sequence[SlotTokens]
@@ -83,14 +80,18 @@ class Problem:
         """Weighted columns of a slot on some of its tokens, [R, F] in `wide`."""
         return self.scaled(self.activations(slot, tokens_R), tokens_R, gates_R)
 
-    def scaled(self, a_RN: Tensor, tokens_R: Tensor, gates_R: Tensor) -> Tensor:
-        """Activations times gates and weights of their tokens, in `wide`."""
-        return a_RN.to(self.wide) * (gates_R.to(self.wide) * self.weight_T[tokens_R].to(self.wide))[:, None]
+    def scaled(self, rows_RN: Tensor, tokens_R: Tensor, gates_R: Tensor) -> Tensor:
+        """A row for each token, times gate and weight of the token, in `wide`."""
+        return rows_RN.to(self.wide) * (gates_R.to(self.wide) * self.weight_T[tokens_R].to(self.wide))[:, None]
+
+    def given(self, slot: int, tokens_R: Tensor, gates_R: Tensor, weight_DF: Tensor) -> Tensor:
+        """What a slot with these weights gives to some of its tokens, weighted as the target is, [R, D] in `wide`."""
+        return self.scaled(down(self.activations(slot, tokens_R), weight_DF, self.wide), tokens_R, gates_R)
 
     def add(self, left_TD: Tensor, number: int, slot: SlotTokens, weight_DF: Tensor) -> None:
-        """Add what a slot gives with these weights, weighted as the target is."""
+        """Add what a slot gives with these weights."""
         for tokens_R, gates_R in slot.blocks():
-            left_TD.index_add_(0, tokens_R, self.columns(number, tokens_R, gates_R) @ weight_DF.T.to(self.wide))
+            left_TD.index_add_(0, tokens_R, self.given(number, tokens_R, gates_R, weight_DF))
 
 
 def held_tokens(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -109,7 +110,7 @@ class Solution:
     """weights: W_down float32 [D, F] of each slot. ridge: the strength that was used. error_before, error_after: weighted
     squared error over that of giving nothing, on all tokens. error_unseen: on the held-out tokens, of a solution from the
     others; where slots are solved one after another, error_after. total_unseen: the squared error of giving nothing on these
-    tokens. left_TD: of the weighted target, where it is at hand."""
+    tokens."""
 
     weights: tuple[Tensor, ...]
     ridge: float
@@ -117,89 +118,26 @@ class Solution:
     error_after: float
     error_unseen: float
     total_unseen: float
-    left_TD: Tensor | None = None
-
-    def left_of(self, problem: Problem) -> Tensor:
-        """What it leaves of the weighted target of the problem that it solves, [T, D]."""
-        return left_of(problem, self.weights) if self.left_TD is None else self.left_TD
 
 
-def solve(
-    problem: Problem, ridge: float | None, bounds: Bounds, sweeps: int = SWEEPS, near: Sequence[Tensor] | None = None
-) -> Solution:
+def solve(problem: Problem, ridge: float | None, bounds: Bounds, sweeps: int = SWEEPS) -> Solution:
     """Minimise sum_t weight_t^2 |target_t - sum_s gate_ts W_s a_s(x_t)|^2 + ridge * mean(diag A) * |W - start|^2.
 
     ridge: None for the one of RIDGES with the least error on the held-out tokens, from a solution on the others. All slots
-    together where the bounds allow it, else slot after slot, in so many sweeps, the first of which begins at the weights
-    `near`, the start by default.
+    together where the bounds allow it, else slot after slot, in so many sweeps.
     """
     if sum(weight.shape[1] for weight in problem.start) <= bounds.joint_columns:
         return _joint(problem, ridge)
-    return _one_by_one(problem, ridge, sweeps, bounds, near or problem.start)
-
-
-def left_of(problem: Problem, weights: Sequence[Tensor]) -> Tensor:
-    """What these weights leave of the target, weighted, [T, D] in `wide`."""
-    left_TD = problem.weighted_TD
-    for number, slot in enumerate(problem.slots):
-        problem.add(left_TD, number, slot, -weights[number])
-    return left_TD
+    return _one_by_one(problem, ridge, sweeps, bounds)
 
 
 def error_of_start(problem: Problem, is_unseen: bool = False) -> float:
     """Squared error of the start over that of giving nothing: on all tokens, or on those that choose the ridge."""
-    target_TD = problem.weighted_TD
-    left_TD, tokens_T = target_TD.clone(), problem.held_T if is_unseen else torch.ones_like(problem.held_T)
+    left_TD, tokens_T = problem.weighted_TD, problem.held_T if is_unseen else torch.ones_like(problem.held_T)
+    total = _energy(left_TD[tokens_T])
     for number, slot in enumerate(problem.slots):
         problem.add(left_TD, number, slot.of(tokens_T[slot.tokens_R]), -problem.start[number])
-    total = _energy(target_TD[tokens_T])
     return _energy(left_TD[tokens_T]) / total if total else 0.0
-
-
-@dataclass(frozen=True)
-class Moments:
-    """A = H^T H [N, N], C = H^T Y [N, D] and |Y|^2 over some tokens, float64."""
-
-    gram_NN: Tensor
-    cross_ND: Tensor
-    total: float
-
-    @classmethod
-    def zeros(cls, num_columns: int, hidden_size: int, device: torch.device) -> "Moments":
-        """Of no tokens."""
-        gram_NN = torch.zeros(num_columns, num_columns, dtype=torch.float64, device=device)
-        return cls(gram_NN, torch.zeros(num_columns, hidden_size, dtype=torch.float64, device=device), 0.0)
-
-    def with_rows(self, columns_RN: Tensor, target_RD: Tensor) -> "Moments":
-        """With some tokens added, in place; above the diagonal not before `whole`."""
-        for first in range(0, len(self.gram_NN), _STRIP):
-            stop = min(first + _STRIP, len(self.gram_NN))
-            self.gram_NN[first:stop, :stop] += columns_RN[:, first:stop].T @ columns_RN[:, :stop]
-        self.cross_ND.add_(columns_RN.T @ target_RD)
-        return Moments(self.gram_NN, self.cross_ND, self.total + float(target_RD.square().sum(dtype=torch.float64)))
-
-    def whole(self) -> "Moments":
-        """With what is above the diagonal filled in, in place."""
-        for first in range(0, len(self.gram_NN), _STRIP):
-            stop = min(first + _STRIP, len(self.gram_NN))
-            self.gram_NN[:first, first:stop] = self.gram_NN[first:stop, :first].T
-            square = self.gram_NN[first:stop, first:stop]
-            square.copy_(square.tril() + square.tril(-1).T)
-        return self
-
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.gram_NN + other.gram_NN, self.cross_ND + other.cross_ND, self.total + other.total)
-
-    def with_own(self, own_ND: Tensor) -> "Moments":
-        """With Y + H W in the place of Y."""
-        own_part_ND = self.gram_NN @ own_ND
-        total = self.total + float((own_ND * (2 * self.cross_ND + own_part_ND)).sum())
-        return Moments(self.gram_NN, self.cross_ND + own_part_ND, total)
-
-    def error(self, weight_ND: Tensor) -> float:
-        """|Y - H W|^2, from the moments alone."""
-        linear = float((weight_ND * self.cross_ND).sum())
-        return self.total - 2 * linear + float((weight_ND * (self.gram_NN @ weight_ND)).sum())
 
 
 def _ridge_solution(moments: Moments, start_ND: Tensor, ridge: float, place: str, right_ND: Tensor | None = None) -> Tensor:
@@ -290,75 +228,78 @@ class _Columns:
         self._keeps = values * problem.wide.itemsize // 2 <= 8 * bounds.activation_values
         self._kept: dict[int, list[Tensor]] = {}
 
-    def of(self, number: int) -> Iterator[tuple[bool, Tensor, Tensor]]:
-        """Whether a block is held out, its tokens [R], and its columns [R, F] in `wide`."""
+    def of(self, number: int) -> Iterator[tuple[bool, SlotTokens, Tensor]]:
+        """Whether a block is held out, its tokens, and the slot's activations on them [R, F]."""
         kept = self._kept.get(number, [])
         for block, (tokens_R, gates_R) in enumerate(self._parts[number]):
             a_RF = kept[block] if block < len(kept) else self._problem.activations(number, tokens_R)
             if self._keeps and block >= len(kept):
                 kept = self._kept.setdefault(number, kept)
                 kept.append(a_RF)
-            yield block >= self._num_train[number], tokens_R, self._problem.scaled(a_RF, tokens_R, gates_R)
+            yield block >= self._num_train[number], SlotTokens(tokens_R, gates_R), a_RF
 
     def moments(self, number: int, left_TD: Tensor) -> tuple[Moments, Moments]:
         """Of the tokens that are not held out, and of those that are, with what is left of the target."""
         size = self._problem.start[number].shape[1]
         found = [Moments.zeros(size, left_TD.shape[1], left_TD.device) for _ in range(2)]
-        for is_held, tokens_R, columns_RF in self.of(number):
-            found[is_held] = found[is_held].with_rows(columns_RF, left_TD[tokens_R])
+        for is_held, slot, a_RF in self.of(number):
+            columns_RF = self._problem.scaled(a_RF, slot.tokens_R, slot.gates_R)
+            found[is_held] = found[is_held].with_rows(columns_RF, left_TD[slot.tokens_R])
         return found[0].whole(), found[1].whole()
 
     def cross(self, number: int, left_TD: Tensor) -> Tensor:
         """H^T [what is left] over all tokens, float64 [F, D]."""
         size = self._problem.start[number].shape[1]
         found = [torch.zeros(size, left_TD.shape[1], dtype=torch.float64, device=left_TD.device) for _ in range(2)]
-        for is_held, tokens_R, columns_RF in self.of(number):
-            found[is_held] += columns_RF.T @ left_TD[tokens_R]
+        for is_held, slot, a_RF in self.of(number):
+            left_RD = self._problem.scaled(left_TD[slot.tokens_R], slot.tokens_R, slot.gates_R)
+            found[is_held] += product(a_RF.T.to(left_RD.dtype), left_RD)
         return found[0] + found[1]
 
     def add(self, left_TD: Tensor, number: int, weight_DF: Tensor) -> None:
         """Add what a slot gives with these weights."""
-        for _, tokens_R, columns_RF in self.of(number):
-            left_TD.index_add_(0, tokens_R, columns_RF @ weight_DF.T.to(columns_RF.dtype))
+        for _, slot, a_RF in self.of(number):
+            output_RD = down(a_RF, weight_DF, self._problem.wide)
+            left_TD.index_add_(0, slot.tokens_R, self._problem.scaled(output_RD, slot.tokens_R, slot.gates_R))
 
 
-def _one_by_one(problem: Problem, ridge: float | None, sweeps: int, bounds: Bounds, near: Sequence[Tensor]) -> Solution:
+def _one_by_one(problem: Problem, ridge: float | None, sweeps: int, bounds: Bounds) -> Solution:
     """Gauss-Seidel over slots: each is solved on what the others leave. The ridge is that of the first sweep's first slot.
 
-    Where the bounds allow it, A and factors of all slots stay for later sweeps, in which only C is new.
+    With R what all slots leave, a slot's weights change by what solves (A + ridge) d = H^T R - ridge (W - start). Where the
+    bounds allow it, factors of all slots stay for later sweeps, in which only H^T R is new.
     """
     keeps = sweeps > 1 and 2 * sum(weight.shape[1] ** 2 for weight in problem.start) <= bounds.moment_values
     columns, left_TD = _Columns(problem, bounds), problem.weighted_TD
     total = _energy(left_TD)
-    weights = [weight.double() for weight in near]
+    weights = [weight.double() for weight in problem.start]
     for number in range(len(weights)):
         columns.add(left_TD, number, -weights[number])
     before = _energy(left_TD)
     chosen = ridge
-    kept: dict[int, tuple[Tensor, Factor]] = {}
+    kept: dict[int, Factor] = {}
     for _ in range(sweeps):
         for number, slot in enumerate(problem.slots):
             if not len(slot.tokens_R):  # nothing to go by
                 continue
             start_ND, old_ND = problem.start[number].double().T, weights[number].T
             if number in kept:
-                gram_NN, factor = kept[number]
-                cross_ND = columns.cross(number, left_TD)
+                factor, cross_ND = kept[number], columns.cross(number, left_TD)
             else:
                 place = f"{problem.place}, slot {number}"
                 train, held = columns.moments(number, left_TD)
                 if chosen is None:
                     chosen, _ = _chosen(train.with_own(old_ND), held.with_own(old_ND), start_ND, None, place)
-                gram_NN, cross_ND = train.gram_NN.add_(held.gram_NN), train.cross_ND + held.cross_ND
-                factor = factor_of(gram_NN, chosen, place, _REMEDY)
+                cross_ND = train.cross_ND + held.cross_ND
+                factor = factor_of(train.gram_NN.add_(held.gram_NN), chosen, place, _REMEDY)
                 if keeps:
-                    kept[number] = gram_NN, factor
-            weight_ND = start_ND + factor.solve(cross_ND + gram_NN @ (old_ND - start_ND))
-            columns.add(left_TD, number, (old_ND - weight_ND).T)
-            weights[number] = weight_ND.T
+                    kept[number] = factor
+            change_ND = factor.solve(cross_ND - factor.shift * (old_ND - start_ND))
+            columns.add(left_TD, number, -change_ND.T)
+            weights[number] = (old_ND + change_ND).T
     after = _energy(left_TD) / total
     solved = tuple(weight.float().contiguous() for weight in weights)
-    return Solution(solved, FIRST_RIDGE if chosen is None else chosen, before / total, after, after, total, left_TD)
+    return Solution(solved, FIRST_RIDGE if chosen is None else chosen, before / total, after, after, total)
 
 
 def _energy(left_TD: Tensor) -> float:

@@ -52,6 +52,7 @@ class Student:
         small = build_meta_model(adapted.checkpoint, num_experts=len(plan.slots)).get_submodule(prefix.rstrip("."))
         source_experts = adapted.experts_modules()[layer]
         inside = next(name for name, module in source.named_modules() if module is source_experts)
+        self._block = inside.rpartition(".")[0]
         experts = small.get_submodule(inside)
         axes = _axes(str(adapted.checkpoint.folder))
         is_stock = plan.slots[0].row is not None
@@ -103,8 +104,6 @@ class Student:
         """Gates [N, E], float32, that the source's router gives on some inputs of the layer's experts; 0 where an expert is not
         picked."""
         adapted = self._shard.adapted
-        layer, experts = adapted.layers[self._layer], adapted.experts_modules()[self._layer]
-        inside = next(name for name, module in layer.named_modules() if module is experts)
         num_experts = self._shard.expert_weights(self._layer).num_experts
         gate_NE = torch.zeros(len(x_ND), num_experts, device=x_ND.device)
 
@@ -112,9 +111,14 @@ class Student:
             gate_NE.scatter_add_(1, index_Nk, gates_Nk.float())
             return torch.zeros_like(hidden_ND)
 
-        with replaced_forward(experts, see):
-            layer.get_submodule(inside.rpartition(".")[0])(x_ND[None])
+        with replaced_forward(adapted.experts_modules()[self._layer], see):
+            adapted.layers[self._layer].get_submodule(self._block)(x_ND[None])
         return gate_NE
+
+    def route(self, x_TD: Tensor, see: Seen) -> None:
+        """Send some inputs of the layer's experts through the router, with `see` in the place of the experts."""
+        with self._stands_in(see):
+            self._module.get_submodule(self._block)(x_TD[None])
 
     @contextmanager
     def watched_router(self, x: list[Tensor], logits: list[Tensor]) -> Iterator[None]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -150,6 +151,10 @@ def test_neurons_that_give_nothing_go_without_loss(tmp_path: Path) -> None:
     assert (logits(load(export), ids) - due).norm() < 0.02 * due.norm()
 
 
+def _not_asked(*_: object) -> Tensor:
+    raise AssertionError
+
+
 def test_an_expert_that_no_token_reaches_keeps_its_largest_neurons() -> None:
     nothing = SlotTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     weight_DF = torch.tensor([[1.0, -5.0, 2.0, 3.0, 0.5]])
@@ -157,7 +162,7 @@ def test_an_expert_that_no_token_reaches_keeps_its_largest_neurons() -> None:
         [nothing], lambda slot, tokens: torch.zeros(0, 5), torch.ones(16, 1), torch.ones(16), [weight_DF], "here", [2] * 8
     )
     slot = Slot((0, 1), (Member(0, 0.5), Member(1, 0.5)))
-    found = choosing.chosen(slot, problem, 0, torch.ones(16, 1), lambda expert, tokens: torch.zeros(0, 5), torch.zeros, 3)
+    found = choosing.chosen(slot, problem, 0, choosing.SourceExperts(*[_not_asked] * 4), 3)
     members = choosing.chosen_slot(slot, found, 5).members
     assert members == (Member(0, 0.5, (1, 2, 3)), Member(1, 0.5, (1, 2, 3)))
     assert torch.equal(found.weight_DK, weight_DF[:, [1, 2, 3]])

@@ -63,19 +63,22 @@ class HeldLayer(LayerShard):
         return self._given
 
     def start(self, part_dir: Path, name: str) -> Start:
-        """The solution of a plan as it is."""
+        """What the step start has made of a plan."""
         self._turn_to(part_dir)
         if name not in self._starts:
             self._starts[name] = Start.read(part_dir, self.first, name, self.device)
         return self._starts[name]
 
+    def started(self, part_dir: Path, name: str) -> Student:
+        """The layer with the experts of a started plan."""
+        return self.planned(part_dir, f"{name}, started", self.start(part_dir, name).plan)
+
     def problem(self, part_dir: Path, of: LayerArgs, name: str) -> Problem:
-        """What the slots of a started plan have to give, from what solves them as they are."""
+        """What the slots of a started plan have to give."""
         start = self.start(part_dir, name)
         if name not in self._problems:
             given = replace(self.given(part_dir, of), routed=start.routed)
-            student = self.planned(part_dir, f"{name}, started", start.plan)
-            self._problems[name] = given.problem(student, of.has_shared, start.weights)
+            self._problems[name] = given.problem(self.started(part_dir, name), of.has_shared)
         return self._problems[name]
 
     def solved(self, part_dir: Path) -> Student:

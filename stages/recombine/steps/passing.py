@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from stages.contracts.paths import hidden_file, student_file, tokens_file
-from stages.contracts.units import HeldJob, Job
+from stages.contracts.units import Job
 from stages.contracts.windows import NO_TOKEN
 from stages.model.layer_shard import LayerShard
 from stages.model.stream import read_hidden, read_token_ids
-from stages.recombine.calls import LayerArgs, SolveArgs, StartArgs
+from stages.recombine.calls import LayerArgs
 from stages.recombine.given import Given
 from stages.recombine.router import Router
-from stages.recombine.steps.held import HeldLayer
 from stages.recombine.student import Student
+
+_BLOCK = 2048
+"""Tokens whose routing is found at a time."""
 
 
 def ids_of(job: Job[object], of: LayerArgs, shard: int) -> list[Tensor]:
@@ -72,18 +74,15 @@ def passed_through(student: Student, of: LayerArgs, ids: list[Tensor], ours: lis
     return passed
 
 
-def routed_by(job: HeldJob[StartArgs, HeldLayer] | HeldJob[SolveArgs, HeldLayer], student: Student, given: Given) -> Given:
-    """With slots, gates and logits of all token shards under the router of another student."""
-    of = job.args.of
-    slots, gates, logits = list[Tensor](), list[Tensor](), list[Tensor]()
-    for number in range(of.num_shards):
-        ids = ids_of(job, of, number)
-        _, ours = streams(job.part_dir, job.held, of.layer, number, ids, of.is_one_shot, has_source=of.is_one_shot)
-        passed = passed_through(student, of, ids, ours)
-        slots += passed.slots
-        gates += passed.gates
-        logits += passed.router_logits
-    return replace(given, routed=(torch.cat(slots), torch.cat(gates)), router_logits=torch.cat(logits) if logits else None)
+def routed_by(student: Student, given: Given) -> Given:
+    """With slots, gates and logits of all tokens under the router of another student."""
+    passed = Passed()
+    with student.watched_router(passed.router_x, passed.router_logits):
+        for x_TD in given.x_TD.split(_BLOCK):
+            passed.is_token.append(torch.ones(len(x_TD), dtype=torch.bool, device=x_TD.device))
+            student.route(x_TD, passed.see)
+    logits = torch.cat(passed.router_logits) if given.router_logits is not None else None
+    return replace(given, routed=(torch.cat(passed.slots), torch.cat(passed.gates)), router_logits=logits)
 
 
 def plain_routers(student: Student, given: Given) -> tuple[Router, Router] | None:

@@ -18,7 +18,7 @@ from stages.recombine.calls import OWN, KeepArgs, SolveArgs, SolveFacts
 from stages.recombine.given import Given, read_chosen, save_tensors
 from stages.recombine.neurons import chosen_slot
 from stages.recombine.router_step import moved
-from stages.recombine.solve import Problem, Solution, solve
+from stages.recombine.solve import Problem, Solution, error_of_start, solve
 from stages.recombine.steps.held import HeldLayer, plan_of
 from stages.recombine.steps.passing import plain_routers, routed_by
 from stages.recombine.student import Student
@@ -63,34 +63,31 @@ class _Solved:
 def _solved(job: HeldJob[SolveArgs, HeldLayer], name: str) -> _Solved:
     """A plan with its chosen neurons, its rows and W_down."""
     args, of, shard = job.args, job.args.of, job.held
-    given, start, rows, weights = shard.given(job.part_dir, of), None, dict[str, Tensor](), None
+    given, rows, weights, before = shard.given(job.part_dir, of), dict[str, Tensor](), None, None
     if args.has_start:
         start = shard.start(job.part_dir, name)
         given = replace(given, routed=start.routed, router_logits=start.router_logits)
-        rows = dict(start.rows)
-        plan, student = start.plan, shard.planned(job.part_dir, f"{name}, started", start.plan)
+        plan, student, rows, before = start.plan, shard.started(job.part_dir, name), dict(start.rows), start.error_before
     else:
         plan = plan_of(job, of, name)
         student = shard.planned(job.part_dir, name, plan)
-    if start is not None and args.num_neurons is not None and _has_to_choose(plan, student, args.num_neurons):
+    if args.num_neurons is not None and _has_to_choose(plan, student, args.num_neurons):
         num_slots = range(len(plan.slots))
         found = [read_chosen(job.part_dir, of.layer, name, number, shard.device) for number in num_slots]
         size = shard.expert_weights(of.layer).intermediate
         slots = tuple(chosen_slot(slot, one, size) for slot, one in zip(plan.slots, found, strict=True))
-        weights = [*(one.weight_DK for one in found), *start.weights[len(found) :]]
-        plan = replace(plan, slots=slots)
+        weights, plan = [one.weight_DK for one in found], replace(plan, slots=slots)
         student = Student(shard, of.layer, plan, rows)
     elif rows:
         student = Student(shard, of.layer, plan, rows)
     problem = given.problem(student, of.has_shared, weights)
-    solution = solve(problem, args.ridge, args.bounds)
-    before = solution.error_before if start is None else start.error_before
-    if of.score is not None and (moved_rows := _moved_rows(of.score, student, given, problem, solution)):
+    if of.score is not None and (moved_rows := _moved_rows(of.score, student, given, problem)):
         other = Student(shard, of.layer, plan, moved_rows)
-        again = routed_by(job, other, given).problem(other, of.has_shared, weights)
-        better = solve(again, solution.ridge, args.bounds, sweeps=1, near=solution.weights)
-        if better.error_unseen * better.total_unseen < solution.error_unseen * solution.total_unseen:
-            rows, solution = moved_rows, better
+        again = routed_by(other, given).problem(other, of.has_shared, weights)
+        if error_of_start(again, is_unseen=True) < error_of_start(problem, is_unseen=True):
+            rows, problem = moved_rows, again
+    solution = solve(problem, args.ridge, args.bounds)
+    before = solution.error_before if before is None else before
     values = {student.down_name: student.stacked(solution.weights[: len(plan.slots)]), **rows}
     for weight in solution.weights[len(plan.slots) :]:
         values[student.shared_name] = weight
@@ -102,18 +99,15 @@ def _has_to_choose(plan: LayerPlan, student: Student, num_neurons: int) -> bool:
     return num_neurons < student.weights.intermediate or any(len(slot.members) > 1 for slot in plan.slots)
 
 
-def _moved_rows(score: str, student: Student, given: Given, problem: Problem, solution: Solution) -> dict[str, Tensor]:
-    """Router rows of a solved student after a step towards the layer's output; none where the router is more than a matrix."""
+def _moved_rows(score: str, student: Student, given: Given, problem: Problem) -> dict[str, Tensor]:
+    """Router rows after a step towards the layer's output; none where the router is more than a matrix."""
     routers = plain_routers(student, given)
     if routers is None or given.router_x is None or given.router_logits is None:
         return {}
-
-    def outputs(number: int, tokens_R: Tensor) -> Tensor:
-        bias_D = student.weights.bias("down_proj", number, number + 1)
-        output_RD = problem.activations(number, tokens_R).float() @ solution.weights[number].T
-        return output_RD if bias_D is None else output_RD + bias_D.float()
-
-    return moved(score, problem, solution.left_of(problem), outputs, routers[1], given.router_x, given.router_logits)
+    num_slots = student.weights.num_experts
+    bias = student.weights.bias("down_proj", 0, num_slots)
+    bias_SD = None if bias is None else bias.view(num_slots, -1)
+    return moved(score, problem, bias_SD, routers[1], given.router_x, given.router_logits)
 
 
 def _write(part_dir: Path, plan: LayerPlan, values: Mapping[str, Tensor]) -> list[WrittenFile]:

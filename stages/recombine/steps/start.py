@@ -1,7 +1,4 @@
-"""The step start: a plan as it is, solved, with pairs chosen anew and router rows fitted where they are.
-
-Dimensions: T tokens, D hidden size.
-"""
+"""The step start: the pairs of a plan and the rows of its router, before anything is solved."""
 
 import torch
 from torch import Tensor
@@ -14,7 +11,7 @@ from stages.recombine.calls import OWN, PairArgs, StartArgs
 from stages.recombine.given import Given, Start, load_tensors
 from stages.recombine.pairs import paired_plan
 from stages.recombine.router import fitted
-from stages.recombine.solve import FIRST_RIDGE, error_of_start, solve
+from stages.recombine.solve import error_of_start
 from stages.recombine.steps.compare import losses_of
 from stages.recombine.steps.held import HeldLayer, plan_of
 from stages.recombine.steps.passing import plain_routers, routed_by
@@ -22,31 +19,26 @@ from stages.recombine.student import Student
 
 
 def start_unit(job: HeldJob[StartArgs, HeldLayer]) -> UnitResult[NoFacts]:
-    """Solve a plan as it is, with pairs chosen anew if they are, and with fitted rows where these, before anything is solved,
-    leave less on held-out tokens than the plan's router does."""
+    """Choose the pairs of a plan anew, if they are, and fit rows of its router, where these leave less on held-out tokens than
+    the plan's own do, before anything is solved."""
     args, of, shard = job.args, job.args.of, job.held
     plan = plan_of(job, of, args.name)
-    ridge = FIRST_RIDGE if args.ridge is None else args.ridge
     with torch.inference_mode():
         student, given = shard.planned(job.part_dir, args.name, plan), shard.given(job.part_dir, of)
         if args.name != OWN:
-            given = routed_by(job, student, given)
+            given = routed_by(student, given)
         if args.pairs is not None and len(plan.slots) < plan.num_experts:
             plan = _paired(job, args.pairs, student, plan, given)
             student = Student(shard, of.layer, plan)
-            given = routed_by(job, student, given)
-        problem = given.problem(student, of.has_shared)
-        before, rows = None, dict[str, Tensor]()
+            given = routed_by(student, given)
+        problem, rows = given.problem(student, of.has_shared), dict[str, Tensor]()
+        before = error_of_start(problem)
         if of.score is not None and (found := _fitted_rows(of.score, student, plan, given)):
-            other = routed_by(job, Student(shard, of.layer, plan, found), given)
+            other = routed_by(Student(shard, of.layer, plan, found), given)
             again = other.problem(student, of.has_shared)
             if error_of_start(again, is_unseen=True) < error_of_start(problem, is_unseen=True):
-                before, rows, given, problem = error_of_start(problem), found, other, again
-        solution = solve(problem, ridge, args.bounds, sweeps=1)
-        start = Start(
-            plan, solution.weights, solution.error_before if before is None else before,
-            solution.left_of(problem) if args.chooses else None, rows, given.routed, given.router_logits,
-        )  # fmt: skip
+                rows, given = found, other
+        start = Start(plan, before, rows, given.routed, given.router_logits)
         return UnitResult(NoFacts(), transient=start.write(job.part_dir, args.name))
 
 
