@@ -235,7 +235,8 @@ class Bench:
         ids, seconds = self._ids(name, SCALING_SEQUENCES), dict[str, dict[str, list[float]]]()
         for _ in range(self.repeats):
             for mode in ("one_shot", "sequential"):
-                further = ("clustering.method=pairs", f"refit={{mode: {mode}, neurons: choose}}")
+                variant = f"{{name: recombine, preset: recombine, refit: {{mode: {mode}}}}}"
+                further = (f"variants=[{variant}]", "export.formats=[tied]")
                 for count in RECOMBINE_WORKERS:
                     found = self._scaled_s(name, ids, count, "recombine", further)
                     seconds.setdefault(mode, {}).setdefault(str(count), []).append(found)
