@@ -234,8 +234,8 @@ def _recombine_scaling(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]  # fmt: skip
     header = ["model", "tokens", "mode", "workers", "recombine, s", "times as fast as one"]
     return (
-        "## 8. Recombine on two workers\n\nAs in 5, the preset, tied. Target: two workers at least 1.6 times as fast as one in one_shot, 1.4 "
-        "times in sequential.\n\n" + _table(header, rows)
+        "## 8. Recombine on two workers\n\nAs in 5, the preset, tied. Target: two workers at least 1.6 times as fast as one in "
+        "one_shot, 1.4 times in sequential.\n\n" + _table(header, rows)
     )
 
 

@@ -252,8 +252,8 @@ class _Columns:
         size = self._problem.start[number].shape[1]
         found = [torch.zeros(size, left_TD.shape[1], dtype=torch.float64, device=left_TD.device) for _ in range(2)]
         for is_held, slot, a_RF in self.of(number):
-            left_RD = self._problem.scaled(left_TD[slot.tokens_R], slot.tokens_R, slot.gates_R)
-            found[is_held] += product(a_RF.T.to(left_RD.dtype), left_RD)
+            columns_RF = self._problem.scaled(a_RF, slot.tokens_R, slot.gates_R)
+            found[is_held] += product(columns_RF.T, left_TD[slot.tokens_R])
         return found[0] + found[1]
 
     def add(self, left_TD: Tensor, number: int, weight_DF: Tensor) -> None:
