@@ -47,7 +47,7 @@ class RecombineExecutor(SimulatedExecutor):
     needs: LayerNeeds | None = None
     solving: Solving = field(default_factory=Solving)
     _has_read: dict[str, str] = field(default_factory=dict)
-    """What each worker has read of the layer that it is at."""
+    """The layer of which each worker has read what its experts are given."""
 
     def open_ahead(self, slot: Slot, hold: Hold, is_free: bool) -> None:
         """Holds of a layer are one object."""
@@ -77,8 +77,7 @@ class RecombineExecutor(SimulatedExecutor):
         if isinstance(args, ChooseArgs):
             return seconds + self._seconds(self.needs.choose_work) + slots_s
         if isinstance(args, StartArgs):
-            seconds += self._seconds(self.needs.groups_work) + self._seconds(self.needs.start_work)
-            return seconds
+            return seconds + self._seconds(self.needs.groups_work) + self._seconds(self.needs.start_work)
         seconds += self._seconds(self.needs.solve_work(SWEEPS, NUM_RIDGES)) + self._seconds(self.needs.router_work)
         return seconds + 2 * slots_s * self.needs.num_slots
 

@@ -26,10 +26,11 @@ from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
 from stages.recombine.calls import Bounds, num_candidates
 from stages.recombine.factor import FACTOR_DTYPES, factor_of
+from stages.recombine.given import Given
 from stages.recombine.solve import Problem, SlotTokens, solve
 from stages.recombine.steps import solve as solve_step
 from stages.recombine.steps import start as start_step
-from stages.recombine.student import output_scale
+from stages.recombine.student import Student, output_scale
 from tests.runs import read_tensors, run_all, run_config, tensor_bytes, token_ids
 from tests.tiny import build, load, logits, save
 
@@ -340,6 +341,29 @@ def test_rows_are_fitted_where_they_leave_less_than_the_rule(tmp_path: Path, mon
         found[sign] = [layer["is_router_fitted"] for layer in facts(tmp_path / f"run{sign}", "recombine-4e-stock")]
     assert any(found[1])
     assert len(found[-1]) == len(found[1]) and not any(found[-1])
+
+
+@pytest.mark.parametrize("left", [0.9, 1.1])
+def test_rows_are_moved_where_that_leaves_less(left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """left: what the moved rows leave on held-out tokens, of what the others do."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+    monkeypatch.setattr(start_step, "_fitted_rows", lambda *_: {})
+    step, before = solve_step._moved_rows, list[Problem]()
+
+    def rows_of(score: str, student: Student, given: Given, problem: Problem) -> dict[str, Tensor]:
+        before.append(problem)
+        return step(score, student, given, problem)
+
+    def error_of(problem: Problem, is_unseen: bool) -> float:
+        assert is_unseen
+        return 1.0 if problem is before[-1] else left
+
+    monkeypatch.setattr(solve_step, "_moved_rows", rows_of)
+    monkeypatch.setattr(solve_step, "error_of_start", error_of)
+    run_all(source, tmp_path / "run", path, [4], ["stock"], variants=["recombine"])
+    found = [layer["is_router_fitted"] for layer in facts(tmp_path / "run", "recombine-4e-stock")]
+    assert found == [left < 1] * 3
 
 
 def test_chosen_neurons_are_whole_neurons_of_the_members(tmp_path: Path) -> None:
