@@ -21,7 +21,7 @@ from pipeline.run.view import Inputs, RunView
 from stages.contracts.survey import Survey
 from stages.contracts.tensors import TensorRow
 from stages.contracts.units import Hold, Unit
-from stages.recombine.calls import SWEEPS, AdvanceArgs, ChooseArgs, CompareArgs, GatherArgs, SolveArgs, StartArgs
+from stages.recombine.calls import SWEEPS, AdvanceArgs, ChooseArgs, CompareArgs, GatherArgs, SolveArgs, SourceArgs, StartArgs
 from stages.recombine.needs import NUM_RIDGES, LayerNeeds, Work, layer_needs
 
 MODELS = (MIXTRAL, QWEN3_30B, DEEPSEEK_V3)
@@ -64,9 +64,10 @@ class RecombineExecutor(SimulatedExecutor):
         args = unit.call.args
         assert self.needs is not None
         if isinstance(args, GatherArgs):
-            return self._gather_s(args, len(unit.reads), len(unit.writes) > 1)
-        if isinstance(args, AdvanceArgs):
-            return self._advance_s(args, len(unit.reads), len(unit.writes))
+            written_s = self._given_bytes(self._num_tokens(args.shard)) / self.costs.hardware.link_bytes_s
+            return written_s + self._way_s(args.of.layer, args.shard, len(unit.reads), has_experts=False)
+        if isinstance(args, SourceArgs | AdvanceArgs):
+            return self._way_s(args.layer, args.shard, len(unit.reads) + len(unit.writes), has_experts=True)
         assert isinstance(args, CompareArgs | StartArgs | ChooseArgs | SolveArgs)
         seconds = self._given_s(slot, unit)
         slots_s = self.needs.hidden_size * _SINGLE_BYTES * self.needs.kept / self.costs.hardware.link_bytes_s
@@ -97,18 +98,11 @@ class RecombineExecutor(SimulatedExecutor):
         """The experts' input and the target."""
         return num_tokens * self.costs.model.hidden_size * (VALUE_BYTES + _SINGLE_BYTES)
 
-    def _gather_s(self, args: GatherArgs, num_streams: int, writes_source: bool) -> float:
-        """The source's stream with its experts, the student's without."""
-        tokens = self._num_tokens(args.shard)
-        moved = self.costs.hidden_s(tokens) * (num_streams + writes_source)
-        flops = self._pass_flops(args.of.layer, has_experts=True) + self._pass_flops(args.of.layer, has_experts=False)
-        written = self._given_bytes(tokens) / self.costs.hardware.link_bytes_s
-        return moved + written + tokens * flops / self.costs.hardware.compute_flops
-
-    def _advance_s(self, args: AdvanceArgs, num_reads: int, num_writes: int) -> float:
-        tokens = self._num_tokens(args.shard)
-        flops = num_writes * self._pass_flops(args.layer, has_experts=True)
-        return self.costs.hidden_s(tokens) * (num_reads + num_writes) + tokens * flops / self.costs.hardware.compute_flops
+    def _way_s(self, layer: int, shard: int, num_files: int, has_experts: bool) -> float:
+        """A token shard through a layer. num_files: hidden states that are read or written."""
+        tokens = self._num_tokens(shard)
+        flops = self._pass_flops(layer, has_experts)
+        return num_files * self.costs.hidden_s(tokens) + tokens * flops / self.costs.hardware.compute_flops
 
     def _pass_flops(self, layer: int, has_experts: bool) -> float:
         """Operations of a token's way through a layer, its own experts alone."""

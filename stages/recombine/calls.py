@@ -88,13 +88,21 @@ class LayerArgs:
 
 
 @dataclass(frozen=True)
+class SourceArgs:
+    """The source's stream of a token shard through a layer."""
+
+    tokens_dir: str
+    layer: int
+    shard: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
 class GatherArgs:
-    """A token shard through a layer, as the source has it and as the student without its experts. is_last: no layer with
-    experts follows."""
+    """The student's stream of a token shard through a layer without its experts, and what it lacks of the source's."""
 
     of: LayerArgs
     shard: int
-    is_last: bool
 
 
 @dataclass(frozen=True)
@@ -159,14 +167,14 @@ class SolveFacts:
 
 @dataclass(frozen=True)
 class AdvanceArgs:
-    """A token shard through a layer: the student's stream where the layer has experts (has_plan), else every stream."""
+    """The student's stream of a token shard through a layer. has_plan: whether the layer has experts, which are solved by
+    then."""
 
     tokens_dir: str
     layer: int
     shard: int
     micro_batch: int
     has_plan: bool
-    is_one_shot: bool
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,7 @@ class KeepArgs:
 
 
 OPEN = HoldCall("stages.recombine.steps.held:open_layer", LayerShardArgs)
+SOURCE = UnitCall("stages.recombine.steps.source:source_unit", SourceArgs, NoFacts)
 GATHER = UnitCall("stages.recombine.steps.gather:gather_unit", GatherArgs, NoFacts)
 COMPARE = UnitCall("stages.recombine.steps.compare:compare_unit", CompareArgs, NoFacts)
 START = UnitCall("stages.recombine.steps.start:start_unit", StartArgs, NoFacts)

@@ -22,6 +22,7 @@ from stages.recombine.calls import (
     OPEN,
     OWN,
     SOLVE,
+    SOURCE,
     START,
     AdvanceArgs,
     Bounds,
@@ -31,6 +32,7 @@ from stages.recombine.calls import (
     KeepArgs,
     LayerArgs,
     SolveArgs,
+    SourceArgs,
     StartArgs,
 )  # fmt: skip
 from stages.recombine.pairing import pairs_of, shard_weights
@@ -55,6 +57,7 @@ def target_units(run: Run, target: Target, part: Part, solve_bytes: int) -> Iter
     """Layer after layer, up to the last with experts. solve_bytes: memory of a solution beside the layer."""
     steps = _Steps(run, target, part, solve_bytes)
     counts = counts_of(run, target)
+    yield from steps.source(0)
     for layer in range(run.survey.moe_layers[-1] + 1):
         yield from steps.of_experts(layer, counts[layer]) if layer in counts else steps.of_dense(layer)
 
@@ -86,26 +89,29 @@ class _Steps:
         return self.run.part("prepare", "calibration").dir
 
     def of_experts(self, layer: int, num_slots: int) -> Iterator[Unit]:
-        """Gather, compare, start, choose, solve, advance."""
+        """Gather, compare, start, choose, solve; the source's stream goes through the next layer, which workers do that
+        otherwise wait for the solution; advance."""
         run, data, refit, folder = self.run, self.run.config.calibration, self.target.variant.refit, Path(self.part.dir)
         score = SUPPORTED[run.survey.family].score if is_fitted(self.target) else None
         of = LayerArgs(
             self.tokens_dir, run.part("cluster", self.target.part).dir, layer, data.num_shards, data.micro_batch, score,
             self.is_one_shot, refit.shared_expert, shard_weights(run, self.target),
         )  # fmt: skip
-        ridge = None if refit.ridge == "auto" else refit.ridge
-        bounds, is_last = Bounds.of(run.config.resources.worker_memory), layer == run.survey.moe_layers[-1]
+        ridge, bounds = None if refit.ridge == "auto" else refit.ridge, Bounds.of(run.config.resources.worker_memory)
         width = (narrowed_to(run, self.target) or num_neurons(run.tensors)) if refit.neurons == "choose" else None
         names = (OWN, *self.target.variant.method.alternatives_in(self.target.format))
         pairs = pairs_of(run, self.target)
         has_start = width is not None or score is not None or pairs is not None or len(names) > 1
         given, made = [paths.given_file(folder, layer, shard) for shard in self.shards], list[Path]()
+        gathered = list[Unit]()
         for shard in self.shards:
-            yield self._unit(
-                layer, f"gather-{shard:04d}", shard, GATHER.on(GatherArgs(of, shard, is_last)),
-                f"gather {shard + 1}/{data.num_shards}", reads=self._hidden(layer, shard),
-                writes=[given[shard], *([] if is_last else [paths.hidden_file(folder, layer + 1, shard)])],
-            )  # fmt: skip
+            gathered.append(self._unit(
+                layer, f"gather-{shard:04d}", shard, GATHER.on(GatherArgs(of, shard)), f"gather {shard + 1}/{data.num_shards}",
+                reads=[*self._entering(layer, shard, is_source=self.is_one_shot),
+                       *self._entering(layer + 1, shard, is_source=True)],
+                writes=[given[shard]],
+            ))  # fmt: skip
+        yield from gathered
         losses = list[Path]()
         num_experts = run.survey.num_experts
         if pairs is not None and num_slots < num_experts:
@@ -147,22 +153,36 @@ class _Steps:
             memory_bytes=self._memory(layer) + self.solve_bytes,
         )  # fmt: skip
         yield solved
-        if not is_last and not self.is_one_shot:
-            yield from self._advance(layer, has_plan=True, after=[solved])
+        if layer < run.survey.moe_layers[-1]:
+            yield from self.source(layer + 1, gathered)
+            if not self.is_one_shot:
+                yield from self._advance(layer, solved)
 
     def of_dense(self, layer: int) -> Iterator[Unit]:
-        """Every stream passes."""
-        return self._advance(layer, has_plan=False, after=[])
+        """Both streams pass; in one shot there is but the source's."""
+        advanced = [] if self.is_one_shot else list(self._advance(layer))
+        yield from advanced
+        yield from self.source(layer + 1, advanced)
 
-    def _advance(self, layer: int, has_plan: bool, after: Sequence[Unit]) -> Iterator[Unit]:
-        data, folder = self.run.config.calibration, Path(self.part.dir)
+    def source(self, layer: int, after: Sequence[Unit] = ()) -> Iterator[Unit]:
+        """The source's stream through a layer. after: of the layer before, what each token shard waits for, so that the stream
+        is at most a layer ahead of the student's."""
         for shard in self.shards:
-            args = AdvanceArgs(self.tokens_dir, layer, shard, data.micro_batch, has_plan, self.is_one_shot)
-            reads, writes = self._hidden(layer, shard), self._hidden(layer + 1, shard)
-            if has_plan:  # the source's have been gathered
-                reads, writes = reads[-1:], [paths.student_file(folder, layer + 1, shard)]
-            label = f"advance {shard + 1}/{data.num_shards}"
-            yield self._unit(layer, f"advance-{shard:04d}", shard, ADVANCE.on(args), label, reads, writes, after)
+            args = SourceArgs(self.tokens_dir, layer, shard, self.run.config.calibration.micro_batch)
+            yield self._unit(
+                layer, f"source-{shard:04d}", shard, SOURCE.on(args), f"source {shard + 1}/{len(self.shards)}",
+                self._entering(layer, shard, is_source=True), self._entering(layer + 1, shard, is_source=True),
+                after[shard : shard + 1],
+            )  # fmt: skip
+
+    def _advance(self, layer: int, solved: Unit | None = None) -> Iterator[Unit]:
+        for shard in self.shards:
+            args = AdvanceArgs(self.tokens_dir, layer, shard, self.run.config.calibration.micro_batch, solved is not None)
+            yield self._unit(
+                layer, f"advance-{shard:04d}", shard, ADVANCE.on(args), f"advance {shard + 1}/{len(self.shards)}",
+                self._entering(layer, shard, is_source=False), self._entering(layer + 1, shard, is_source=False),
+                [] if solved is None else [solved],
+            )  # fmt: skip
 
     def _unit(
         self, layer: int, name: str, number: int, call: Call, label: str, reads: Sequence[Path], writes: Sequence[Path],
@@ -179,16 +199,15 @@ class _Steps:
 
     def _hold(self, layer: int, step: str, number: int) -> Hold:
         """Of the layer, which a worker that has it open does not open again; one a lane and step, so that no hold waits for a
-        later one."""
+        later one. The source's stream, which comes before the layer's turn, has its own for that reason even with one lane."""
         run, part = self.run, self.part
         lanes = num_lanes(run.num_workers or 1, len(run.survey.moe_layers), self.is_one_shot)
-        key = f"{run.run_dir}/{part.dir}:{layer}" + ("" if lanes == 1 else f":{step}:{number % lanes}")
+        of_step = "" if lanes == 1 and step != SOURCE.function else f":{step}:{number % lanes}"
+        key = f"{run.run_dir}/{part.dir}:{layer}{of_step}"
         call = OPEN.on(LayerShardArgs(str(run.model), layer, layer + 1, run.config.resources.num_cpus))
         return Hold(key, call, str(run.run_dir), f"{part.stage} {self.target.part}, layer {layer}")
 
-    def _hidden(self, layer: int, shard: int) -> list[Path]:
-        """Hidden states as they enter a layer, of both streams or of the source's alone; none at the first, which embeds the
-        tokens."""
-        folder = Path(self.part.dir)
-        files = [paths.hidden_file(folder, layer, shard), paths.student_file(folder, layer, shard)]
-        return files[: 1 if self.is_one_shot else 2] if layer else []
+    def _entering(self, layer: int, shard: int, is_source: bool) -> list[Path]:
+        """Hidden states as they enter a layer, the source's or the student's; none at the first, which embeds the tokens."""
+        file_of = paths.hidden_file if is_source else paths.student_file
+        return [file_of(Path(self.part.dir), layer, shard)] if layer else []

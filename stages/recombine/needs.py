@@ -286,8 +286,8 @@ def pass_flops(survey: Survey, data: Calibration, is_one_shot: bool) -> float:
 
 
 def disk_bytes(run: Run, target: Target) -> int:
-    """Temporary disk space: two streams at two layer boundaries, what a layer's experts are given and have to give, how each
-    plan routes, and what its slots have chosen. In one shot layers do not wait for each other, so all stay."""
+    """Temporary disk space: two streams, each at two layer boundaries, what a layer's experts are given and have to give, how
+    each plan routes, and what its slots have chosen. In one shot layers do not wait for each other, so all stay."""
     needs, survey = layer_needs(run, target), run.survey
     values = needs.all_tokens * needs.hidden_size
     given = values * (needs.itemsize + 4 + (needs.itemsize if needs.is_fitted else 0))

@@ -118,8 +118,9 @@ class Recombine(StageSpec):
             *(_target_line(run, target) for target in targets),
             f"{_tokens_per_neuron(run):.1f} calibration tokens for each neuron that is chosen from (aim: {_GOOD})",
         ]
+        passes = 2 if all(target.variant.refit.mode == "one_shot" for target in targets) else 3
         return StagePlan(
-            f"{len(targets)} targets x {len(run.survey.moe_layers)} layers x (2 x {shards} token shards + slots + 2)",
+            f"{len(targets)} targets x {len(run.survey.moe_layers)} layers x ({passes} x {shards} token shards + slots + 2)",
             "workers",
             lines,
             disk_bytes=max(disk_bytes(run, target) for target in targets),

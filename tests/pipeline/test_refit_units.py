@@ -1,6 +1,7 @@
 """The units of a refitted layer: the same bytes from one worker and several, after lost workers, and after lost drivers."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "clustering.num_experts": [4], "calibration.tokens_per_shard": 64, "evaluation": None,
     "refit": {"mode": "sequential", "neurons": "choose"}, "export": {"formats": ["stock"], "router": "fitted"},
 }  # fmt: skip
-STEPS = ("gather", "compare", "start", "choose", "solve", "advance")
+STEPS = ("source", "gather", "compare", "start", "choose", "solve", "advance")
 
 
 def step_of(unit: Unit) -> str:
@@ -104,7 +105,7 @@ def test_workers_share_a_layer_and_the_bytes_stay_though_one_is_lost_in_every_st
     assert len(recorder.units) == result.num_run == len({unit.id for unit in recorder.units}), "no unit was sealed twice"
     assert solved(FinishedRun.found(path, load_config(path, []), result.report)) == solved(alone[mode])
     shared = {step for step, workers in executors[0].ran.items() if len(workers) > 1}
-    assert {"gather", "compare", "choose"} <= shared and (mode == "one_shot" or "advance" in shared)
+    assert {"source", "gather", "compare", "choose"} <= shared and (mode == "one_shot" or "advance" in shared)
 
 
 class Interrupted(LocalExecutor):
@@ -132,18 +133,25 @@ def test_after_a_lost_driver_no_sealed_unit_runs_again(
     assert solved(again) == solved(alone["sequential"])
 
 
-def test_hidden_states_of_two_boundaries_at_most_are_on_disk_and_none_at_the_end(tmp_path: Path, finished_run: Runs) -> None:
-    seen: list[set[str]] = []
+@pytest.mark.parametrize("executor", [LocalExecutor, Several])
+def test_each_stream_lies_at_two_boundaries_at_most_and_nowhere_at_the_end(
+    executor: type[LocalExecutor], tmp_path: Path, finished_run: Runs
+) -> None:
+    seen: list[Counter[str]] = []
+    order: list[str] = []
 
-    class Watching(LocalExecutor):
+    class Watching(executor):  # type: ignore[valid-type, misc]
         def submit(self, slot: Slot, unit: Unit) -> None:
-            found = (tmp_path / "run").glob("recombine-*/hidden/*/*")
-            seen.append({path.parent.name for path in found if not path.name.startswith("given")})
+            found = {path.parent / path.name.partition("-")[0] for path in (tmp_path / "run").glob("recombine-*/hidden/*/*")}
+            seen.append(Counter(path.name for path in found if path.name != "given"))
+            order.append(f"{unit.name.partition('/')[0]} {step_of(unit)}")
             super().submit(slot, unit)
 
     path = run_file(finished_run, tmp_path, "sequential")
     execute(load_config(path, []), Watching)
-    assert max(map(len, seen)) == 2
+    assert {name: max(counts[name] for counts in seen) for name in ("tokens", "student")} == {"tokens": 2, "student": 2}
+    is_ahead = order.index("layer-0002 source") < order.index("layer-0001 advance")
+    assert is_ahead == (executor is Several), "workers that wait for a solution send the source's stream on"
     left = [path for folder in ("hidden", "partial") for path in (tmp_path / "run").glob(f"recombine-*/{folder}/**/*.*")]
     assert not left
 

@@ -1,4 +1,4 @@
-"""The step gather: both streams of a token shard as they leave a layer, and what the student lacks there.
+"""The step gather: the student's stream of a token shard as it leaves a layer without its experts, and what it lacks there.
 
 Dimensions: B sequences of a micro-batch, T tokens, D hidden size.
 """
@@ -8,24 +8,22 @@ import math
 import torch
 from torch import Tensor
 
-from stages.contracts.paths import hidden_file
 from stages.contracts.units import HeldJob, NoFacts, UnitResult
-from stages.model.stream import write_hidden
 from stages.recombine.calls import OWN, GatherArgs, LayerArgs
 from stages.recombine.given import GivenShard
 from stages.recombine.steps.held import HeldLayer, plan_of
-from stages.recombine.steps.passing import Passed, ids_of, passed_through, streams
+from stages.recombine.steps.passing import Passed, entering, ids_of, passed_through
 from stages.recombine.student import Student, output_scale
 
 
 def gather_unit(job: HeldJob[GatherArgs, HeldLayer]) -> UnitResult[NoFacts]:
-    """Send both streams of a token shard through the layer, the student's without its experts; keep what is missing then."""
+    """Send the student's stream of a token shard through the layer without its experts; keep what the source's has more."""
     args, of, shard = job.args, job.args.of, job.held
     with torch.inference_mode():
         student = shard.planned(job.part_dir, OWN, plan_of(job, of, OWN))
-        ids = ids_of(job, of, args.shard)
-        source, ours = streams(job.part_dir, shard, of.layer, args.shard, ids, of.is_one_shot)
-        after = [shard.run_layer(of.layer, source_BTD) for source_BTD in source]
+        ids = ids_of(job, args)
+        ours = entering(job.part_dir, shard, of.layer, args.shard, ids, is_source=of.is_one_shot)
+        after = entering(job.part_dir, shard, of.layer + 1, args.shard, ids, is_source=True)
         passed = passed_through(student, of, ids, ours)
         added, norms = list[Tensor](), list[Tensor]()
         for after_BTD, bare_BTD, is_token_T in zip(after, passed.bare, passed.is_token, strict=True):
@@ -38,10 +36,7 @@ def gather_unit(job: HeldJob[GatherArgs, HeldLayer]) -> UnitResult[NoFacts]:
             torch.cat(passed.x), torch.cat(passed.slots), torch.cat(passed.gates), torch.cat(added),
             torch.cat(norms) / math.sqrt(factor), passed.lengths, scale, *router,
         )  # fmt: skip
-        written = [shard_given.write(job.part_dir, of.layer, args.shard)]
-        if not args.is_last:
-            written.append(write_hidden(hidden_file(job.part_dir, of.layer + 1, args.shard), after))
-    return UnitResult(NoFacts(), transient=tuple(written))
+    return UnitResult(NoFacts(), transient=(shard_given.write(job.part_dir, of.layer, args.shard),))
 
 
 def _scale(student: Student, of: LayerArgs, hidden_BTD: Tensor, passed: Passed) -> float:

@@ -15,7 +15,7 @@ from stages.contracts.units import Job
 from stages.contracts.windows import NO_TOKEN
 from stages.model.layer_shard import LayerShard
 from stages.model.stream import read_hidden, read_token_ids
-from stages.recombine.calls import LayerArgs
+from stages.recombine.calls import AdvanceArgs, GatherArgs, LayerArgs, SourceArgs
 from stages.recombine.given import Given
 from stages.recombine.router import Router
 from stages.recombine.student import Student
@@ -24,21 +24,16 @@ _BLOCK = 2048
 """Tokens whose routing is found at a time."""
 
 
-def ids_of(job: Job[object], of: LayerArgs, shard: int) -> list[Tensor]:
+def ids_of(job: Job[object], way: SourceArgs | AdvanceArgs | GatherArgs) -> list[Tensor]:
     """Token ids of a token shard, by micro-batch."""
-    return list(read_token_ids(job.run_dir / of.tokens_dir / tokens_file(shard)).split(of.micro_batch))
+    of = way.of if isinstance(way, GatherArgs) else way
+    return list(read_token_ids(job.run_dir / of.tokens_dir / tokens_file(way.shard)).split(of.micro_batch))
 
 
-def streams(
-    part_dir: Path, shard: LayerShard, layer: int, number: int, ids: list[Tensor], is_one_shot: bool, has_source: bool = True
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Hidden states of the source and of the student as they enter a layer, by micro-batch; the source's twice in one shot.
-    has_source: whether the source's are read where they are not the student's, too."""
-    if layer == 0 or is_one_shot:
-        source = read_hidden(shard, ids, hidden_file(part_dir, layer, number) if layer else None)
-        return source, source
-    source = read_hidden(shard, ids, hidden_file(part_dir, layer, number)) if has_source else []
-    return source, read_hidden(shard, ids, student_file(part_dir, layer, number))
+def entering(part_dir: Path, shard: LayerShard, layer: int, number: int, ids: list[Tensor], is_source: bool) -> list[Tensor]:
+    """Hidden states of a token shard as they enter a layer, by micro-batch: the source's or the student's."""
+    path = hidden_file(part_dir, layer, number) if is_source else student_file(part_dir, layer, number)
+    return read_hidden(shard, ids, path if layer else None)
 
 
 class Passed:
