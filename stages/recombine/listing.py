@@ -39,6 +39,9 @@ from stages.recombine.pairing import pairs_of, shard_weights
 
 _LANES_PER_WORKER = 2
 """Units of a step are dealt to so many holds for each worker, so that a worker that is done early finds more."""
+_AHEAD = 4
+"""While a layer is solved, one worker of so many sends the source's stream through the next. The others keep open what they need
+next, the layer that is solved."""
 
 
 def is_fitted(target: Target) -> bool:
@@ -89,8 +92,7 @@ class _Steps:
         return self.run.part("prepare", "calibration").dir
 
     def of_experts(self, layer: int, num_slots: int) -> Iterator[Unit]:
-        """Gather, compare, start, choose, solve; the source's stream goes through the next layer, which workers do that
-        otherwise wait for the solution; advance."""
+        """Gather, compare, start, choose, solve; the source's stream goes through the next layer meanwhile; advance."""
         run, data, refit, folder = self.run, self.run.config.calibration, self.target.variant.refit, Path(self.part.dir)
         score = SUPPORTED[run.survey.family].score if is_fitted(self.target) else None
         of = LayerArgs(
@@ -154,7 +156,7 @@ class _Steps:
         )  # fmt: skip
         yield solved
         if layer < run.survey.moe_layers[-1]:
-            yield from self.source(layer + 1, gathered)
+            yield from self.source(layer + 1, gathered, is_ahead=not self.is_one_shot)
             if not self.is_one_shot:
                 yield from self._advance(layer, solved)
 
@@ -164,13 +166,14 @@ class _Steps:
         yield from advanced
         yield from self.source(layer + 1, advanced)
 
-    def source(self, layer: int, after: Sequence[Unit] = ()) -> Iterator[Unit]:
+    def source(self, layer: int, after: Sequence[Unit] = (), is_ahead: bool = False) -> Iterator[Unit]:
         """The source's stream through a layer. after: of the layer before, what each token shard waits for, so that the stream
-        is at most a layer ahead of the student's."""
+        is at most a layer ahead of the student's. is_ahead: while that is solved, on a part of the workers."""
+        num_holds = max(1, (self.run.num_workers or 1) // _AHEAD) if is_ahead else len(self.shards)
         for shard in self.shards:
             args = SourceArgs(self.tokens_dir, layer, shard, self.run.config.calibration.micro_batch)
             yield self._unit(
-                layer, f"source-{shard:04d}", shard, SOURCE.on(args), f"source {shard + 1}/{len(self.shards)}",
+                layer, f"source-{shard:04d}", shard % num_holds, SOURCE.on(args), f"source {shard + 1}/{len(self.shards)}",
                 self._entering(layer, shard, is_source=True), self._entering(layer + 1, shard, is_source=True),
                 after[shard : shard + 1],
             )  # fmt: skip
@@ -199,10 +202,11 @@ class _Steps:
 
     def _hold(self, layer: int, step: str, number: int) -> Hold:
         """Of the layer, which a worker that has it open does not open again; one a lane and step, so that no hold waits for a
-        later one. The source's stream, which comes before the layer's turn, has its own for that reason even with one lane."""
+        later one. The source's stream has its own even with one lane where the layer before is advanced after it."""
         run, part = self.run, self.part
         lanes = num_lanes(run.num_workers or 1, len(run.survey.moe_layers), self.is_one_shot)
-        of_step = "" if lanes == 1 and step != SOURCE.function else f":{step}:{number % lanes}"
+        is_shared = lanes == 1 and (self.is_one_shot or step != SOURCE.function)
+        of_step = "" if is_shared else f":{step}:{number % lanes}"
         key = f"{run.run_dir}/{part.dir}:{layer}{of_step}"
         call = OPEN.on(LayerShardArgs(str(run.model), layer, layer + 1, run.config.resources.num_cpus))
         return Hold(key, call, str(run.run_dir), f"{part.stage} {self.target.part}, layer {layer}")
