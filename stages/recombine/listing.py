@@ -40,8 +40,8 @@ from stages.recombine.pairing import pairs_of, shard_weights
 _LANES_PER_WORKER = 2
 """Units of a step are dealt to so many holds for each worker, so that a worker that is done early finds more."""
 _AHEAD = 4
-"""While a layer is solved, one worker of so many sends the source's stream through the next. The others keep open what they need
-next, the layer that is solved."""
+"""While a layer is solved, one worker of so many sends the source's stream through the next. The others keep the solved layer
+open, which they need next."""
 
 
 def is_fitted(target: Target) -> bool:
