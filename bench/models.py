@@ -83,6 +83,7 @@ MODELS = {
     "mid-f32": Spec("MixtralConfig", _mixtral(8, 512, 1792, 8, 4, 8192), 200_000_000, 16, 512, "float32"),
     "fine": Spec("Qwen3MoeConfig", _FINE, 80_000_000, 16, 512),
     "true-layer-f32": Spec("MixtralConfig", _mixtral(1, *_TRUE), 3_000_000_000, 2, 512, "float32"),
+    "true-1": Spec("MixtralConfig", _mixtral(1, *_TRUE), 3_000_000_000, 2, 512),
     "true-layer": Spec("MixtralConfig", _mixtral(2, *_TRUE), 1_500_000_000, 2, 512),
     "true-4": Spec("MixtralConfig", _mixtral(4, *_TRUE), 3_000_000_000, 2, 512),
     "deep": Spec("MixtralConfig", _mixtral(8, *_TRUE), 4_900_000_000, 2, 512),

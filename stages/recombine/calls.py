@@ -8,21 +8,27 @@ from stages.contracts.units import HoldCall, NoFacts, UnitCall
 
 JOINT_COLUMNS = 4096
 """Columns (experts times neurons) of a layer beyond which solving for all slots together takes too long."""
+CHOICE_COLUMNS = 24_576
+"""Neurons that no slot chooses from more of, however much memory there is."""
 SWEEPS = 2
 """Gauss-Seidel passes over all slots."""
 HELD_OUT = 8
 """One sequence of so many chooses the ridge, and nothing else may have seen it."""
 _MATRICES = 4
 """Matrices of float64 that a solution holds at a time: moments of two kinds of tokens, a copy, its factor."""
+_CHOICE_MATRICES = 3
+"""Those that a choice among neurons holds: moments, a copy, its factor."""
 
 
 @dataclass(frozen=True)
 class Bounds:
     """Sizes of moments. joint_columns: up to so many columns all slots are solved together; else one after another
-    (Gauss-Seidel), each on what the others leave. Results depend on it. moment_values, activation_values: numbers of float64
-    that moments may take, and room for activations that are kept from one use to the next, counted alike."""
+    (Gauss-Seidel), each on what the others leave. choice_columns: neurons at most that a slot chooses from, if it keeps fewer.
+    Results depend on these two. moment_values, activation_values: numbers of float64 that moments may take, and room for
+    activations that are kept from one use to the next, counted alike."""
 
     joint_columns: int
+    choice_columns: int
     moment_values: int
     activation_values: int = 0
 
@@ -30,12 +36,18 @@ class Bounds:
     def of(cls, worker_memory: int) -> "Bounds":
         """Moments may take half of a worker's memory, kept activations an eighth; layer and tokens have the rest."""
         moment_values = worker_memory // 2 // 8
-        return cls(min(JOINT_COLUMNS, isqrt(moment_values // _MATRICES)), moment_values, worker_memory // 8 // 8)
+        joint, choice = isqrt(moment_values // _MATRICES), isqrt(moment_values // _CHOICE_MATRICES)
+        return cls(min(JOINT_COLUMNS, joint), min(CHOICE_COLUMNS, choice), moment_values, worker_memory // 8 // 8)
 
 
 def moment_bytes(num_columns: int) -> int:
-    """Memory in bytes of a solution for so many columns at a time, or of a choice among so many neurons."""
+    """Memory in bytes of a solution for so many columns at a time."""
     return 8 * _MATRICES * num_columns**2
+
+
+def choice_bytes(num_candidates: int) -> int:
+    """Memory in bytes of a choice among so many neurons."""
+    return 8 * _CHOICE_MATRICES * num_candidates**2
 
 
 SAMPLED = 8192
@@ -54,9 +66,10 @@ OWN = "planned"
 """Name of the method's own plan where it is compared with alternatives."""
 
 
-def num_candidates(num_neurons: int, num_kept: int) -> int:
-    """Of so many neurons of a slot's members, those from which it chooses."""
-    return max(num_kept, min(num_neurons - num_neurons // 8, max(CANDIDATES, num_kept + num_kept // 2)))
+def num_candidates(num_neurons: int, num_kept: int, choice_columns: int) -> int:
+    """Of so many neurons of a slot's members, those from which it chooses. choice_columns: as in `Bounds`."""
+    most = min(choice_columns, max(CANDIDATES, num_kept + num_kept // 2))
+    return max(num_kept, min(num_neurons - num_neurons // 8, most))
 
 
 @dataclass(frozen=True)
@@ -126,12 +139,13 @@ class StartArgs:
 
 @dataclass(frozen=True)
 class ChooseArgs:
-    """A slot of a plan, and how many whole neurons of its members it keeps."""
+    """A slot of a plan, and how many whole neurons of its members it keeps. choice_columns: as in `Bounds`."""
 
     of: LayerArgs
     name: str
     slot: int
     num_neurons: int
+    choice_columns: int
 
 
 @dataclass(frozen=True)

@@ -127,24 +127,18 @@ class _Steps:
                 )  # fmt: skip
         for number, name in enumerate(names if has_start else ()):
             start = [paths.start_file(folder, layer, name), paths.start_plan_file(folder, layer, name)]
-            args = StartArgs(of, name, pairs if name == OWN else None)
             yield self._unit(
-                layer,
-                f"{name}/start",
-                number,
-                START.on(args),
-                f"start {name}",
-                [*given, *(losses if name == OWN else ())],
-                start,
-                is_solving=True,
-            )
+                layer, f"{name}/start", number, START.on(StartArgs(of, name, pairs if name == OWN else None)), f"start {name}",
+                [*given, *(losses if name == OWN else ())], start, is_solving=True,
+            )  # fmt: skip
             made += start
         for name in names if width is not None else ():
             for slot in range(num_slots):
                 chosen = paths.chosen_file(folder, layer, name, slot)
                 start = [paths.start_file(folder, layer, name), paths.start_plan_file(folder, layer, name)]
+                args = ChooseArgs(of, name, slot, width or 0, bounds.choice_columns)
                 yield self._unit(
-                    layer, f"{name}/slot-{slot:04d}", slot, CHOOSE.on(ChooseArgs(of, name, slot, width or 0)),
+                    layer, f"{name}/slot-{slot:04d}", slot, CHOOSE.on(args),
                     f"neurons of slot {slot + 1}/{num_slots}, {name}", [*given, *start], [chosen], is_solving=True,
                 )  # fmt: skip
                 made.append(chosen)

@@ -13,6 +13,7 @@ from stages.contracts.targets import Target
 from stages.contracts.tensors import num_neurons
 from stages.contracts.text_settings import Calibration
 from stages.recombine.calls import (
+    CHOICE_COLUMNS,
     COMPARED,
     FEW,
     HELD_OUT,
@@ -23,6 +24,7 @@ from stages.recombine.calls import (
     SHARE,
     SWEEPS,
     Bounds,
+    choice_bytes,
     moment_bytes,
     num_candidates,
 )
@@ -53,7 +55,8 @@ def _total(works: Iterable[Work]) -> Work:
 class LayerNeeds:
     """Of a layer of a target. All slots count as of equal size.
 
-    num_slots, kept: slots, and neurons of each. candidates: neurons that a slot chooses from; 0 if it does not. tokens: that
+    num_slots, kept: slots, and neurons of each. candidates: neurons that a slot chooses from; 0 if it does not. wanted: those
+    for which a worker would need more memory, too. tokens: that
     are routed to a slot. hidden_size; all_tokens. itemsize: of a value of the model. neurons: of an expert of the source.
     shared: neurons of a shared expert that is solved, too; else 0. num_plans: that are solved and compared.
     """
@@ -61,6 +64,7 @@ class LayerNeeds:
     num_slots: int
     kept: int
     candidates: int
+    wanted: int
     tokens: int
     hidden_size: int
     all_tokens: int
@@ -95,7 +99,7 @@ class LayerNeeds:
         """Memory in bytes of moments and what is made of them, of the largest step on one worker."""
         largest = max(self.kept, self.shared)
         columns = self.columns if self.is_joint else largest
-        num_bytes = moment_bytes(max(columns, self.candidates, self.router_unknowns))
+        num_bytes = max(moment_bytes(max(columns, self.router_unknowns)), choice_bytes(self.candidates))
         kept_values = 2 * (self.num_slots * self.kept**2 + self.shared**2)
         if self.is_joint or kept_values > self.bounds.moment_values:
             return num_bytes
@@ -227,15 +231,17 @@ def layer_needs(run: Run, target: Target) -> LayerNeeds:
     all_tokens = data.num_sequences * data.sequence_length
     kept = narrowed_to(run, target) or width
     chooses = target.variant.refit.neurons == "choose"
+    bounds, num_all = Bounds.of(run.config.resources.worker_memory), -(-survey.num_experts // fewest) * width
     return LayerNeeds(
         num_slots=fewest,
         kept=kept,
-        candidates=num_candidates(-(-survey.num_experts // fewest) * width, kept) if chooses else 0,
+        candidates=num_candidates(num_all, kept, bounds.choice_columns) if chooses else 0,
+        wanted=num_candidates(num_all, kept, CHOICE_COLUMNS) if chooses else 0,
         tokens=min(all_tokens, all_tokens * survey.top_k // fewest),
         hidden_size=survey.hidden_size,
         all_tokens=all_tokens,
         itemsize=survey.itemsize,
-        bounds=Bounds.of(run.config.resources.worker_memory),
+        bounds=bounds,
         is_fitted=is_fitted(target),
         compares_pairs=pairs_of(run, target) is not None,
         num_experts=survey.num_experts,

@@ -46,14 +46,15 @@ class Chosen:
     weight_DK: Tensor
 
 
-def chosen(slot: Slot, problem: Problem, number: int, source: SourceExperts, num_kept: int) -> Chosen:
+def chosen(slot: Slot, problem: Problem, number: int, source: SourceExperts, num_kept: int, choice_columns: int) -> Chosen:
     """The num_kept whole neurons of a slot's members with which, W_down solved anew, the slot comes closest to what the members
     give: sum_e q_e f_e(x), with the source's gates q, on the tokens that are routed to the slot.
 
     A single member that keeps all its neurons stays as it is. Only the most important neurons are candidates
     (`num_candidates`), by the sum of (gate a_n)^2 times the squared norm of column n of the source's W_down, over some tokens.
 
-    problem: of the plan as it is. Slots do not depend on each other, so each may be chosen elsewhere.
+    problem: of the plan as it is. choice_columns: as in `Bounds`. Slots do not depend on each other, so each may be chosen
+    elsewhere.
     """
     tokens, weight_DF = problem.slots[number], problem.start[number]
     size = weight_DF.shape[1]
@@ -66,7 +67,7 @@ def chosen(slot: Slot, problem: Problem, number: int, source: SourceExperts, num
         kept_K = torch.argsort(-weight_DF.square().sum(0), stable=True)[:num_kept].sort().values
         return Chosen(kept_K, False, weight_DF[:, kept_K])
     experts = [member.expert for member in slot.members]
-    candidates_N = _candidates(experts, problem, seen, source, num_candidates(len(experts) * size, num_kept))
+    candidates_N = _candidates(experts, problem, seen, source, num_candidates(len(experts) * size, num_kept, choice_columns))
     moments = Moments.zeros(len(candidates_N), len(weight_DF), weight_DF.device)
     for tokens_R, gates_R in seen.blocks():
         gate_RE, parts = source.gates(tokens_R), [source.activations(expert, tokens_R) for expert in experts]

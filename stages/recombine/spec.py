@@ -93,7 +93,10 @@ class Recombine(StageSpec):
             settings |= {"width": target.width, "is_router_fitted": is_fitted(target)}
             if alternatives := target.variant.method.alternatives_in(target.format):
                 settings["alternatives"] = list(alternatives)
-            settings["joint_columns"] = Bounds.of(run.config.resources.worker_memory).joint_columns
+            bounds = Bounds.of(run.config.resources.worker_memory)
+            settings["joint_columns"] = bounds.joint_columns
+            if target.variant.refit.neurons == "choose":
+                settings["choice_columns"] = bounds.choice_columns
             yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
@@ -133,6 +136,10 @@ def _target_line(run: Run, target: Target) -> str:
     flops = target_flops(run, target)
     how = "all slots together" if needs.is_joint else f"slot after slot (more than {needs.bounds.joint_columns:,} columns)"
     shared = f" and a shared expert of {needs.shared:,} neurons" if needs.shared else ""
+    chosen = ""
+    if needs.candidates:
+        fewer = f" (of {needs.wanted:,} with more worker_memory)" if needs.candidates < needs.wanted else ""
+        chosen = f"a slot chooses {needs.kept:,} of {needs.candidates:,} neurons{fewer}; "
     plans = ""
     if needs.num_plans > 1:
         one = target_flops(run, target, num_plans=1)
@@ -140,7 +147,7 @@ def _target_line(run: Run, target: Target) -> str:
             f", as {needs.num_plans} plans of each layer are solved and the best is taken ({flops / one:.1f} times one plan's)"
         )
     return (
-        f"{target.part}: about {work_text(flops)}{plans}; W_down is solved for {how}, {needs.columns:,} columns of "
+        f"{target.part}: about {work_text(flops)}{plans}; {chosen}W_down is solved for {how}, {needs.columns:,} columns of "
         f"{needs.num_slots} slots{shared}, {_tokens_per_column(needs):.1f} tokens each; memory of a "
         f"worker: about {filesize.decimal(worker_bytes(run, target))} of resources.worker_memory "
         f"{filesize.decimal(resources.worker_memory)}, moments {filesize.decimal(needs.moment_bytes)} of it"

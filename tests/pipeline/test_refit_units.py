@@ -167,7 +167,7 @@ def test_memory_decides_how_slots_are_solved_and_the_plan_and_the_key_and_the_re
         some = load_config(tmp_path / "run.yaml", [f"resources.worker_memory={memory}"])
         return RunView(some, check(some).inputs).part("recombine", target.part).key
 
-    assert key("16 GB") == key("2 GB") != key("1 MB")
+    assert key("80 GB") == key("32 GB") != key("16 GB") != key("1 MB")
     for memory, how in (("8 GB", "all slots together"), ("1 MB", "slot after slot (more than 125 columns)")):
         some = load_config(tmp_path / "run.yaml", [f"resources.worker_memory={memory}"])
         lines = [str(line) for line in describe_plan(some)]

@@ -24,7 +24,7 @@ from stages.model.families import SUPPORTED
 from stages.recombine import moments
 from stages.recombine import neurons as choosing
 from stages.recombine import solve as solving
-from stages.recombine.calls import Bounds, num_candidates
+from stages.recombine.calls import Bounds, choice_bytes, num_candidates
 from stages.recombine.factor import FACTOR_DTYPES, factor_of
 from stages.recombine.given import Given
 from stages.recombine.solve import Problem, SlotTokens, solve
@@ -35,7 +35,7 @@ from tests.runs import read_tensors, run_all, run_config, tensor_bytes, token_id
 from tests.tiny import build, load, logits, save
 
 NUM_TOKENS, HIDDEN, NEURONS, SLOTS = 400, 6, 5, 3
-BOUNDS = Bounds(joint_columns=100, moment_values=10**6, activation_values=10**6)
+BOUNDS = Bounds(joint_columns=100, choice_columns=100, moment_values=10**6, activation_values=10**6)
 
 
 def problem_of(seed: int = 0, noise: float = 0.3) -> tuple[Problem, Tensor]:
@@ -102,17 +102,17 @@ def test_the_ridge_is_the_one_with_the_least_error_on_every_eighth_sequence() ->
 def test_slots_one_after_another_come_close_to_all_together() -> None:
     problem, _ = problem_of()
     together = solve(problem, 1e-3, BOUNDS)
-    found = solve(problem, 1e-3, Bounds(0, 10**6))
+    found = solve(problem, 1e-3, Bounds(0, 100, 10**6))
     assert found.error_before == pytest.approx(together.error_before, rel=1e-6)
     assert together.error_after <= found.error_after < together.error_after * 1.05
-    many = solve(problem, 1e-6, Bounds(0, 10**6), sweeps=30)
+    many = solve(problem, 1e-6, Bounds(0, 100, 10**6), sweeps=30)
     np.testing.assert_allclose(stacked(many.weights), stacked(together.weights), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("ridge", [1e-2, None])
 def test_factors_that_find_no_room_are_made_again_and_change_no_bit(ridge: float | None) -> None:
     problem, _ = problem_of()
-    kept, again = (solve(problem, ridge, Bounds(0, room, room)) for room in (10**6, 0))
+    kept, again = (solve(problem, ridge, Bounds(0, 100, room, room)) for room in (10**6, 0))
     assert kept.ridge == again.ridge
     assert all(torch.equal(*pair) for pair in zip(kept.weights, again.weights, strict=True))
 
@@ -120,7 +120,7 @@ def test_factors_that_find_no_room_are_made_again_and_change_no_bit(ridge: float
 def test_the_target_that_a_slot_is_solved_for_has_its_own_part() -> None:
     """One slot after another, the second sweep against the dense ridge solution on what the others leave."""
     problem, dense = problem_of()
-    first, second = (solve(problem, 1e-2, Bounds(0, 10**6), sweeps=sweeps) for sweeps in (1, 2))
+    first, second = (solve(problem, 1e-2, Bounds(0, 100, 10**6), sweeps=sweeps) for sweeps in (1, 2))
     target = (problem.target_TD * problem.weight_T[:, None]).double().numpy()
     weights = stacked(first.weights)
     for slot in range(SLOTS):
@@ -134,7 +134,7 @@ def test_the_target_that_a_slot_is_solved_for_has_its_own_part() -> None:
     np.testing.assert_allclose(stacked(second.weights), weights, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("bounds", [BOUNDS, Bounds(0, 10**6)], ids=["together", "one by one"])
+@pytest.mark.parametrize("bounds", [BOUNDS, Bounds(0, 100, 10**6)], ids=["together", "one by one"])
 def test_products_that_round_to_bfloat16_solve_as_well(bounds: Bounds, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a processor with instructions for it does, whatever this one has."""
 
@@ -177,7 +177,7 @@ def test_moments_that_are_not_positive_definite_are_refused_with_layer_slot_and_
     problem, _ = problem_of()
     wrong = replace(problem, activations=lambda slot, tokens_R: torch.full((len(tokens_R), NEURONS), float(slot != 1) + 1e-30))
     with pytest.raises(InputError, match=r"layer 0, slot 0: the moments of 5 columns are not positive definite .*eigenvalues"):
-        solve(wrong, 1e-18, Bounds(0, 0))
+        solve(wrong, 1e-18, Bounds(0, 0, 0))
     with pytest.raises(InputError, match=r"layer 0, slots 0 to 2 together: .* at ridge 1e-18 .*; set refit.ridge to a larger"):
         solve(wrong, 1e-18, BOUNDS)
     endless = replace(problem, activations=lambda slot, tokens_R: torch.full((len(tokens_R), NEURONS), float("inf")))
@@ -227,7 +227,7 @@ def test_a_cluster_that_no_token_reaches_keeps_its_average() -> None:
     nothing = SlotTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     unseen = replace(problem, slots=[nothing] * SLOTS)
     pair = Slot((0, 3), (Member(0, 0.5), Member(3, 0.5)))
-    found = choosing.chosen(pair, unseen, 0, source_of(4)[0], NEURONS)
+    found = choosing.chosen(pair, unseen, 0, source_of(4)[0], NEURONS, 100)
     assert choosing.chosen_slot(pair, found, NEURONS) == pair
     assert torch.equal(found.weight_DK, problem.start[0])
 
@@ -264,8 +264,8 @@ def test_a_slot_chooses_for_what_its_members_give_on_its_tokens(monkeypatch: pyt
         h_RN = columns_RN[:, some_N]
         moments = solving.Moments(h_RN.T @ h_RN, h_RN.T @ target_RD, float(target_RD.square().sum()))
         kept, weight_DK = choosing.eliminate(moments, NEURONS, "here")
-        monkeypatch.setattr(choosing, "num_candidates", lambda _all, _kept, num=num: num)
-        one = choosing.chosen(pair, problem, 0, source, NEURONS)
+        monkeypatch.setattr(choosing, "num_candidates", lambda _all, _kept, _room, num=num: num)
+        one = choosing.chosen(pair, problem, 0, source, NEURONS, 100)
         assert one.kept_K is not None
         found[num] = one.kept_K.tolist()
         assert found[num] == some_N[kept].tolist()
@@ -278,7 +278,14 @@ def test_a_slot_chooses_for_what_its_members_give_on_its_tokens(monkeypatch: pyt
     [(512, 256, 448), (28_672, 14_336, 21_504), (8192, 4096, 7168), (9000, 300, 7875), (40_000, 300, 8192), (100, 95, 95)],
 )
 def test_how_many_neurons_a_slot_chooses_from(num_neurons: int, num_kept: int, due: int) -> None:
-    assert num_candidates(num_neurons, num_kept) == due
+    assert num_candidates(num_neurons, num_kept, Bounds.of(80 * 10**9).choice_columns) == due
+
+
+def test_memory_bounds_how_many_neurons_a_slot_chooses_from() -> None:
+    """Three matrices of float64 in half of a worker's memory; but no fewer than the slot keeps."""
+    found = [num_candidates(28_672, 14_336, Bounds.of(giga * 10**9).choice_columns) for giga in (80, 24, 16, 8)]
+    assert found == [21_504, 21_504, 18_257, 14_336]
+    assert choice_bytes(18_257) <= 8 * 10**9 < choice_bytes(18_258)
 
 
 def facts(run_dir: Path, target: str) -> Iterator[dict[str, Any]]:
@@ -505,8 +512,8 @@ def test_in_one_shot_every_layer_is_solved_on_the_sources_own_hidden_states(tmp_
     for layer in facts(tmp_path / "one-shot", "4e-tied"):
         assert layer["error_after"] < layer["error_before"]
     (folder,) = (tmp_path / "one-shot").glob("recombine-4e-tied-*")
-    waits = {unit.name: unit.after for unit in units_of(tmp_path / "one-shot", source, path)}
-    assert all(not after for after in waits.values()), waits
+    waits = {other.rpartition("/")[2] for unit in units_of(tmp_path / "one-shot", source, path) for other in unit.after}
+    assert all(name.startswith("gather-") for name in waits), "no unit waits for a solution"
     (folder / "manifests" / "layer-0002.json").unlink()
     (folder / "layer-0000.replaced.safetensors").touch()
     again = run("one-shot", "one_shot")

@@ -64,7 +64,7 @@ def test_plan_warns_of_little_text_and_of_little_memory(tmp_path: Path) -> None:
     """64 tokens, two of eight experts each: a third of a token for each of 48 neurons."""
     source = save(build("mixtral", torch.float32), tmp_path / "source")
     path, _ = token_ids(tmp_path)
-    refit, small = {"mode": "sequential", "neurons": "choose"}, {"worker_memory": "100 kB"}
+    refit, small = {"mode": "sequential", "neurons": "choose"}, {"worker_memory": "128 kB"}
     lines = [str(line) for line in describe_plan(run_config(source, tmp_path / "run", path, [4], ["tied"], refit=refit))]
     (few,) = (line for line in lines if line.startswith("few tokens"))
     assert few.startswith("few tokens   0.3 calibration tokens for each neuron") and "num_sequences to 240 for 20" in few
@@ -72,7 +72,9 @@ def test_plan_warns_of_little_text_and_of_little_memory(tmp_path: Path) -> None:
     for changes in ({"refit": {"mode": "sequential"}, "resources": small}, {"refit": refit, "resources": small}):
         lines = [str(line) for line in describe_plan(run_config(source, tmp_path / "run", path, [4], ["tied"], **changes))]
         (memory,) = (line for line in lines if line.startswith("memory  "))
-        assert "4e-tied: solving a layer takes about" in memory and "more than resources.worker_memory, 100.0 kB" in memory
+        assert "4e-tied: solving a layer takes about" in memory and "more than resources.worker_memory, 128.0 kB" in memory
         assert len([line for line in lines if line.startswith("few tokens")]) == ("neurons" in changes["refit"])
+        chooses = [line for line in lines if "a slot chooses 48 of 51 neurons (of 84 with more worker_memory); " in line]
+        assert len(chooses) == ("neurons" in changes["refit"]), lines
     whole = run_config(source, tmp_path / "run", path, [8], ["tied"], refit=refit, resources=small)
     assert not [line for line in map(str, describe_plan(whole)) if line.startswith(("few tokens", "memory  "))]

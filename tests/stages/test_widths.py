@@ -162,7 +162,7 @@ def test_an_expert_that_no_token_reaches_keeps_its_largest_neurons() -> None:
         [nothing], lambda slot, tokens: torch.zeros(0, 5), torch.ones(16, 1), torch.ones(16), [weight_DF], "here", [2] * 8
     )
     slot = Slot((0, 1), (Member(0, 0.5), Member(1, 0.5)))
-    found = choosing.chosen(slot, problem, 0, choosing.SourceExperts(*[_not_asked] * 4), 3)
+    found = choosing.chosen(slot, problem, 0, choosing.SourceExperts(*[_not_asked] * 4), 3, 100)
     members = choosing.chosen_slot(slot, found, 5).members
     assert members == (Member(0, 0.5, (1, 2, 3)), Member(1, 0.5, (1, 2, 3)))
     assert torch.equal(found.weight_DK, weight_DF[:, [1, 2, 3]])

@@ -23,7 +23,7 @@ def choose_unit(job: HeldJob[ChooseArgs, HeldLayer]) -> UnitResult[NoFacts]:
         found = chosen(
             start.plan.slots[args.slot], shard.problem(job.part_dir, of, args.name), args.slot,
             _source_experts(ExpertsForward(shard.expert_weights(of.layer)), shard.started(job.part_dir, args.name), given),
-            args.num_neurons,
+            args.num_neurons, args.choice_columns,
         )  # fmt: skip
     return UnitResult(NoFacts(), transient=(write_chosen(job.part_dir, of.layer, args.name, args.slot, found),))
 
