@@ -53,9 +53,9 @@ def start_plan_file(part_dir: Path, layer: int, name: str) -> Path:
     return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / name / "plan.arrow"
 
 
-def chosen_file(part_dir: Path, layer: int, name: str, slot: int) -> Path:
-    """Neurons that a slot of one of a layer's plans keeps; transient."""
-    return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / name / f"slot-{slot:04d}.safetensors"
+def chosen_file(part_dir: Path, layer: int, name: str, rank: int) -> Path:
+    """Neurons that a slot of one of a layer's plans keeps, largest slot first; transient."""
+    return part_dir / TRANSIENT_DIRS[1] / f"layer-{layer:04d}" / name / f"slot-{rank:04d}.safetensors"
 
 
 def partial_evidence_file(part_dir: Path, layer: int, shard: int) -> Path:

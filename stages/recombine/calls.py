@@ -139,11 +139,12 @@ class StartArgs:
 
 @dataclass(frozen=True)
 class ChooseArgs:
-    """A slot of a plan, and how many whole neurons of its members it keeps. choice_columns: as in `Bounds`."""
+    """A slot of a plan, and how many whole neurons of its members it keeps. rank: the slot's, largest first, so that the last
+    units are short ones. choice_columns: as in `Bounds`."""
 
     of: LayerArgs
     name: str
-    slot: int
+    rank: int
     num_neurons: int
     choice_columns: int
 

@@ -71,18 +71,21 @@ class Start:
         )
 
 
-def write_chosen(part_dir: Path, layer: int, name: str, slot: int, chosen: Chosen) -> WrittenFile:
-    """Write what a slot keeps."""
-    tensors = {"weight": chosen.weight_DK, "is_joined": torch.tensor([chosen.is_joined])}
-    if chosen.kept_K is not None:
-        tensors["kept"] = chosen.kept_K
-    return save_tensors(chosen_file(part_dir, layer, name, slot), tensors)
+def write_chosen(part_dir: Path, layer: int, name: str, rank: int, slot: int, chosen: Chosen) -> WrittenFile:
+    """Write what a slot keeps. rank: the slot's, largest first."""
+    numbers = {"slot": torch.tensor([slot]), "is_joined": torch.tensor([chosen.is_joined])}
+    kept = {} if chosen.kept_K is None else {"kept": chosen.kept_K}
+    return save_tensors(chosen_file(part_dir, layer, name, rank), {"weight": chosen.weight_DK, **numbers, **kept})
 
 
-def read_chosen(part_dir: Path, layer: int, name: str, slot: int, device: torch.device) -> Chosen:
-    """Read what a slot keeps."""
-    found = {name: tensor.to(device) for name, tensor in load_tensors(chosen_file(part_dir, layer, name, slot)).items()}
-    return Chosen(found.get("kept"), bool(found["is_joined"]), found["weight"])
+def read_chosen(part_dir: Path, layer: int, name: str, num_slots: int, device: torch.device) -> list[Chosen]:
+    """Read what all slots keep, in the order of the plan."""
+    by_slot = dict[int, Chosen]()
+    for rank in range(num_slots):
+        path = chosen_file(part_dir, layer, name, rank)
+        found = {name: tensor.to(device) for name, tensor in load_tensors(path).items()}
+        by_slot[int(found["slot"])] = Chosen(found.get("kept"), bool(found["is_joined"]), found["weight"])
+    return [by_slot[slot] for slot in range(num_slots)]
 
 
 @dataclass(frozen=True)

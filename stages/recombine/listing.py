@@ -133,13 +133,13 @@ class _Steps:
             )  # fmt: skip
             made += start
         for name in names if width is not None else ():
-            for slot in range(num_slots):
-                chosen = paths.chosen_file(folder, layer, name, slot)
+            for rank in range(num_slots):
+                chosen = paths.chosen_file(folder, layer, name, rank)
                 start = [paths.start_file(folder, layer, name), paths.start_plan_file(folder, layer, name)]
-                args = ChooseArgs(of, name, slot, width or 0, bounds.choice_columns)
+                args = ChooseArgs(of, name, rank, width or 0, bounds.choice_columns)
                 yield self._unit(
-                    layer, f"{name}/slot-{slot:04d}", slot, CHOOSE.on(args),
-                    f"neurons of slot {slot + 1}/{num_slots}, {name}", [*given, *start], [chosen], is_solving=True,
+                    layer, f"{name}/slot-{rank:04d}", rank, CHOOSE.on(args),
+                    f"neurons of slot {rank + 1}/{num_slots} by size, {name}", [*given, *start], [chosen], is_solving=True,
                 )  # fmt: skip
                 made.append(chosen)
         solved = run.unit(

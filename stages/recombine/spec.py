@@ -34,7 +34,7 @@ class Recombine(StageSpec):
     """Solved W_down of every target whose variant is refitted."""
 
     name = "recombine"
-    version = 9
+    version = 10
     libraries = ("torch", "transformers")
     after = ("prepare", "cluster")
 

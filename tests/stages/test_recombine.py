@@ -30,6 +30,7 @@ from stages.recombine.given import Given
 from stages.recombine.solve import Problem, SlotTokens, solve
 from stages.recombine.steps import solve as solve_step
 from stages.recombine.steps import start as start_step
+from stages.recombine.steps.choose import largest_first
 from stages.recombine.student import Student, output_scale
 from tests.runs import read_tensors, run_all, run_config, tensor_bytes, token_ids
 from tests.tiny import build, load, logits, save
@@ -286,6 +287,13 @@ def test_memory_bounds_how_many_neurons_a_slot_chooses_from() -> None:
     found = [num_candidates(28_672, 14_336, Bounds.of(giga * 10**9).choice_columns) for giga in (80, 24, 16, 8)]
     assert found == [21_504, 21_504, 18_257, 14_336]
     assert choice_bytes(18_257) <= 8 * 10**9 < choice_bytes(18_258)
+
+
+def test_the_largest_slot_is_chosen_first() -> None:
+    """By tokens and the square of its members, as its moments cost; of equals, in order."""
+    slots = [Slot(tuple(range(size)), tuple(Member(e, 1 / size) for e in range(size))) for size in (1, 2, 1, 2, 4)]
+    assert largest_first(slots, [30, 10, 50, 20, 5]) == [3, 4, 2, 1, 0]
+    assert largest_first(slots[:1] * 3, [7, 7, 7]) == [0, 1, 2]
 
 
 def facts(run_dir: Path, target: str) -> Iterator[dict[str, Any]]:

@@ -72,8 +72,7 @@ def _solved(job: HeldJob[SolveArgs, HeldLayer], name: str) -> _Solved:
         plan = plan_of(job, of, name)
         student = shard.planned(job.part_dir, name, plan)
     if args.num_neurons is not None and _has_to_choose(plan, student, args.num_neurons):
-        num_slots = range(len(plan.slots))
-        found = [read_chosen(job.part_dir, of.layer, name, number, shard.device) for number in num_slots]
+        found = read_chosen(job.part_dir, of.layer, name, len(plan.slots), shard.device)
         size = shard.expert_weights(of.layer).intermediate
         slots = tuple(chosen_slot(slot, one, size) for slot, one in zip(plan.slots, found, strict=True))
         weights, plan = [one.weight_DK for one in found], replace(plan, slots=slots)
