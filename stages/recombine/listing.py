@@ -104,8 +104,8 @@ class _Steps:
         names = (OWN, *self.target.variant.method.alternatives_in(self.target.format))
         pairs = pairs_of(run, self.target)
         has_start = width is not None or score is not None or pairs is not None or len(names) > 1
-        given, made = [paths.given_file(folder, layer, shard) for shard in self.shards], list[Path]()
-        gathered = list[Unit]()
+        given = [paths.given_file(folder, layer, shard) for shard in self.shards]
+        gathered, made = list[Unit](), list[Unit]()
         for shard in self.shards:
             gathered.append(self._unit(
                 layer, f"gather-{shard:04d}", shard, GATHER.on(GatherArgs(of, shard)), f"gather {shard + 1}/{data.num_shards}",
@@ -127,49 +127,51 @@ class _Steps:
                 )  # fmt: skip
         for number, name in enumerate(names if has_start else ()):
             start = [paths.start_file(folder, layer, name), paths.start_plan_file(folder, layer, name)]
-            yield self._unit(
+            made.append(self._unit(
                 layer, f"{name}/start", number, START.on(StartArgs(of, name, pairs if name == OWN else None)), f"start {name}",
                 [*given, *(losses if name == OWN else ())], start, is_solving=True,
-            )  # fmt: skip
-            made += start
+            ))  # fmt: skip
         for name in names if width is not None else ():
             for rank in range(num_slots):
-                chosen = paths.chosen_file(folder, layer, name, rank)
                 start = [paths.start_file(folder, layer, name), paths.start_plan_file(folder, layer, name)]
                 args = ChooseArgs(of, name, rank, width or 0, bounds.choice_columns)
-                yield self._unit(
+                made.append(self._unit(
                     layer, f"{name}/slot-{rank:04d}", rank, CHOOSE.on(args),
-                    f"neurons of slot {rank + 1}/{num_slots} by size, {name}", [*given, *start], [chosen], is_solving=True,
-                )  # fmt: skip
-                made.append(chosen)
+                    f"neurons of slot {rank + 1}/{num_slots} by size, {name}", [*given, *start],
+                    [paths.chosen_file(folder, layer, name, rank)], is_solving=True,
+                ))  # fmt: skip
+        yield from made
         solved = run.unit(
             self.part, f"layer-{layer:04d}", SOLVE.on(SolveArgs(of, names, ridge, bounds, has_start, width)),
-            f"{self.target.part}, layer {layer}", reads=[*given, *made],
+            f"{self.target.part}, layer {layer}", reads=[*given, *(Path(path) for unit in made for path in unit.writes)],
             hold=self._hold(layer, "solve", 0), on_worker=True,
             memory_bytes=self._memory(layer) + self.solve_bytes,
         )  # fmt: skip
         yield solved
-        if layer < run.survey.moe_layers[-1]:
-            yield from self.source(layer + 1, gathered, is_ahead=not self.is_one_shot)
-            if not self.is_one_shot:
-                yield from self._advance(layer, solved)
+        if layer == run.survey.moe_layers[-1]:
+            return
+        if self.is_one_shot:
+            yield from self.source(layer + 1, [[unit] for unit in gathered])
+        else:  # what the solution waits for, too: until then all workers have something to do
+            yield from self.source(layer + 1, [made or gathered] * len(self.shards), is_ahead=True)
+            yield from self._advance(layer, solved)
 
     def of_dense(self, layer: int) -> Iterator[Unit]:
         """Both streams pass; in one shot there is but the source's."""
         advanced = [] if self.is_one_shot else list(self._advance(layer))
         yield from advanced
-        yield from self.source(layer + 1, advanced)
+        yield from self.source(layer + 1, [[unit] for unit in advanced])
 
-    def source(self, layer: int, after: Sequence[Unit] = (), is_ahead: bool = False) -> Iterator[Unit]:
-        """The source's stream through a layer. after: of the layer before, what each token shard waits for, so that the stream
-        is at most a layer ahead of the student's. is_ahead: while that is solved, on a part of the workers."""
+    def source(self, layer: int, after: Sequence[Sequence[Unit]] = (), is_ahead: bool = False) -> Iterator[Unit]:
+        """The source's stream through a layer. after: by token shard, units of the layer before that it waits for, so that it
+        is at most a layer ahead of the student's stream. is_ahead: while that layer is solved, on a part of the workers."""
         num_holds = max(1, (self.run.num_workers or 1) // _AHEAD) if is_ahead else len(self.shards)
         for shard in self.shards:
             args = SourceArgs(self.tokens_dir, layer, shard, self.run.config.calibration.micro_batch)
             yield self._unit(
                 layer, f"source-{shard:04d}", shard % num_holds, SOURCE.on(args), f"source {shard + 1}/{len(self.shards)}",
                 self._entering(layer, shard, is_source=True), self._entering(layer + 1, shard, is_source=True),
-                after[shard : shard + 1],
+                after[shard] if after else (),
             )  # fmt: skip
 
     def _advance(self, layer: int, solved: Unit | None = None) -> Iterator[Unit]:
