@@ -128,7 +128,7 @@ def _names() -> Iterator[tuple[str, str]]:
 
 
 def _named(function: Callable[..., Path]) -> str:
-    given = {"part_dir": HERE, "layer": LAYER, "shard": SHARD, "number": SHARD, "slot": 2, "expert": 5, "domain": ""}
+    given = {"part_dir": HERE, "layer": LAYER, "shard": SHARD, "number": SHARD, "rank": 2, "expert": 5, "domain": ""}
     asked = inspect.signature(function).parameters
     text = {"column": "COLUMN", "name": "PLAN"}
     return str(function(**{name: given.get(name, text.get(name)) for name in asked}))

@@ -30,5 +30,6 @@ MID = replace(MIXTRAL, name="mid", num_layers=8, hidden_size=512, intermediate=1
 def test_workers_share_the_layers_of_a_refit_or_each_layer(model: Model, mode: str, num_workers: int, least: float) -> None:
     one, several = (recombine(model, mode, 32, count) for count in (1, num_workers))
     assert one["reads"] == model.num_layers, "each layer is read once by a worker"
-    assert several["reads"] <= num_workers * model.num_layers
+    come_back = 2 if mode == "sequential" else 0  # times that a worker changes layers to send the source's stream ahead
+    assert several["reads"] <= (num_workers + come_back) * model.num_layers
     assert one["hours"] / several["hours"] >= least, (one, several)
