@@ -151,7 +151,7 @@ class _Steps:
         if layer == run.survey.moe_layers[-1]:
             return
         if self.is_one_shot:
-            yield from self.source(layer + 1, [[unit] for unit in gathered])
+            yield from self.source(layer + 1)
         else:  # what the solution waits for, too: until then all workers have something to do
             yield from self.source(layer + 1, [made or gathered] * len(self.shards), is_ahead=True)
             yield from self._advance(layer, solved)

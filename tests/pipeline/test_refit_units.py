@@ -138,18 +138,21 @@ def test_each_stream_lies_at_two_boundaries_at_most_and_nowhere_at_the_end(
     executor: type[LocalExecutor], tmp_path: Path, finished_run: Runs
 ) -> None:
     seen: list[Counter[str]] = []
+    boundaries: list[set[str]] = []
     order: list[str] = []
 
     class Watching(executor):  # type: ignore[valid-type, misc]
         def submit(self, slot: Slot, unit: Unit) -> None:
             found = {path.parent / path.name.partition("-")[0] for path in (tmp_path / "run").glob("recombine-*/hidden/*/*")}
             seen.append(Counter(path.name for path in found if path.name != "given"))
+            boundaries.append({path.parent.name for path in found if path.name != "given"})
             order.append(f"{unit.name.partition('/')[0]} {step_of(unit)}")
             super().submit(slot, unit)
 
     path = run_file(finished_run, tmp_path, "sequential")
     execute(load_config(path, []), Watching)
     assert {name: max(counts[name] for counts in seen) for name in ("tokens", "student")} == {"tokens": 2, "student": 2}
+    assert executor is Several or max(map(len, boundaries)) == 2, "one worker has both streams at the same two"
     chosen = max(place for place, one in enumerate(order) if one == "layer-0001 choose")
     is_ahead = chosen < order.index("layer-0002 source") < order.index("layer-0001 advance")
     assert is_ahead == (executor is Several), "a worker that waits for a solution sends the source's stream on"
