@@ -378,7 +378,7 @@ def _describe(failed: UnitFailure) -> str:
         needed = filesize.decimal(failed.unit.memory_bytes) if failed.unit.memory_bytes else "more memory than the node has"
         text += (
             f"\n  it needs about {needed} beside the {filesize.decimal(600_000_000)} of a Python process with torch; lower "
-            "resources.layers_per_shard (one layer at least), calibration.tokens_per_shard or tokens_per_micro_batch, or "
-            "use nodes with more memory"
+            "resources.layers_per_shard (one layer at least), calibration.tokens_per_shard or tokens_per_micro_batch (of a "
+            "refit, resources.worker_memory or calibration.num_sequences), or use nodes with more memory"
         )
     return f"{text}\n{failure.detail}".rstrip() if failure.kind == "error" else text

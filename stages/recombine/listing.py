@@ -56,9 +56,10 @@ def kept_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
         yield run.unit(part, f"layer-{layer:04d}", KEEP.on(args), f"{target.part}, layer {layer}")
 
 
-def target_units(run: Run, target: Target, part: Part, solve_bytes: int) -> Iterator[Unit]:
-    """Layer after layer, up to the last with experts. solve_bytes: memory of a solution beside the layer."""
-    steps = _Steps(run, target, part, solve_bytes)
+def target_units(run: Run, target: Target, part: Part, token_bytes: int, moment_bytes: int) -> Iterator[Unit]:
+    """Layer after layer, up to the last with experts. token_bytes: memory of all tokens of a layer. moment_bytes: of a solution
+    or choice beside them."""
+    steps = _Steps(run, target, part, token_bytes, moment_bytes)
     counts = counts_of(run, target)
     yield from steps.source(0)
     for layer in range(run.survey.moe_layers[-1] + 1):
@@ -77,7 +78,8 @@ class _Steps:
     run: Run
     target: Target
     part: Part
-    solve_bytes: int
+    token_bytes: int
+    moment_bytes: int
 
     @property
     def is_one_shot(self) -> bool:
@@ -123,13 +125,13 @@ class _Steps:
                 losses.append(paths.pairs_file(folder, layer, expert))
                 yield self._unit(
                     layer, f"pairs-{expert:04d}", expert, COMPARE.on(CompareArgs(of, pairs, expert)),
-                    f"pairs of expert {expert}", given, losses[-1:], is_solving=True,
+                    f"pairs of expert {expert}", given, losses[-1:], beside_bytes=self.token_bytes,
                 )  # fmt: skip
         for number, name in enumerate(names if has_start else ()):
             start = [paths.start_file(folder, layer, name), paths.start_plan_file(folder, layer, name)]
             made.append(self._unit(
                 layer, f"{name}/start", number, START.on(StartArgs(of, name, pairs if name == OWN else None)), f"start {name}",
-                [*given, *(losses if name == OWN else ())], start, is_solving=True,
+                [*given, *(losses if name == OWN else ())], start, beside_bytes=self.token_bytes,
             ))  # fmt: skip
         for name in names if width is not None else ():
             for rank in range(num_slots):
@@ -138,14 +140,14 @@ class _Steps:
                 made.append(self._unit(
                     layer, f"{name}/slot-{rank:04d}", rank, CHOOSE.on(args),
                     f"neurons of slot {rank + 1}/{num_slots} by size, {name}", [*given, *start],
-                    [paths.chosen_file(folder, layer, name, rank)], is_solving=True,
+                    [paths.chosen_file(folder, layer, name, rank)], beside_bytes=self.token_bytes + self.moment_bytes,
                 ))  # fmt: skip
         yield from made
         solved = run.unit(
             self.part, f"layer-{layer:04d}", SOLVE.on(SolveArgs(of, names, ridge, bounds, has_start, width)),
             f"{self.target.part}, layer {layer}", reads=[*given, *(Path(path) for unit in made for path in unit.writes)],
             hold=self._hold(layer, "solve", 0), on_worker=True,
-            memory_bytes=self._memory(layer) + self.solve_bytes,
+            memory_bytes=self._memory(layer) + self.token_bytes + self.moment_bytes,
         )  # fmt: skip
         yield solved
         if layer == run.survey.moe_layers[-1]:
@@ -185,12 +187,13 @@ class _Steps:
 
     def _unit(
         self, layer: int, name: str, number: int, call: Call, label: str, reads: Sequence[Path], writes: Sequence[Path],
-        after: Sequence[Unit] = (), is_solving: bool = False,
+        after: Sequence[Unit] = (), beside_bytes: int = 0,
     ) -> Unit:  # fmt: skip
+        """beside_bytes: memory of what it holds beside the layer, if that is much."""
         return self.run.unit(
             self.part, f"layer-{layer:04d}/{name}", call, f"{self.target.part}, layer {layer}, {label}",
             reads=reads, writes=writes, after=after, hold=self._hold(layer, call.function, number), on_worker=True,
-            memory_bytes=self._memory(layer) + (self.solve_bytes if is_solving else 0),
+            memory_bytes=self._memory(layer) + beside_bytes,
         )  # fmt: skip
 
     def _memory(self, layer: int) -> int:

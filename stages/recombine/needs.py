@@ -259,16 +259,10 @@ def _shared_neurons(run: Run) -> int:
     return max((row.values_shape[-1] for row in rows), default=0)
 
 
-def solve_bytes(run: Run, target: Target) -> int:
-    """Memory in bytes of a worker that solves, beside the layer."""
-    needs = layer_needs(run, target)
-    return needs.moment_bytes + needs.token_bytes
-
-
 def worker_bytes(run: Run, target: Target) -> int:
     """Memory in bytes of a worker that solves: the layer's, that of the tokens, and that of the moments."""
-    survey, data = run.survey, run.config.calibration
-    return max(held_bytes(survey, (one, one + 1), data) for one in survey.moe_layers) + solve_bytes(run, target)
+    survey, data, needs = run.survey, run.config.calibration, layer_needs(run, target)
+    return max(held_bytes(survey, (one, one + 1), data) for one in survey.moe_layers) + needs.token_bytes + needs.moment_bytes
 
 
 def target_flops(run: Run, target: Target, num_plans: int | None = None) -> float:

@@ -19,7 +19,7 @@ from stages.model.families import family_of, num_experts_in
 from stages.model.widths import narrowed, num_neurons_in
 from stages.recombine.calls import Bounds
 from stages.recombine.listing import is_fitted, kept_units, target_units
-from stages.recombine.needs import LayerNeeds, disk_bytes, layer_needs, solve_bytes, target_flops, worker_bytes
+from stages.recombine.needs import LayerNeeds, disk_bytes, layer_needs, target_flops, worker_bytes
 from stages.recombine.pairing import no_elimination, pair_cost
 
 _POOR, _GOOD = 5, 20
@@ -107,7 +107,8 @@ class Recombine(StageSpec):
             if _is_whole(run, target):
                 yield from kept_units(run, target, part)
             else:
-                yield from target_units(run, target, part, solve_bytes(run, target))
+                needs = layer_needs(run, target)
+                yield from target_units(run, target, part, needs.token_bytes, needs.moment_bytes)
 
     def plan(self, run: Run) -> StagePlan:
         """A unit for each MoE layer, and one for each token shard and layer."""

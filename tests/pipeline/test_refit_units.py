@@ -18,6 +18,7 @@ from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
 from pipeline.run.view import RunView
 from stages.contracts.units import Unit
+from stages.recombine.needs import layer_needs
 from tests.runs import FinishedRun, digests, execute, write_run_file
 
 Runs = Callable[[str], FinishedRun]
@@ -158,6 +159,18 @@ def test_each_stream_lies_at_two_boundaries_at_most_and_nowhere_at_the_end(
     assert is_ahead == (executor is Several), "a worker that waits for a solution sends the source's stream on"
     left = [path for folder in ("hidden", "partial") for path in (tmp_path / "run").glob(f"recombine-*/{folder}/**/*.*")]
     assert not left
+
+
+def test_memory_of_a_unit_counts_what_its_step_holds(alone: dict[str, FinishedRun]) -> None:
+    """A layer; all tokens, too, where slots are compared, begun, chosen or solved; moments, where they are chosen or solved."""
+    run = alone["sequential"].view
+    needs = layer_needs(run, run.targets[0])
+    units = {step_of(unit): unit.memory_bytes for unit in run.units("recombine") if unit.name.startswith("layer-0001")}
+    layer = units["gather"]
+    beside = {"compare": needs.token_bytes, "start": needs.token_bytes}
+    beside |= dict.fromkeys(("choose", "solve"), needs.token_bytes + needs.moment_bytes)
+    assert layer and needs.moment_bytes
+    assert units == {step: layer + beside.get(step, 0) for step in STEPS}
 
 
 def test_memory_decides_how_slots_are_solved_and_the_plan_and_the_key_and_the_report_say_so(
