@@ -6,10 +6,12 @@ RATES = (100e12, 1e12)
 """Rates, in operations a second, for which `plan` states times: scale them by what your hardware reaches."""
 
 
-def work_text(flops: float) -> str:
-    """So many floating-point operations, and how long they take at the stated rates."""
+def work_text(flops: float, alone_flops: float = 0.0) -> str:
+    """So many floating-point operations, and how long they take at the stated rates. alone_flops: those of them that cannot be
+    shared among workers."""
     times = ", ".join(f"{_duration(flops / rate)} at {rate / 1e12:g} TFLOP/s" for rate in RATES)
-    return f"{flops / 1e12:.3g} TFLOP: one worker takes {times}; n workers, an n-th of it"
+    shared = f"all but {alone_flops / flops:.0%}, which one does alone" if alone_flops else "it"
+    return f"{flops / 1e12:.3g} TFLOP: one worker takes {times}; n workers, an n-th of {shared}"
 
 
 def forward_flops(survey: Survey) -> float:

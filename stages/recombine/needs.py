@@ -153,11 +153,10 @@ class LayerNeeds:
 
     @property
     def compare_work(self) -> Work:
-        """Operations of the comparison of all pairs, where they are chosen anew, and of the groups that these make."""
+        """Operations of the comparison of all pairs, where they are chosen anew."""
         if not self.compares_pairs:
             return Work(0, 0)
-        pairs = _total(self.pairs_work(later) for later in range(self.num_experts))
-        return _total((self.activations_work, pairs, self.groups_work))
+        return _total([self.activations_work, *(self.pairs_work(later) for later in range(self.num_experts))])
 
     @property
     def activations_work(self) -> Work:
@@ -223,6 +222,16 @@ class LayerNeeds:
         outputs = 2.0 * self.num_slots * self.tokens * self.kept * self.hidden_size
         return Work(outputs * (1 + (2 / HELD_OUT if self.is_fitted else 0)), 0)
 
+    def shared_flops(self, num_plans: int) -> float:
+        """Operations that workers share: pairs and choices. num_plans: that are compared."""
+        return sum(self.compare_work) + num_plans * self.num_slots * sum(self.choose_work)
+
+    def alone_flops(self, num_plans: int) -> float:
+        """Operations of one worker: groups of pairs, starts and solutions. num_plans: that are compared."""
+        started = sum(self.start_work) if self.candidates else 0
+        solved = sum(self.solve_work(SWEEPS, NUM_RIDGES)) + sum(self.router_work)
+        return sum(self.groups_work) + num_plans * (started + solved)
+
 
 def layer_needs(run: Run, target: Target) -> LayerNeeds:
     """Of the layer that keeps the fewest slots, which have the most members."""
@@ -269,11 +278,17 @@ def target_flops(run: Run, target: Target, num_plans: int | None = None) -> floa
     """Operations of all layers: both streams' ways through them, pairs, and starts, choices and solutions of each plan.
     num_plans: as many as are compared, by default."""
     needs, survey = layer_needs(run, target), run.survey
+    plans = num_plans or needs.num_plans
     passing = pass_flops(survey, run.config.calibration, is_one_shot=target.variant.refit.mode == "one_shot")
-    solving = sum(needs.solve_work(SWEEPS, NUM_RIDGES)) + sum(needs.router_work)
-    if needs.candidates:
-        solving += sum(needs.start_work) + needs.num_slots * sum(needs.choose_work)
-    return passing + len(survey.moe_layers) * (sum(needs.compare_work) + (num_plans or needs.num_plans) * solving)
+    return passing + len(survey.moe_layers) * (needs.shared_flops(plans) + needs.alone_flops(plans))
+
+
+def alone_flops(run: Run, target: Target) -> float:
+    """Operations, of `target_flops`, that more workers do not make faster. None in one shot, where each worker has a layer of
+    its own."""
+    needs = layer_needs(run, target)
+    is_one_shot = target.variant.refit.mode == "one_shot"
+    return 0.0 if is_one_shot else len(run.survey.moe_layers) * needs.alone_flops(needs.num_plans)
 
 
 def pass_flops(survey: Survey, data: Calibration, is_one_shot: bool) -> float:

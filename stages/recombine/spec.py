@@ -19,7 +19,7 @@ from stages.model.families import family_of, num_experts_in
 from stages.model.widths import narrowed, num_neurons_in
 from stages.recombine.calls import Bounds
 from stages.recombine.listing import is_fitted, kept_units, target_units
-from stages.recombine.needs import LayerNeeds, disk_bytes, layer_needs, target_flops, worker_bytes
+from stages.recombine.needs import LayerNeeds, alone_flops, disk_bytes, layer_needs, target_flops, worker_bytes
 from stages.recombine.pairing import no_elimination, pair_cost
 
 _POOR, _GOOD = 5, 20
@@ -135,6 +135,7 @@ def _target_line(run: Run, target: Target) -> str:
     """What a target computes, how long that takes at stated rates, how it is solved, and the memory of a worker."""
     needs, resources = layer_needs(run, target), run.config.resources
     flops = target_flops(run, target)
+    work = work_text(flops, alone_flops(run, target))
     how = "all slots together" if needs.is_joint else f"slot after slot (more than {needs.bounds.joint_columns:,} columns)"
     shared = f" and a shared expert of {needs.shared:,} neurons" if needs.shared else ""
     chosen = ""
@@ -148,7 +149,7 @@ def _target_line(run: Run, target: Target) -> str:
             f", as {needs.num_plans} plans of each layer are solved and the best is taken ({flops / one:.1f} times one plan's)"
         )
     return (
-        f"{target.part}: about {work_text(flops)}{plans}; {chosen}W_down is solved for {how}, {needs.columns:,} columns of "
+        f"{target.part}: about {work}{plans}; {chosen}W_down is solved for {how}, {needs.columns:,} columns of "
         f"{needs.num_slots} slots{shared}, {_tokens_per_column(needs):.1f} tokens each; memory of a "
         f"worker: about {filesize.decimal(worker_bytes(run, target))} of resources.worker_memory "
         f"{filesize.decimal(resources.worker_memory)}, moments {filesize.decimal(needs.moment_bytes)} of it"

@@ -10,8 +10,8 @@ from pipeline.commands.plan import describe_plan
 from pipeline.run.view import RunView
 from stages.contracts.settings import RunConfig
 from stages.model.survey import survey_checkpoint
-from stages.recombine.calls import JOINT_COLUMNS, moment_bytes
-from stages.recombine.needs import layer_needs, target_flops, worker_bytes
+from stages.recombine.calls import JOINT_COLUMNS, SWEEPS, moment_bytes
+from stages.recombine.needs import NUM_RIDGES, layer_needs, target_flops, worker_bytes
 from tests.runs import run_config, token_ids
 from tests.tiny import build, save
 
@@ -41,6 +41,22 @@ def test_plan_says_that_best_solves_several_plans_and_what_of_a_shared_expert_is
             line
         )
         assert "plans of each layer" not in next(line for name, line in lines.items() if name.endswith(one))
+
+
+def test_plan_says_what_one_worker_does_alone(tmp_path: Path) -> None:
+    """A solution, in sequential; in one shot, layers are solved beside each other."""
+    source = save(build("mixtral", torch.float32), tmp_path / "source")
+    path, _ = token_ids(tmp_path)
+    for mode, is_alone in (("sequential", True), ("one_shot", False)):
+        refit = {"mode": mode, "neurons": "choose"}
+        config = run_config(source, tmp_path / "run", path, [4], ["tied"], refit=refit)
+        view = view_of(config)
+        needs, (target,) = layer_needs(view, view.targets[0]), view.targets
+        alone = len(view.survey.moe_layers) * sum(sum(one) for one in (needs.solve_work(SWEEPS, NUM_RIDGES), needs.start_work))
+        assert 0 < alone < target_flops(view, target)
+        (line,) = (line for line in map(str, describe_plan(config)) if "W_down is solved" in line)
+        said = f"n workers, an n-th of all but {alone / target_flops(view, target):.0%}, which one does alone"
+        assert (said if is_alone else "n workers, an n-th of it; ") in line, line
 
 
 def test_a_shared_expert_and_the_routers_step_are_counted(tmp_path: Path) -> None:
