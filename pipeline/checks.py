@@ -21,6 +21,7 @@ from stages.contracts.texts import Text, texts_of
 from stages.io.storage import absolute, as_path, check_readable, check_writable, is_remote, is_url
 from stages.model.config_checks import check_config
 from stages.model.families import family_of, num_experts_in
+from stages.model.widths import expert_sizes
 from stages.registry import stage_specs
 
 
@@ -69,7 +70,8 @@ def check(config: RunConfig, folder: Path | None = None) -> Checked:
             identities[place] = {text.data[0]: datasets[place].identity}
         else:
             identities[place] = files_identity(text.data, place)
-    return Checked(config, Inputs(absolute(checkpoint.folder), identities), datasets, tuple(map(str, fits)))
+    inputs = Inputs(absolute(checkpoint.folder), identities, expert_sizes(checkpoint.config, str(checkpoint.folder)))
+    return Checked(config, inputs, datasets, tuple(map(str, fits)))
 
 
 def _dataset(config: RunConfig, text: Text, is_run: bool) -> Dataset:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, PositiveInt, ValidationError
 
 from pipeline import __version__
 from pipeline.config import read_config
@@ -14,6 +14,7 @@ from pipeline.run.view import Inputs, RunView
 from stages.contracts.errors import InputError
 from stages.contracts.settings import RunConfig
 from stages.contracts.texts import texts_of
+from stages.contracts.widths import ExpertSizes
 from stages.io.files import write_json
 from stages.io.storage import absolute, as_path, check_readable
 from stages.io.untrusted import read_json
@@ -26,7 +27,8 @@ _REMEDY = "use that version, or give another run_dir"
 class RunRecord(BaseModel):
     """Inputs of a run and the folders of its stages.
 
-    model: folder or URL of the checkpoint. identities: identity of the model and of each text. stage_dirs: relative to the run
+    model: folder or URL of the checkpoint. identities: identity of the model and of each text. expert_sizes:
+    experts of a layer and neurons of one, as config.json states them. stage_dirs: relative to the run
     directory.
     """
 
@@ -37,6 +39,7 @@ class RunRecord(BaseModel):
     config: RunConfig
     model: str
     identities: dict[str, dict[str, JsonValue]]
+    expert_sizes: tuple[PositiveInt, PositiveInt] | None = None
     stage_dirs: tuple[str, ...]
 
 
@@ -48,6 +51,7 @@ def write_record(view: RunView) -> None:
         "config": view.config.model_dump(mode="json"),
         "model": str(view.model),
         "identities": view.inputs.identities,
+        "expert_sizes": view.inputs.expert_sizes,
         "stage_dirs": [part.dir for part in view.all_parts()],
     }
     write_json(view.run_dir / RUN_FILE, record)
@@ -57,7 +61,8 @@ def recorded_view(where: str | Path) -> RunView:
     """The last run in a run directory, for inspection only. Raises InputError when there was no run."""
     run_dir = absolute(where)
     record = read_record(run_dir)
-    return RunView(record.config, Inputs(as_path(record.model), record.identities), run_dir=run_dir)
+    sizes = None if record.expert_sizes is None else ExpertSizes(*record.expert_sizes)
+    return RunView(record.config, Inputs(as_path(record.model), record.identities, sizes), run_dir=run_dir)
 
 
 def _check_format(path: Path, value: Mapping[str, Any]) -> None:

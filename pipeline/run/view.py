@@ -26,6 +26,7 @@ from stages.contracts.targets import Target, Variant, targets_of
 from stages.contracts.tensors import TensorRow, read_tensors
 from stages.contracts.texts import texts_of
 from stages.contracts.units import Call, Hold, Unit
+from stages.contracts.widths import ExpertSizes
 from stages.io.storage import absolute
 from stages.io.untrusted import read_small
 from stages.registry import stage_specs
@@ -46,10 +47,11 @@ def library_version(name: str) -> str:
 @dataclass(frozen=True)
 class Inputs:
     """Inputs of a run: the absolute checkpoint folder, and identities of the model and the texts. The identities are keyed by
-    "model" and by the place in the run file that names each text."""
+    "model" and by the place in the run file that names each text. expert_sizes: as `Run.expert_sizes`."""
 
     model: Path
     identities: Mapping[str, Identity]
+    expert_sizes: ExpertSizes | None = None
 
 
 class RunView:
@@ -69,6 +71,7 @@ class RunView:
     ) -> None:
         self.config, self.inputs, self.num_workers = config, inputs, num_workers
         self.run_dir, self.model = run_dir or absolute(config.run_dir), inputs.model
+        self.expert_sizes = inputs.expert_sizes
         self.variants: Sequence[Variant] = variants_of(config)
         self.targets: Sequence[Target] = targets_of(config.name, self.variants)
         (name, count), *_ = Counter(target.name for target in self.targets).most_common(1)

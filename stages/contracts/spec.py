@@ -24,7 +24,7 @@ from stages.contracts.targets import Target, Variant
 from stages.contracts.tensors import TensorRow, num_neurons
 from stages.contracts.texts import sections_of, texts_in, tokens_unit_name
 from stages.contracts.units import Call, Facts, Hold, Unit
-from stages.contracts.widths import kept_neurons
+from stages.contracts.widths import ExpertSizes, kept_neurons
 
 S = TypeVar("S", bound=Section)
 
@@ -105,6 +105,10 @@ class Run(Protocol):
     @property
     def targets(self) -> Sequence[Target]:
         """Checkpoints that the run makes."""
+
+    @property
+    def expert_sizes(self) -> ExpertSizes | None:
+        """Sizes that config.json states, before there is a survey; None where it leaves them to a default."""
 
     @property
     def survey(self) -> Survey:
@@ -221,7 +225,8 @@ class StageSpec(ABC):
 
     @abstractmethod
     def parts(self, run: Run) -> Iterable[Part]:
-        """Declare the stage's parts with `Run.new_part`. They depend on the run file and the identities alone."""
+        """Declare the stage's parts with `Run.new_part`. They depend on the run file, the identities and the
+        sizes that config.json states alone."""
 
     @abstractmethod
     def units(self, run: Run) -> Iterable[Unit]:

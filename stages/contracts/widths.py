@@ -1,6 +1,15 @@
 """Widths: how many of its neurons (intermediate size) an expert keeps."""
 
+from typing import NamedTuple
+
 from stages.contracts.errors import InputError
+
+
+class ExpertSizes(NamedTuple):
+    """Routed experts of a layer, and neurons of one."""
+
+    num_experts: int
+    num_neurons: int
 
 
 def kept_neurons(num_neurons: int, share: float, multiple: int) -> int:

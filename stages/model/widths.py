@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.contracts.errors import InputError
-from stages.model.families import family_name, number_in, text_config
+from stages.contracts.widths import ExpertSizes
+from stages.model.families import family_name, num_experts_in, number_in, text_config
 
 WIDTH_FIELDS = ("moe_intermediate_size", "intermediate_size")
 """Config names of the number of neurons of a routed expert: the first that a config has."""
@@ -28,6 +29,13 @@ SIZES_MORE = {
 def num_neurons_in(config: Mapping[str, Any], place: str) -> int:
     """Neurons of a routed expert. Raises InputError for a config that does not state them."""
     return number_in(text_config(config), _width_field(config, place), place) or 0
+
+
+def expert_sizes(config: Mapping[str, Any], place: str) -> ExpertSizes | None:
+    """Sizes that a config states; None where it leaves the neurons to transformers' default."""
+    field = _stated_width_field(config)
+    number = None if field is None else number_in(text_config(config), field, place)
+    return None if number is None else ExpertSizes(num_experts_in(config, place), number)
 
 
 def narrowed(config: Mapping[str, Any], num_neurons: int, place: str) -> dict[str, Any]:
@@ -56,13 +64,17 @@ def narrowed(config: Mapping[str, Any], num_neurons: int, place: str) -> dict[st
 
 
 def _width_field(config: Mapping[str, Any], place: str) -> str:
-    text = text_config(config)
-    found = next((name for name in WIDTH_FIELDS if text.get(name) is not None), None)
+    found = _stated_width_field(config)
     if found is None:
         raise InputError(
             f"{place}: config.json has none of {', '.join(WIDTH_FIELDS)}, so its experts cannot be narrower; restore the config"
         )
     return found
+
+
+def _stated_width_field(config: Mapping[str, Any]) -> str | None:
+    text = text_config(config)
+    return next((name for name in WIDTH_FIELDS if text.get(name) is not None), None)
 
 
 def _like(value: Any, number: int) -> Any:

@@ -17,7 +17,7 @@ from stages.contracts.widths import kept_neurons
 from stages.contracts.work import work_text
 from stages.model.families import family_of, num_experts_in
 from stages.model.widths import narrowed, num_neurons_in
-from stages.recombine.calls import Bounds
+from stages.recombine.calls import Bounds, num_candidates
 from stages.recombine.listing import is_fitted, kept_units, target_units
 from stages.recombine.needs import LayerNeeds, alone_flops, disk_bytes, layer_needs, target_flops, worker_bytes
 from stages.recombine.pairing import no_elimination, pair_cost
@@ -96,7 +96,7 @@ class Recombine(StageSpec):
             bounds = Bounds.of(run.config.resources.worker_memory)
             settings["joint_columns"] = bounds.joint_columns
             if target.variant.refit.neurons == "choose":
-                settings["choice_columns"] = bounds.choice_columns
+                settings["choice_columns"] = _choice_columns(run, target, bounds)
             yield run.new_part(self, target.part, settings, upstream)
 
     def units(self, run: Run) -> Iterator[Unit]:
@@ -129,6 +129,15 @@ class Recombine(StageSpec):
             lines,
             disk_bytes=max(disk_bytes(run, target) for target in targets),
         )
+
+
+def _choice_columns(run: Run, target: Target, bounds: Bounds) -> int:
+    """Neurons at most that a slot chooses from, as far as a slot could have them: memory that no slot needs changes no key."""
+    if run.expert_sizes is None:
+        return bounds.choice_columns
+    num_experts, num_neurons = run.expert_sizes
+    kept = kept_neurons(num_neurons, target.share(num_experts), target.variant.refit.width_multiple)
+    return num_candidates(num_experts * num_neurons, kept, bounds.choice_columns)
 
 
 def _target_line(run: Run, target: Target) -> str:

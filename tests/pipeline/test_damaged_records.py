@@ -77,8 +77,9 @@ def test_a_damaged_run_json_is_one_line(copy: FinishedRun, call: Call, case: str
             lambda record: record["identities"].update(calibration={"a/b": {"commit": "c", "files": 3}}),
             "is no record of a run; run the run file again",
         ),
+        (lambda record: record.update(expert_sizes=[0, 48]), "expert_sizes.0: Input should be greater than 0"),
     ],
-    ids=["format", "setting", "missing setting", "identity", "empty identity", "no digest", "no files"],
+    ids=["format", "setting", "missing setting", "identity", "empty identity", "no digest", "no files", "sizes"],
 )
 def test_a_record_of_another_version_says_so(
     copy: FinishedRun, call: Call, change: Callable[[dict[str, object]], object], says: str

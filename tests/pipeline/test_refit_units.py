@@ -16,8 +16,10 @@ from pipeline.driver.outcome import Failure, Outcome
 from pipeline.driver.worker import Worker
 from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
+from pipeline.run.record import recorded_view
 from pipeline.run.view import RunView
 from stages.contracts.units import Unit
+from stages.contracts.widths import ExpertSizes
 from stages.recombine.needs import layer_needs
 from tests.runs import FinishedRun, digests, execute, write_run_file
 
@@ -180,11 +182,15 @@ def test_memory_decides_how_slots_are_solved_and_the_plan_and_the_key_and_the_re
     config = load_config(run_file(finished_run, tmp_path, "sequential"), [])
     (target,) = alone["sequential"].view.targets
 
-    def key(memory: str) -> str:
+    def key(memory: str, **changes: Any) -> str:
         some = load_config(tmp_path / "run.yaml", [f"resources.worker_memory={memory}"])
-        return RunView(some, check(some).inputs).part("recombine", target.part).key
+        return RunView(some, replace(check(some).inputs, **changes)).part("recombine", target.part).key
 
-    assert key("80 GB") == key("32 GB") != key("16 GB") != key("1 MB")
+    large = ExpertSizes(8, 14_336)
+    assert key("80 GB", expert_sizes=large) == key("24 GB", expert_sizes=large) != key("16 GB", expert_sizes=large)
+    assert key("16 GB", expert_sizes=None) != key("2 GB", expert_sizes=None), "a config that does not state its width"
+    assert recorded_view(alone["sequential"].run_dir).part("recombine", target.part).key == key("16 GB")
+    assert key("16 GB") == key("2 GB") != key("1 MB")
     for memory, how in (("8 GB", "all slots together"), ("1 MB", "slot after slot (more than 125 columns)")):
         some = load_config(tmp_path / "run.yaml", [f"resources.worker_memory={memory}"])
         lines = [str(line) for line in describe_plan(some)]

@@ -22,7 +22,7 @@ from stages.contracts.errors import InputError
 from stages.contracts.layer_plan import Member, Slot
 from stages.contracts.widths import kept_neurons
 from stages.model.families import SUPPORTED
-from stages.model.widths import SIZES_MORE, SIZES_SHARED, narrowed, num_neurons_in
+from stages.model.widths import SIZES_MORE, SIZES_SHARED, expert_sizes, narrowed, num_neurons_in
 from stages.recombine import neurons as choosing
 from stages.recombine.solve import Problem, SlotTokens
 from tests.runs import read_config, read_tensors, run_all, tensor_bytes, token_ids
@@ -52,6 +52,9 @@ def test_a_narrower_config_changes_routed_experts_alone(family: str) -> None:
     before, width_alone = shapes(family, {}), shapes(family, {field: size // 2})
     others = {name for name in before if before[name] != width_alone[name] and ".experts." not in name}
     assert bool(others) == (family in SIZES_SHARED or family in SIZES_MORE), others
+    down = [shape for name, shape in before.items() if ".experts." in name and "down_proj" in name and len(shape) == 3]
+    count, neurons = expert_sizes(config, "here") or (0, 0)
+    assert down and all(shape[0] == count and neurons == size in shape[1:] for shape in down), down
     if family in SIZES_MORE:
         with pytest.raises(InputError, match=rf"{field} of {family} also sizes .*, so its experts cannot be narrower"):
             narrowed(config, size // 2, "here")
