@@ -6,7 +6,6 @@ from pathlib import Path
 
 from stages.contracts import paths
 from stages.contracts.keys import Part
-from stages.contracts.partition import held_bytes
 from stages.contracts.spec import Run, counts_of, narrowed_to
 from stages.contracts.stream_units import LayerShardArgs
 from stages.contracts.targets import Target
@@ -35,18 +34,14 @@ from stages.recombine.calls import (
     SourceArgs,
     StartArgs,
 )  # fmt: skip
-from stages.recombine.pairing import pairs_of, shard_weights
+from stages.recombine.needs import LayerNeeds, layer_bytes, layer_needs
+from stages.recombine.pairing import is_fitted, pairs_of, shard_weights
 
 _LANES_PER_WORKER = 2
 """Units of a step are dealt to so many holds for each worker, so that a worker that is done early finds more."""
 _AHEAD = 4
 """While a layer is solved, one worker of so many sends the source's stream through the next. The others keep the solved layer
 open, which they need next."""
-
-
-def is_fitted(target: Target) -> bool:
-    """Whether a target's router rows are fitted."""
-    return target.format == "stock" and target.variant.export.router == "fitted"
 
 
 def kept_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
@@ -56,10 +51,9 @@ def kept_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
         yield run.unit(part, f"layer-{layer:04d}", KEEP.on(args), f"{target.part}, layer {layer}")
 
 
-def target_units(run: Run, target: Target, part: Part, token_bytes: int, moment_bytes: int) -> Iterator[Unit]:
-    """Layer after layer, up to the last with experts. token_bytes: memory of all tokens of a layer. moment_bytes: of a solution
-    or choice beside them."""
-    steps = _Steps(run, target, part, token_bytes, moment_bytes)
+def target_units(run: Run, target: Target, part: Part) -> Iterator[Unit]:
+    """Layer after layer, up to the last with experts."""
+    steps = _Steps(run, target, part, layer_needs(run, target))
     counts = counts_of(run, target)
     yield from steps.source(0)
     for layer in range(run.survey.moe_layers[-1] + 1):
@@ -78,8 +72,7 @@ class _Steps:
     run: Run
     target: Target
     part: Part
-    token_bytes: int
-    moment_bytes: int
+    needs: LayerNeeds
 
     @property
     def is_one_shot(self) -> bool:
@@ -125,13 +118,13 @@ class _Steps:
                 losses.append(paths.pairs_file(folder, layer, expert))
                 yield self._unit(
                     layer, f"pairs-{expert:04d}", expert, COMPARE.on(CompareArgs(of, pairs, expert)),
-                    f"pairs of expert {expert}", given, losses[-1:], beside_bytes=self.token_bytes,
+                    f"pairs of expert {expert}", given, losses[-1:], beside_bytes=self.needs.start_bytes,
                 )  # fmt: skip
         for number, name in enumerate(names if has_start else ()):
             start = [paths.start_file(folder, layer, name), paths.start_plan_file(folder, layer, name)]
             made.append(self._unit(
                 layer, f"{name}/start", number, START.on(StartArgs(of, name, pairs if name == OWN else None)), f"start {name}",
-                [*given, *(losses if name == OWN else ())], start, beside_bytes=self.token_bytes,
+                [*given, *(losses if name == OWN else ())], start, beside_bytes=self.needs.start_bytes,
             ))  # fmt: skip
         for name in names if width is not None else ():
             for rank in range(num_slots):
@@ -140,14 +133,14 @@ class _Steps:
                 made.append(self._unit(
                     layer, f"{name}/slot-{rank:04d}", rank, CHOOSE.on(args),
                     f"neurons of slot {rank + 1}/{num_slots} by size, {name}", [*given, *start],
-                    [paths.chosen_file(folder, layer, name, rank)], beside_bytes=self.token_bytes + self.moment_bytes,
+                    [paths.chosen_file(folder, layer, name, rank)], beside_bytes=self.needs.choose_bytes,
                 ))  # fmt: skip
         yield from made
         solved = run.unit(
             self.part, f"layer-{layer:04d}", SOLVE.on(SolveArgs(of, names, ridge, bounds, has_start, width)),
             f"{self.target.part}, layer {layer}", reads=[*given, *(Path(path) for unit in made for path in unit.writes)],
             hold=self._hold(layer, "solve", 0), on_worker=True,
-            memory_bytes=self._memory(layer) + self.token_bytes + self.moment_bytes,
+            memory_bytes=self._memory(layer, self.needs.solve_bytes),
         )  # fmt: skip
         yield solved
         if layer == run.survey.moe_layers[-1]:
@@ -193,11 +186,11 @@ class _Steps:
         return self.run.unit(
             self.part, f"layer-{layer:04d}/{name}", call, f"{self.target.part}, layer {layer}, {label}",
             reads=reads, writes=writes, after=after, hold=self._hold(layer, call.function, number), on_worker=True,
-            memory_bytes=self._memory(layer) + beside_bytes,
+            memory_bytes=self._memory(layer, beside_bytes),
         )  # fmt: skip
 
-    def _memory(self, layer: int) -> int:
-        return held_bytes(self.run.survey, (layer, layer + 1), self.run.config.calibration)
+    def _memory(self, layer: int, beside_bytes: int) -> int:
+        return layer_bytes(self.run, layer, beside_bytes)
 
     def _hold(self, layer: int, step: str, number: int) -> Hold:
         """Of the layer, which a worker that has it open does not open again; one a lane and step, so that no hold waits for a

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from stages.contracts.partition import held_bytes
+from stages.contracts.partition import held_bytes, weight_bytes
 from stages.contracts.spec import Run, narrowed_to
 from stages.contracts.survey import Survey
 from stages.contracts.targets import Target
@@ -28,9 +28,11 @@ from stages.recombine.calls import (
     moment_bytes,
     num_candidates,
 )
-from stages.recombine.listing import is_fitted
-from stages.recombine.pairing import pairs_of
+from stages.recombine.pairing import is_fitted, pairs_of
 
+_SIDES, _CHOICE_SIDES = 9, 2
+"""Matrices of float64 with a row for each column and as many numbers as a hidden state has, that a solution and a choice hold
+at a time."""
 NUM_RIDGES = 5
 """Ridges that a search among eight usually tries."""
 _SHARED = re.compile(r"\.shared[^.]*\.down_proj\.weight$")
@@ -96,7 +98,7 @@ class LayerNeeds:
 
     @property
     def moment_bytes(self) -> int:
-        """Memory in bytes of moments and what is made of them, of the largest step on one worker."""
+        """Memory in bytes of the matrices of moments and of their factors, of the largest step on one worker."""
         largest = max(self.kept, self.shared)
         columns = self.columns if self.is_joint else largest
         num_bytes = max(moment_bytes(max(columns, self.router_unknowns)), choice_bytes(self.candidates))
@@ -104,6 +106,34 @@ class LayerNeeds:
         if self.is_joint or kept_values > self.bounds.moment_values:
             return num_bytes
         return max(num_bytes, 8 * kept_values + moment_bytes(largest))
+
+    @property
+    def start_bytes(self) -> int:
+        """Memory in bytes, beside the layer, of a worker that compares pairs or starts a plan: the tokens; the experts of two
+        plans."""
+        return self.token_bytes + 2 * self._student_bytes
+
+    @property
+    def choose_bytes(self) -> int:
+        """The same of one that chooses neurons: the tokens; the plan's experts, their W_down in float32; moments and what is
+        made of these, with as many right-hand sides as a hidden state has numbers."""
+        weights = 4 * self.num_slots * self.neurons * self.hidden_size
+        sides = 8 * _CHOICE_SIDES * self.candidates * self.hidden_size
+        return self.token_bytes + self._student_bytes + weights + choice_bytes(self.candidates) + sides
+
+    @property
+    def solve_bytes(self) -> int:
+        """The same of one that solves: the tokens; the plan's experts; W_down as it was, as it is and as it is written, and
+        that of each plan that is compared; moments and what is made of these."""
+        weights = self.columns * self.hidden_size * (4 + 8 + 4 + 4 * self.num_plans)
+        solved = self.columns if self.is_joint else max(self.kept, self.shared)
+        sides = 8 * _SIDES * solved * self.hidden_size
+        return self.token_bytes + self._student_bytes + weights + self.moment_bytes + sides
+
+    @property
+    def _student_bytes(self) -> int:
+        """Memory in bytes of a plan's experts: gate, up and down."""
+        return 3 * self.num_slots * self.neurons * self.hidden_size * self.itemsize
 
     @property
     def token_bytes(self) -> int:
@@ -269,9 +299,17 @@ def _shared_neurons(run: Run) -> int:
 
 
 def worker_bytes(run: Run, target: Target) -> int:
-    """Memory in bytes of a worker that solves: the layer's, that of the tokens, and that of the moments."""
-    survey, data, needs = run.survey, run.config.calibration, layer_needs(run, target)
-    return max(held_bytes(survey, (one, one + 1), data) for one in survey.moe_layers) + needs.token_bytes + needs.moment_bytes
+    """Memory in bytes of a worker, at the step that takes the most."""
+    needs = layer_needs(run, target)
+    beside = max(needs.start_bytes, needs.choose_bytes if needs.candidates else 0, needs.solve_bytes)
+    return max(layer_bytes(run, layer, beside) for layer in run.survey.moe_layers)
+
+
+def layer_bytes(run: Run, layer: int, beside_bytes: int) -> int:
+    """Memory in bytes of a worker that holds a layer and beside_bytes more. While it loads the layer, or sends a token shard
+    through, it has nothing beside it."""
+    layers = (layer, layer + 1)
+    return max(held_bytes(run.survey, layers, run.config.calibration), weight_bytes(run.survey, layers) + beside_bytes)
 
 
 def target_flops(run: Run, target: Target, num_plans: int | None = None) -> float:

@@ -1,4 +1,4 @@
-"""How pairs of a target are chosen, and how much its token shards count. No torch."""
+"""How pairs of a target are chosen, whether its router is fitted, and how much its token shards count. No torch."""
 
 from stages.checkpoint.folder import Checkpoint
 from stages.contracts.method import PairCost
@@ -29,6 +29,11 @@ def no_elimination(variant: Variant) -> str:
     if variant.clustering.protect != "none":
         return f"clustering.protect is {variant.clustering.protect}, and pairs are made of all experts"
     return ""
+
+
+def is_fitted(target: Target) -> bool:
+    """Whether a target's router rows are fitted."""
+    return target.format == "stock" and target.variant.export.router == "fitted"
 
 
 def pairs_of(run: Run, target: Target) -> PairArgs | None:

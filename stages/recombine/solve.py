@@ -5,6 +5,7 @@ Dimensions: T tokens, R tokens that are routed to a slot, D hidden size, F neuro
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -150,34 +151,30 @@ def _ridge_solution(moments: Moments, start_ND: Tensor, ridge: float, place: str
     return start_ND + factor.solve(right_ND)
 
 
-def _chosen(train: Moments, held: Moments, start_ND: Tensor, ridge: float | None, place: str) -> tuple[float, Tensor]:
-    """The ridge, and the solution [N, D] that it gives on the tokens that are not held out.
+def _chosen(train: Moments, held: Moments, start_ND: Tensor, ridge: float | None, place: str) -> tuple[float, float]:
+    """The ridge, and what the solution that it gives on the tokens that are not held out leaves of the held-out ones.
 
     Of RIDGES, the first on the way down from FIRST_RIDGE whose neighbours both leave more error on the held-out tokens.
     """
-    if ridge is not None:
-        return ridge, _ridge_solution(train, start_ND, ridge, place)
-    tried: dict[int, tuple[float, Tensor]] = {}
     right_ND = train.cross_ND - train.gram_NN @ start_ND
 
-    def error(number: int) -> float:
-        if number not in tried:
-            weight_ND = _ridge_solution(train, start_ND, RIDGES[number], place, right_ND)
-            tried[number] = held.error(weight_ND), weight_ND
-        return tried[number][0]
+    def error(some: float) -> float:
+        return held.error(_ridge_solution(train, start_ND, some, place, right_ND))
 
-    best = RIDGES.index(FIRST_RIDGE)
-    while (least := min(range(max(0, best - 1), min(best + 2, len(RIDGES))), key=error)) != best:
+    if ridge is not None:
+        return ridge, error(ridge)
+    error_of, best = cache(lambda number: error(RIDGES[number])), RIDGES.index(FIRST_RIDGE)
+    while (least := min(range(max(0, best - 1), min(best + 2, len(RIDGES))), key=error_of)) != best:
         best = least
-    return RIDGES[best], tried[best][1]
+    return RIDGES[best], error_of(best)
 
 
 def _joint(problem: Problem, ridge: float | None) -> Solution:
     train, held = _joint_moments(problem)
     start_ND = torch.cat([weight.double().T for weight in problem.start])
     place = f"{problem.place}, slots 0 to {len(problem.start) - 1} together"
-    chosen, from_others_ND = _chosen(train, held, start_ND, ridge, place)
-    unseen, total_unseen = held.error(from_others_ND) / held.total, held.total
+    chosen, error_unseen = _chosen(train, held, start_ND, ridge, place)
+    unseen, total_unseen = error_unseen / held.total, held.total
     both = train + held
     del train, held
     weight_ND = _ridge_solution(both, start_ND, chosen, place)

@@ -18,9 +18,9 @@ from stages.contracts.work import work_text
 from stages.model.families import family_of, num_experts_in
 from stages.model.widths import narrowed, num_neurons_in
 from stages.recombine.calls import Bounds, num_candidates
-from stages.recombine.listing import is_fitted, kept_units, target_units
+from stages.recombine.listing import kept_units, target_units
 from stages.recombine.needs import LayerNeeds, alone_flops, disk_bytes, layer_needs, target_flops, worker_bytes
-from stages.recombine.pairing import no_elimination, pair_cost
+from stages.recombine.pairing import is_fitted, no_elimination, pair_cost
 
 _POOR, _GOOD = 5, 20
 """Tokens for each neuron that is chosen from: fewer than the first make a poor choice, the second is the aim."""
@@ -107,8 +107,7 @@ class Recombine(StageSpec):
             if _is_whole(run, target):
                 yield from kept_units(run, target, part)
             else:
-                needs = layer_needs(run, target)
-                yield from target_units(run, target, part, needs.token_bytes, needs.moment_bytes)
+                yield from target_units(run, target, part)
 
     def plan(self, run: Run) -> StagePlan:
         """A unit for each MoE layer, and one for each token shard and layer."""

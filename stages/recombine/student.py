@@ -39,12 +39,15 @@ class Student:
 
     Attributes: `weights` and `forward` of the slots; `down_name`, the parameter that holds W_down of all of them; `shared`, the
     shared expert whose W_down can be replaced, if there is one, and `shared_name`, the parameter that holds it.
-    replaced: values of further parameters, by name.
+    replaced: values of further parameters, by name. like: a student of the same slots, whose experts are used again.
     """
 
+    weights: ExpertWeights
+
     def __init__(
-        self, shard: LayerShard, layer: int, plan: LayerPlan, replaced: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> None:
+        self, shard: LayerShard, layer: int, plan: LayerPlan, replaced: Mapping[str, Tensor] = MappingProxyType({}),
+        like: "Student | None" = None,
+    ) -> None:  # fmt: skip
         self._shard, self._layer = shard, layer
         adapted = shard.adapted
         prefix = f"{adapted.layers_prefix}{layer}."
@@ -62,7 +65,9 @@ class Student:
             if name.startswith(f"{inside}."):
                 assert axis == 0, f"{name}: the experts are along the first axis in transformers' modules"
                 held = shard.packed.get(prefix + name, tensor)
-                _put(small, name, torch.stack([_slot(held, slot, neurons.get(prefix + name), place) for slot in plan.slots]))
+                slots = (_slot(held, slot, neurons.get(prefix + name), place) for slot in plan.slots)
+                own = torch.stack([*slots]) if like is None else _get(like.weights.experts, name.removeprefix(f"{inside}."))
+                _put(small, name, own)
             elif axis is not None and is_stock:
                 rows = [slot.row.parts for slot in plan.slots if slot.row is not None]
                 _put(small, name, merge_rows(tensor, axis, rows, place))

@@ -18,9 +18,11 @@ from pipeline.executors.base import Slot
 from pipeline.executors.local import LocalExecutor
 from pipeline.run.record import recorded_view
 from pipeline.run.view import RunView
+from stages.contracts.partition import held_bytes, weight_bytes
 from stages.contracts.units import Unit
 from stages.contracts.widths import ExpertSizes
-from stages.recombine.needs import layer_needs
+from stages.recombine.calls import choice_bytes
+from stages.recombine.needs import layer_bytes, layer_needs
 from tests.runs import FinishedRun, digests, execute, write_run_file
 
 Runs = Callable[[str], FinishedRun]
@@ -168,11 +170,15 @@ def test_memory_of_a_unit_counts_what_its_step_holds(alone: dict[str, FinishedRu
     run = alone["sequential"].view
     needs = layer_needs(run, run.targets[0])
     units = {step_of(unit): unit.memory_bytes for unit in run.units("recombine") if unit.name.startswith("layer-0001")}
-    layer = units["gather"]
-    beside = {"compare": needs.token_bytes, "start": needs.token_bytes}
-    beside |= dict.fromkeys(("choose", "solve"), needs.token_bytes + needs.moment_bytes)
-    assert layer and needs.moment_bytes
-    assert units == {step: layer + beside.get(step, 0) for step in STEPS}
+    beside = {"compare": needs.start_bytes, "start": needs.start_bytes}
+    beside |= {"choose": needs.choose_bytes, "solve": needs.solve_bytes}
+    assert units == {step: layer_bytes(run, 1, beside.get(step, 0)) for step in STEPS}
+    weights = weight_bytes(run.survey, (1, 2))
+    assert units["gather"] == held_bytes(run.survey, (1, 2), run.config.calibration)
+    assert units["solve"] == weights + needs.solve_bytes > units["choose"] == weights + needs.choose_bytes > units["gather"]
+    slots = 4 * 48 * needs.hidden_size  # of a matrix: W_down as the model has it; as float32, to start from and to write
+    assert needs.solve_bytes > needs.token_bytes + needs.moment_bytes + slots * (3 * needs.itemsize + 4 + 8 + 4)
+    assert needs.choose_bytes > needs.token_bytes + choice_bytes(needs.candidates) + slots * (3 * needs.itemsize + 4)
 
 
 def test_memory_decides_how_slots_are_solved_and_the_plan_and_the_key_and_the_report_say_so(

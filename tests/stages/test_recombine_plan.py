@@ -11,7 +11,7 @@ from pipeline.run.view import RunView
 from stages.contracts.settings import RunConfig
 from stages.model.survey import survey_checkpoint
 from stages.recombine.calls import JOINT_COLUMNS, SWEEPS, moment_bytes
-from stages.recombine.needs import NUM_RIDGES, layer_needs, target_flops, worker_bytes
+from stages.recombine.needs import NUM_RIDGES, layer_needs, target_flops
 from tests.runs import run_config, token_ids
 from tests.tiny import build, save
 
@@ -28,7 +28,7 @@ def test_plan_says_that_best_solves_several_plans_and_what_of_a_shared_expert_is
     lines = {line.split(":")[0].strip(): line for line in map(str, describe_plan(config)) if "W_down is solved" in line}
     view = view_of(config)
     flops = {target.part: target_flops(view, target) for target in view.targets}
-    memory = {target.part: worker_bytes(view, target) for target in view.targets}
+    memory = {target.part: layer_needs(view, target).solve_bytes for target in view.targets}
     assert len(lines) == 4
     for export_format, num_plans in (("tied", 2), ("stock", 4)):
         one, best = f"recombine-4e-{export_format}", f"best-4e-{export_format}"

@@ -49,11 +49,16 @@ class HeldLayer(LayerShard):
         self._part = part_dir
 
     def planned(self, part_dir: Path, name: str, plan: LayerPlan) -> Student:
-        """The layer with the experts of one of a part's plans, not yet solved."""
+        """The layer with the experts of one of a part's plans, not yet solved. It is kept until another is asked for."""
         self._turn_to(part_dir)
         if name not in self._planned:
+            self.free_plans()
             self._planned[name] = Student(self, self.first, plan)
         return self._planned[name]
+
+    def free_plans(self) -> None:
+        """Free the experts of a plan, and what its slots have to give."""
+        self._planned, self._problems = {}, {}
 
     def given(self, part_dir: Path, of: LayerArgs) -> Given:
         """What all token shards have gathered, under the router of the method's own plan."""

@@ -64,24 +64,22 @@ def _solved(job: HeldJob[SolveArgs, HeldLayer], name: str) -> _Solved:
     """A plan with its chosen neurons, its rows and W_down."""
     args, of, shard = job.args, job.args.of, job.held
     given, rows, weights, before = shard.given(job.part_dir, of), dict[str, Tensor](), None, None
+    shard.free_plans()
     if args.has_start:
         start = shard.start(job.part_dir, name)
         given = replace(given, routed=start.routed, router_logits=start.router_logits)
-        plan, student, rows, before = start.plan, shard.started(job.part_dir, name), dict(start.rows), start.error_before
+        plan, rows, before = start.plan, dict(start.rows), start.error_before
     else:
         plan = plan_of(job, of, name)
-        student = shard.planned(job.part_dir, name, plan)
-    if args.num_neurons is not None and _has_to_choose(plan, student, args.num_neurons):
+    size = shard.expert_weights(of.layer).intermediate
+    if args.num_neurons is not None and _has_to_choose(plan, size, args.num_neurons):
         found = read_chosen(job.part_dir, of.layer, name, len(plan.slots), shard.device)
-        size = shard.expert_weights(of.layer).intermediate
         slots = tuple(chosen_slot(slot, one, size) for slot, one in zip(plan.slots, found, strict=True))
         weights, plan = [one.weight_DK for one in found], replace(plan, slots=slots)
-        student = Student(shard, of.layer, plan, rows)
-    elif rows:
-        student = Student(shard, of.layer, plan, rows)
+    student = Student(shard, of.layer, plan, rows)
     problem = given.problem(student, of.has_shared, weights)
     if of.score is not None and (moved_rows := _moved_rows(of.score, student, given, problem)):
-        other = Student(shard, of.layer, plan, moved_rows)
+        other = Student(shard, of.layer, plan, moved_rows, like=student)
         again = routed_by(other, given).problem(other, of.has_shared, weights)
         if error_of_start(again, is_unseen=True) < error_of_start(problem, is_unseen=True):
             rows, problem = moved_rows, again
@@ -93,9 +91,9 @@ def _solved(job: HeldJob[SolveArgs, HeldLayer], name: str) -> _Solved:
     return _Solved(plan, solution, values, before, bool(rows), sum(weight.shape[1] for weight in problem.start))
 
 
-def _has_to_choose(plan: LayerPlan, student: Student, num_neurons: int) -> bool:
-    """Whether a slot has more candidates than it keeps."""
-    return num_neurons < student.weights.intermediate or any(len(slot.members) > 1 for slot in plan.slots)
+def _has_to_choose(plan: LayerPlan, size: int, num_neurons: int) -> bool:
+    """Whether a slot has more candidates than it keeps. size: neurons of an expert of the source."""
+    return num_neurons < size or any(len(slot.members) > 1 for slot in plan.slots)
 
 
 def _moved_rows(score: str, student: Student, given: Given, problem: Problem) -> dict[str, Tensor]:

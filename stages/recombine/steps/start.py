@@ -34,7 +34,7 @@ def start_unit(job: HeldJob[StartArgs, HeldLayer]) -> UnitResult[NoFacts]:
         problem, rows = given.problem(student, of.has_shared), dict[str, Tensor]()
         before = error_of_start(problem)
         if of.score is not None and (found := _fitted_rows(of.score, student, plan, given)):
-            other = routed_by(Student(shard, of.layer, plan, found), given)
+            other = routed_by(Student(shard, of.layer, plan, found, like=student), given)
             again = other.problem(student, of.has_shared)
             if error_of_start(again, is_unseen=True) < error_of_start(problem, is_unseen=True):
                 rows, given = found, other
