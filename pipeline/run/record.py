@@ -27,9 +27,8 @@ _REMEDY = "use that version, or give another run_dir"
 class RunRecord(BaseModel):
     """Inputs of a run and the folders of its stages.
 
-    model: folder or URL of the checkpoint. identities: identity of the model and of each text. expert_sizes:
-    experts of a layer and neurons of one, as config.json states them. stage_dirs: relative to the run
-    directory.
+    model: folder or URL of the checkpoint. identities: identity of the model and of each text. expert_sizes: as
+    `Run.expert_sizes`. stage_dirs: relative to the run directory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

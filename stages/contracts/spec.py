@@ -225,8 +225,8 @@ class StageSpec(ABC):
 
     @abstractmethod
     def parts(self, run: Run) -> Iterable[Part]:
-        """Declare the stage's parts with `Run.new_part`. They depend on the run file, the identities and the
-        sizes that config.json states alone."""
+        """Declare the stage's parts with `Run.new_part`. They depend on the run file, the identities and
+        `Run.expert_sizes` alone."""
 
     @abstractmethod
     def units(self, run: Run) -> Iterable[Unit]:

@@ -33,9 +33,9 @@ def num_neurons_in(config: Mapping[str, Any], place: str) -> int:
 
 def expert_sizes(config: Mapping[str, Any], place: str) -> ExpertSizes | None:
     """Sizes that a config states; None where it leaves the neurons to transformers' default."""
-    field = _stated_width_field(config)
-    number = None if field is None else number_in(text_config(config), field, place)
-    return None if number is None else ExpertSizes(num_experts_in(config, place), number)
+    if _stated_width_field(config) is None:
+        return None
+    return ExpertSizes(num_experts_in(config, place), num_neurons_in(config, place))
 
 
 def narrowed(config: Mapping[str, Any], num_neurons: int, place: str) -> dict[str, Any]:

@@ -58,9 +58,9 @@ class LayerNeeds:
     """Of a layer of a target. All slots count as of equal size.
 
     num_slots, kept: slots, and neurons of each. candidates: neurons that a slot chooses from; 0 if it does not. wanted: those
-    for which a worker would need more memory, too. tokens: that
-    are routed to a slot. hidden_size; all_tokens. itemsize: of a value of the model. neurons: of an expert of the source.
-    shared: neurons of a shared expert that is solved, too; else 0. num_plans: that are solved and compared.
+    for which a worker would need more memory, too. tokens: that are routed to a slot. hidden_size; all_tokens. itemsize: of a
+    value of the model. neurons: of an expert of the source. shared: neurons of a shared expert that is solved, too; else 0.
+    num_plans: that are solved and compared.
     """
 
     num_slots: int

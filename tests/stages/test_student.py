@@ -3,7 +3,9 @@
 Dimensions: T tokens, D hidden size, k experts a token, E experts.
 """
 
+import gc
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from stages.contracts.layer_plan import LayerPlan, Member, RouterRow, Slot
 from stages.model.families import SUPPORTED
 from stages.model.layer_shard import LayerShard
 from stages.model.survey import survey
+from stages.recombine.steps.held import HeldLayer
 from stages.recombine.student import Student
 from tests.tiny import build, save
 
@@ -36,7 +39,10 @@ def test_the_router_alone_gives_what_it_gives_in_the_layer(family: str, tmp_path
             shares = tuple((expert, 1 / size) for expert in range(first, first + size))
             row = RouterRow(shares) if has_rows else None
             slots.append(Slot(tuple(expert for expert, _ in shares), tuple(Member(*share) for share in shares), row=row))
-        student = Student(shard, layer, LayerPlan(layer, num_experts, tuple(slots)))
+        plan = LayerPlan(layer, num_experts, tuple(slots))
+        student = Student(shard, layer, plan)
+        parts, shared = student.weights.experts, Student(shard, layer, plan, like=student).weights.experts
+        assert [one.data_ptr() for one in parts.parameters()] == [one.data_ptr() for one in shared.parameters()], "no copies"
         torch.manual_seed(0)
         with torch.inference_mode():
             ids = torch.randint(0, 50, (2, 12))
@@ -51,3 +57,14 @@ def test_the_router_alone_gives_what_it_gives_in_the_layer(family: str, tmp_path
             student.route(due[0][0], lambda *given, found=found: seen_in(found, *given))
         for one, other in zip(due[0], found[0], strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_a_worker_holds_the_experts_of_one_plan_at_a_time(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save(build("mixtral", torch.float32), tmp_path / "source"))
+    shard = HeldLayer(checkpoint, 0, 1, num_threads=1)
+    plan = LayerPlan(0, 8, tuple(Slot((first, first + 4), (Member(first, 0.5), Member(first + 4, 0.5))) for first in range(4)))
+    held = ref(shard.planned(tmp_path, "planned", plan))
+    assert shard.planned(tmp_path, "planned", plan) is held()
+    shard.planned(tmp_path, "other", plan)
+    gc.collect()
+    assert held() is None

@@ -40,8 +40,8 @@ class HeldLayer(LayerShard):
         super().close()
 
     def _forget(self) -> None:
-        self._planned, self._starts, self._problems, self._solved, self._given = {}, {}, {}, None, None
-        self.losses = None
+        self.free_plans()
+        self._starts, self._solved, self._given, self.losses = {}, None, None, None
 
     def _turn_to(self, part_dir: Path) -> None:
         if self._part != part_dir:
